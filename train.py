@@ -1,0 +1,659 @@
+"""Every stage of training, one loop.
+
+    python train.py --stage clip    --save runs/nano      # EVA-CLIP tower and a text tower, from scratch
+    python train.py --stage vae     --save runs/nano      # pixels <-> latents
+    python train.py --stage 0       --save runs/nano      # understanding: Qwen2.5-VL learns to read, look and answer
+    python train.py --stage decoder --init runs/nano --save runs/nano      # 64 features -> latents (UNet); needs clip, vae
+    python train.py --stage 1       --init runs/nano --save runs/nano      # 64 queries + DiT; needs clip, 0
+    python train.py --stage 2       --init runs/nano --save runs/nano      # the same, on short prompts
+
+The paper trains stages 1 and 2 and takes the other parts from Qwen2.5-VL, EVA-CLIP and Emu2; a nano model has nobody to
+take them from. Without --data the pictures are the synthetic world of data.py. `torchrun --nproc_per_node=2 train.py ...`
+runs the same on two processes. A run stopped by anything goes on with the same line.
+
+What is trained (everything else is frozen):
+    clip     EVA-CLIP tower (+ text tower)          0   Qwen2.5-VL: vision tower and language model
+    vae      VAE encoder and decoder                1   latent queries and DiT
+    decoder  SDXL UNet                              2   latent queries and DiT
+"""
+import argparse
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+import flow
+from clip_decoder import CLIP, PRESETS as DECODER_PRESETS, EvaClip, EulerSchedule, PixelDecoder, UNet, VAE
+from model import BLIP3o, preset
+
+NANO = Path(__file__).parent / "weights" / "nano"                   # what a clone ships
+VOCABULARY = 512                                                    # upper limit of the nano tokenizer's size
+
+# The recipe of each stage at nano size (two CPU cores); every number is a flag of the same name. `lr` falls from its peak
+# to `min_lr` along a cosine, after `warmup` steps. The paper's stage 1: 1e-4 to 1e-5, batch 512, 150k steps; stage 2:
+# 1e-4 to 0, 10k steps (see --paper).
+RECIPES = {
+    "clip":    dict(steps=5000, batch=64, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999),
+    "vae":     dict(steps=6000, batch=16, lr=1e-3, min_lr=2e-5, warmup=100, ema=0.999),
+    "decoder": dict(steps=10000, batch=32, lr=1e-3, min_lr=2e-5, warmup=100, ema=0.999),
+    "0":       dict(steps=6000, batch=32, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999),
+    "1":       dict(steps=10000, batch=64, lr=1.5e-3, min_lr=1e-4, warmup=100, ema=0.999),
+    "2":       dict(steps=2000, batch=64, lr=5e-4, min_lr=0.0, warmup=50, ema=0.999),
+}
+PAPER = {
+    "1": dict(steps=150_000, batch=512, lr=1e-4, min_lr=1e-5, warmup=450, ema=0.9999),
+    "2": dict(steps=10_000, batch=512, lr=1e-4, min_lr=0.0, warmup=30, ema=0.9999),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stages: what a batch is, what its losses are, what is saved
+# ----------------------------------------------------------------------------------------------------------------------
+class Stage(nn.Module):
+    """One stage: `trained` (a module whose parameters with requires_grad learn), collate, forward -> losses, export.
+
+    forward(batch) returns {name: scalar}; the sum is minimised, names that start with "_" are only logged.
+    """
+    size = 64                       # side of the pictures that this stage reads
+    captions = None                 # True: long captions, False: short ones, None: a mixture
+    heavy = None                    # the part whose shapes never change: what torch.compile gets on CUDA
+
+    def collate(self, samples):
+        """A list of data.Samples items -> a dict of tensors, `skipped` counting broken items that were replaced."""
+        pixels = data.to_pixels(np.stack([s["image"] for s in samples]))
+        return {"pixels": pixels, "skipped": sum(s["skipped"] for s in samples)}
+
+    def export(self, folder):
+        """Write the trained parts into the model folder `folder`; what else lies there stays."""
+        raise NotImplementedError
+
+    def preview(self, batch):
+        """A list of rows of pictures (B, 3, H, W) in [0, 1] to look at, or None."""
+
+    def probe(self, batch):
+        """Further numbers for the log, measured on a held-out batch without gradient."""
+        return {}
+
+
+def show(pixels):
+    """Normalised pixels -> [0, 1] for the eye."""
+    return (data.to_signed(pixels) / 2 + 0.5).clamp(0, 1)
+
+
+class ClipStage(Stage):
+    """EVA-CLIP from scratch: contrastive (Radford et al. 2021), plus what makes its features fit for a flow."""
+    captions = True
+
+    def __init__(self, init, args):
+        super().__init__()
+        self.tokenizer = tokenizer_of(init)
+        config = DECODER_PRESETS["nano"]["clip"]
+        self.size, self.trained = config.image_size, CLIP(config, self.tokenizer.vocab_size)
+        if init and args.init:
+            self.trained.visual = EvaClip.from_pretrained(init)
+        self.heavy = self.trained.visual
+
+    def collate(self, samples):
+        ids, mask = data.pad([self.tokenizer.encode(s["caption"])[:128] for s in samples])
+        return {**super().collate(samples), "ids": ids, "mask": mask}
+
+    def forward(self, batch):
+        losses = self.trained(batch["pixels"], batch["ids"], batch["mask"])
+        return {"pixels": 3 * losses["pixels"], "contrastive": 0.3 * losses["contrastive"], "scale": 0.3 * losses["scale"]}
+
+    def export(self, folder):
+        self.tokenizer.save(folder)
+        self.trained.visual.save_pretrained(folder, torch.float16)
+
+    def probe(self, batch):
+        image, text = self.trained.encode_image(batch["pixels"]), self.trained.encode_text(batch["ids"], batch["mask"])
+        found = (image @ text.T).argmax(1) == torch.arange(len(image), device=image.device)
+        return {"_top1": found.float().mean(), "_psnr": psnr(self.preview(batch)[0], show(batch["pixels"]))}
+
+    def preview(self, batch):
+        side = math.isqrt(self.trained.visual.config.n_query)
+        blocks = self.trained.pixel_head(self.trained.visual.encode(batch["pixels"])).transpose(1, 2)
+        return [show(F.pixel_shuffle(blocks.unflatten(2, (side, side)), self.size // side)), show(batch["pixels"])]
+
+
+class VaeStage(Stage):
+    """The VAE: L1 reconstruction plus a little KL (Rombach et al. 2022, without the GAN, which plain shapes don't need)."""
+
+    def __init__(self, init, args):
+        super().__init__()
+        self.size = DECODER_PRESETS["nano"]["clip"].image_size
+        self.trained = VAE.from_pretrained(init) if init and args.init else VAE(DECODER_PRESETS["nano"]["vae"])
+        self.heavy = self.trained.to(memory_format=torch.channels_last)
+
+    def forward(self, batch):
+        target = data.to_signed(batch["pixels"]).to(memory_format=torch.channels_last)
+        reconstruction, kl = self.trained(target)
+        return {"l1": F.l1_loss(reconstruction, target), "mse": F.mse_loss(reconstruction, target), "kl": 1e-6 * kl}
+
+    def export(self, folder):
+        self.trained.save_pretrained(Path(folder) / "diffusion-decoder" / "vae", torch.float16)
+
+    def probe(self, batch):
+        self.trained.calibrate(data.to_signed(batch["pixels"]))      # unit-variance latents for the UNet
+        return {"_psnr": psnr(self.preview(batch)[0], show(batch["pixels"]))}
+
+    def preview(self, batch):
+        target = data.to_signed(batch["pixels"])
+        return [(self.trained.decode(self.trained.encode(target)) / 2 + 0.5).clamp(0, 1), show(batch["pixels"])]
+
+
+class DecoderStage(Stage):
+    """The pixel decoder as Emu2 trains it: SDXL's UNet learns to draw the image from frozen EVA-CLIP features.
+
+    Half of the batches see features with a little noise, because at sampling time they come from the DiT, which errs
+    (the noise-augmented decoder of RAE, arXiv 2510.11690, section 4).
+    """
+
+    def __init__(self, init, args):
+        super().__init__()
+        self.eva, vae = frozen(EvaClip.from_pretrained(init)), frozen(VAE.from_pretrained(init))
+        self.size, self.noise = self.eva.config.image_size, args.feature_noise
+        unet = PixelDecoder.from_pretrained(init).unet if args.init_trained else UNet(DECODER_PRESETS["nano"]["unet"])
+        self.heavy = self.trained = unet.to(memory_format=torch.channels_last)
+        self.decoder = PixelDecoder(self.trained, vae, EulerSchedule())
+        with torch.no_grad():                                        # the negative of guidance: a picture of the mean colour
+            self.negative = self.eva.encode(torch.zeros(1, 3, self.size, self.size))
+
+    def forward(self, batch):
+        with torch.no_grad():
+            features = self.eva.encode(batch["pixels"])
+            level = self.noise * torch.rand(len(features), 1, 1, device=features.device)
+            features = features + level * torch.randn_like(features)
+            latents = self.decoder.vae.encode(data.to_signed(batch["pixels"]))
+        return {"epsilon": self.decoder.loss(latents, features, negative=self.negative.to(features))}
+
+    def export(self, folder):
+        self.decoder.save_pretrained(folder, torch.float16)
+
+    def probe(self, batch):
+        return {"_psnr": psnr(self.preview(batch)[0], show(batch["pixels"][:32]))}
+
+    def preview(self, batch):
+        features = self.eva.encode(batch["pixels"][:32])
+        drawn = self.decoder.decode(features, None, 10, 1.0, latent_noise(self.decoder, len(features)))
+        return [drawn, show(batch["pixels"][:32])]
+
+
+class UnderstandingStage(Stage):
+    """Stage 0: Qwen2.5-VL learns language and sight together. Real shards give captions to write; the world asks as well.
+
+    World tasks: describe the picture; answer a question about the picture; answer a question about a caption that asked
+    for a picture, so that the language model holds in mind who has which colour: later, its frozen states steer the DiT.
+    """
+
+    def __init__(self, init, args):
+        super().__init__()
+        self.tokenizer = tokenizer_of(init)
+        self.size = DECODER_PRESETS["nano"]["clip"].image_size
+        if args.init_trained:
+            self.trained = BLIP3o.from_pretrained(init, parts={"llm", "visual"})
+        else:
+            self.trained = BLIP3o(replace(nano_config(self.tokenizer), dit=None))
+        self.vision = self.trained.config.vision
+
+    def collate(self, samples):
+        turns, looks, everything = zip(*map(self.task, samples))
+        merged = (self.size // self.vision.patch_size // self.vision.spatial_merge_size) ** 2
+        rows = [data.chat_ids(self.tokenizer, t, merged * look) for t, look in zip(turns, looks)]
+        ids, mask = data.pad([r[0] for r in rows], self.tokenizer.special["<|endoftext|>"])
+        targets, _ = data.pad([r[1] for r in rows], False)
+        targets |= torch.tensor(everything)[:, None] & mask          # text alone: learn to read by predicting all of it
+        batch = super().collate(samples)
+        seen = torch.tensor(looks)
+        patches, grid = (None, None) if not seen.any() else data.to_patches(
+            batch["pixels"][seen], self.vision.patch_size, self.vision.spatial_merge_size)
+        return {**batch, "ids": ids, "mask": mask, "labels": ids.where(targets, -100), "patches": patches, "grid": grid}
+
+    def task(self, sample):
+        """(turns, does it show the picture?, is every token a target?)"""
+        rng, scene, draw = sample["rng"], sample.get("scene"), sample["rng"].random()
+        if scene is None or draw < 0.3:
+            return [(data.DESCRIBE, sample["caption"])], True, False
+        if draw < 0.65:
+            return [data.ask(scene, rng)], True, False
+        text = data.caption(scene, rng, long=True) if draw < 0.9 else sample["caption"]
+        turns = [(data.GENERATE.format(text), "")]
+        return turns + [data.ask(scene, rng, text)] if draw < 0.9 else turns, False, True
+
+    def forward(self, batch):
+        return {"text": self.trained(batch["ids"], batch["mask"], labels=batch["labels"], pixels=batch["patches"],
+                                     grid_thw=batch["grid"])["text"]}
+
+    def export(self, folder):
+        self.tokenizer.save(folder)
+        self.trained.save_pretrained(folder, torch.float16)
+
+
+class GenerationStage(Stage):
+    """Stages 1 and 2: the frozen language model reads the prompt, 64 queries and the DiT learn to make its features.
+
+    The condition of a sample is dropped with probability 0.1 for classifier-free guidance. The probe is the early
+    warning: the loss close to noise with the true, a shuffled and no condition. While they are equal, the DiT doesn't
+    listen to the prompt; pictures show it hours later.
+    """
+
+    def __init__(self, init, args):
+        super().__init__()
+        self.tokenizer = tokenizer_of(init)
+        self.eva = frozen(EvaClip.from_pretrained(init))
+        parts = {"llm", "queries", "dit"} if args.init_trained else {"llm"}
+        self.trained = BLIP3o.from_pretrained(init, parts=parts)
+        if self.trained.dit is None:
+            config = nano_config(self.tokenizer)
+            self.trained.add_generator(config.dit, self.tokenizer.vocab_size, config.n_query, args.shift, config.query_std)
+        for name, p in self.trained.named_parameters():
+            p.requires_grad_(name.startswith(("dit.", "latent_queries")))
+        self.heavy = self.trained.dit
+        self.size, self.drop, self.captions = self.eva.config.image_size, args.drop, False if args.stage == "2" else None
+        decoder = Path(init) / "diffusion-decoder"
+        self.decoder = frozen(PixelDecoder.from_pretrained(init)) if (decoder / "unet").is_dir() else None
+
+    def collate(self, samples):
+        ids, mask = data.pad([data.prompt_ids(self.tokenizer, s["caption"]) for s in samples])
+        return {**super().collate(samples), "ids": ids, "mask": mask, "captions": [s["caption"] for s in samples]}
+
+    def forward(self, batch):
+        with torch.no_grad():
+            features = self.eva.encode(batch["pixels"])
+        return {"flow": self.trained(batch["ids"], batch["mask"], features=features, drop=self.drop)["flow"]}
+
+    def export(self, folder):
+        self.tokenizer.save(folder)
+        self.trained.save_pretrained(folder, torch.float16)
+
+    def probe(self, batch):
+        x1 = self.eva.encode(batch["pixels"]).transpose(1, 2).unflatten(2, (8, 8))           # (B, C, 8, 8)
+        cond = self.trained.condition(batch["ids"], batch["mask"])
+        noise = torch.randn(x1.shape, generator=torch.Generator().manual_seed(0)).to(x1)
+        found = {}
+        for t in (0.02, 0.05, 0.3):
+            for name, c in ("true", cond), ("shuffled", cond.roll(1, 0)), ("null", torch.zeros_like(cond)):
+                loss = flow.flow_matching_loss(self.trained.dit, x1, c, drop=0, x0=noise, t=torch.full((len(x1),), t).to(x1))
+                found[f"_{name}@{t}"] = loss.mean()
+        return found
+
+    def preview(self, batch):
+        if self.decoder is None:
+            return None
+        cond = self.trained.condition(batch["ids"][:16], batch["mask"][:16])
+        features = self.trained.generate_features(cond, 30, 2.0, generator=torch.Generator().manual_seed(0))
+        drawn = self.decoder.decode(features, None, 10, 1.0, latent_noise(self.decoder, len(features)))
+        return [drawn, show(batch["pixels"][:16])]
+
+
+STAGES = {"clip": ClipStage, "vae": VaeStage, "decoder": DecoderStage, "0": UnderstandingStage,
+          "1": GenerationStage, "2": GenerationStage}
+
+
+def latent_noise(decoder, n):
+    """The same n starting points (n, 4, h, w) for every preview."""
+    side = decoder.unet.config.sample_size
+    return torch.randn(n, decoder.unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def nano_config(tokenizer):
+    """The BLIP3oConfig of the nano preset for a tokenizer: its vocabulary and the ids of its control tokens."""
+    t = tokenizer.special
+    return preset("nano", tokenizer.vocab_size, image_token_id=t["<|image_pad|>"], eos_token_id=t["<|im_end|>"],
+                  vision_start_token_id=t["<|vision_start|>"], pad_token_id=t["<|endoftext|>"])
+
+
+def frozen(module):
+    """A module in evaluation mode without gradients."""
+    return module.eval().requires_grad_(False)
+
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio in dB of pictures in [0, 1]."""
+    return -10 * (a - b).square().mean().log10()
+
+
+def tokenizer_of(folder):
+    """The tokenizer of a model folder; without one, a small BPE learnt from captions, questions and templates of the world."""
+    if folder and (Path(folder) / "tokenizer.json").is_file():
+        return data.Tokenizer.from_pretrained(folder)
+    return data.train_tokenizer(data.world_texts(6000), VOCABULARY)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Averaged weights, and a run's state on disk
+# ----------------------------------------------------------------------------------------------------------------------
+class EMA:
+    """Exponential moving average of the trained parameters, kept in fp32; its decay warms up as (1 + n) / (10 + n)."""
+
+    def __init__(self, module, decay):
+        self.decay, self.updates = decay, 0
+        self.params = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        self.average = {n: p.detach().float().clone() for n, p in self.params.items()}
+
+    @torch.no_grad()
+    def update(self):
+        """One step towards the present weights."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(list(self.average.values()), [p.detach().float() for p in self.params.values()], 1 - decay)
+
+    def swap(self):
+        """Exchange the weights in use and the averaged ones; call it twice around whatever shall see the average."""
+        for n, p in self.params.items():
+            self.average[n], p.data = p.data.float(), self.average[n].to(p.dtype)
+
+
+def save_state(out, step, ema, optimizer, args):
+    """Write out/step-NNNNNN whole (temporary name, fsync, rename), point `latest` at it, keep the last two.
+
+    model.safetensors (what is trained), ema.safetensors, optimizer.safetensors, state.json (step and flags; the order of
+    samples and all noise are functions of seed and step, so the step is all there is to know).
+    """
+    name = f"step-{step:06d}"
+    temporary = out / f".{name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    moments = {f"{n}.{key}": value.reshape(1) if value.ndim == 0 else value.contiguous()
+               for n, p in ema.params.items() for key, value in optimizer.state[p].items()}
+    save_file({n: p.detach().contiguous() for n, p in ema.params.items()}, temporary / "model.safetensors")
+    save_file({n: p.contiguous() for n, p in ema.average.items()}, temporary / "ema.safetensors")
+    save_file(moments, temporary / "optimizer.safetensors")
+    state = {"step": step, "updates": ema.updates, "torch": torch.__version__, "args": vars(args)}
+    (temporary / "state.json").write_text(json.dumps(state, indent=1))
+    for file in temporary.iterdir():
+        with open(file, "rb") as f:
+            os.fsync(f.fileno())
+    shutil.rmtree(out / name, ignore_errors=True)
+    os.replace(temporary, out / name)
+    (out / "latest.tmp").write_text(name)
+    os.replace(out / "latest.tmp", out / "latest")
+    for old in sorted(out.glob("step-*"))[:-2]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def load_state(out, ema, optimizer, args):
+    """Continue where `out` stopped: fills weights, averages and optimizer; returns the step, 0 if nothing is there.
+
+    Raises ValueError if the run in `out` was started with other flags that change what is learnt.
+    """
+    if not (out / "latest").is_file():
+        return 0
+    folder = out / (out / "latest").read_text()
+    state = json.loads((folder / "state.json").read_text())
+    for key in ("stage", "data", "seed", "batch", "init", "shift"):
+        if state["args"][key] != getattr(args, key):
+            raise ValueError(f"{out} holds a run with --{key} {state['args'][key]}, not {getattr(args, key)}: "
+                             f"choose another --out, or delete the folder to start anew")
+    model, average = load_file(folder / "model.safetensors"), load_file(folder / "ema.safetensors")
+    moments = load_file(folder / "optimizer.safetensors")
+    if set(model) != set(ema.params):
+        raise ValueError(f"the weights in {folder} are of another model than this stage trains: choose another --out")
+    for n, p in ema.params.items():
+        p.data.copy_(model[n])
+        ema.average[n].copy_(average[n])
+        optimizer.state[p] = {k: moments[f"{n}.{k}"].to(p.device).reshape(() if k == "step" else p.shape)
+                              for k in ("step", "exp_avg", "exp_avg_sq")}
+    ema.updates = state["updates"]
+    return state["step"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures of a run
+# ----------------------------------------------------------------------------------------------------------------------
+def save_grid(rows, path, columns=16, scale=2):
+    """Rows of pictures (B, 3, H, W) in [0, 1], the first `columns` of each, as one PNG."""
+    grid = torch.cat([torch.cat(list(r[:columns].float().cpu()), 2) for r in rows], 1)
+    image = Image.fromarray((grid * 255).round().byte().permute(1, 2, 0).numpy())
+    image.resize((image.width * scale, image.height * scale), Image.NEAREST).save(path)
+
+
+def save_curve(log, path, key, size=(720, 300)):
+    """The column `key` of log.jsonl over steps as a PNG line chart with its range written at the axes."""
+    from PIL import ImageDraw
+    points = [(r["step"], r[key]) for r in map(json.loads, log.read_text().splitlines()) if key in r]
+    if len(points) < 2:
+        return
+    xs, ys = np.array(points, dtype=float).T
+    low, high = ys.min(), np.quantile(ys, 0.98)
+    left, top, right, bottom = 60, 24, size[0] - 12, size[1] - 24
+    x = left + (right - left) * (xs - xs[0]) / max(xs[-1] - xs[0], 1)
+    y = bottom - (bottom - top) * np.clip((ys - low) / max(high - low, 1e-12), 0, 1)
+    image = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(image)
+    pen.rectangle((left, top, right, bottom), outline="#cccccc")
+    pen.line(list(zip(x.tolist(), y.tolist())), fill="#2b59c3", width=2)
+    pen.text((left, 6), f"{key}: {ys[-1]:.4g} at step {int(xs[-1])}", fill="black")
+    for value, at in (high, top), (low, bottom - 10):
+        pen.text((4, at), f"{value:.4g}", fill="black")
+    pen.text((left, bottom + 6), str(int(xs[0])), fill="black")
+    pen.text((right - 40, bottom + 6), str(int(xs[-1])), fill="black")
+    image.save(path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop
+# ----------------------------------------------------------------------------------------------------------------------
+def learning_rate(step, args):
+    """Linear warmup from 0, then a cosine from `lr` to `min_lr` at the last step."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    progress = (step - args.warmup) / max(1, args.steps - args.warmup)
+    return args.min_lr + (args.lr - args.min_lr) * (1 + math.cos(math.pi * min(1, progress))) / 2
+
+
+def batches(samples, stage, start, args, rank, world):
+    """Micro-batches of this rank from step `start` on: step s uses the positions s * batch ... (s + 1) * batch - 1."""
+    share = args.batch // world // args.accumulate
+    plan = [range(s * args.batch + rank + m * share * world, s * args.batch + (m + 1) * share * world, world)
+            for s in range(start, args.steps) for m in range(args.accumulate)]
+    return torch.utils.data.DataLoader(samples, batch_sampler=plan, collate_fn=stage.collate, num_workers=args.workers)
+
+
+def to_device(batch, device):
+    """The tensors of a batch on a device."""
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+def train(args, rank, world, device):
+    """Train one stage from wherever `--out` stands to `--steps`. Returns False if a signal stopped it before."""
+    out, main = Path(args.out), rank == 0
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)                                     # the same fresh weights on every rank
+    stage = STAGES[args.stage](args.frozen_from, args).to(device)
+    samples = data.Samples(data.open_source(args.data, stage.size, args.seed), stage.size, args.seed, stage.captions)
+    held_out = data.Samples(data.open_source(args.data, stage.size, 10 ** 6), stage.size, 10 ** 6, stage.captions)
+    test = to_device(stage.collate([held_out[i] for i in range(64)]), device)
+
+    params = [p for p in stage.trained.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay,
+                                  fused=device.type == "cuda")
+    ema = EMA(stage.trained, args.ema)
+    step = load_state(out, ema, optimizer, args)
+    if device.type == "cuda" and args.compile and stage.heavy is not None:
+        stage.heavy.compile()
+    net = stage
+    if world > 1:                                                    # in stage 0 a batch may happen to show no picture
+        net = DistributedDataParallel(stage, device_ids=[device.index] if device.type == "cuda" else None,
+                                      find_unused_parameters=args.stage == "0")
+    stopped = []
+    for sig in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sig, lambda *_: stopped.append(True))
+    if main:
+        print(f"stage {args.stage}: {sum(p.numel() for p in params) / 1e6:.2f} M trained parameters, "
+              f"{args.steps} steps of {args.batch}, {'from step ' + str(step) if step else 'from the start'}, in {out}")
+
+    log = open(out / "log.jsonl", "a") if main else None
+    bar = tqdm(total=args.steps, initial=step, disable=not main or args.quiet, unit="step", smoothing=0.05)
+    loader = iter(batches(samples, stage, step, args, rank, world))
+    sums, summed, skipped, since = {}, 0, 0, time.time()             # losses since the last line of the log
+    stage.trained.train()
+    while step < args.steps and not stopped:
+        torch.manual_seed(hash((args.seed, step, rank)) % 2 ** 63)   # all noise is a function of (seed, step, rank)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        for _ in range(args.accumulate):
+            batch = to_device(next(loader), device)
+            skipped += batch.pop("skipped")
+            with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+                losses = net(batch)
+            (sum(losses.values()) / args.accumulate).backward()
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0) + value.detach().float() / args.accumulate
+        norm = nn.utils.clip_grad_norm_(params, args.clip)
+        if not torch.isfinite(norm):
+            raise ValueError(f"the gradient of step {step} isn't finite: lower --lr ({args.lr}); {out} keeps the last state")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update()
+        step, summed = step + 1, summed + 1
+        bar.update()
+        if skipped > args.max_bad * step * args.batch + 10:
+            raise ValueError(f"{skipped} broken samples in {step * args.batch}: more than --max-bad {args.max_bad} allows")
+        if step % args.log_every == 0 or step == args.steps:
+            row = {"step": step, "samples": step * args.batch, **{k: float(v) / summed for k, v in sums.items()},
+                   "lr": optimizer.param_groups[0]["lr"], "grad": float(norm), "skipped": skipped,
+                   "per_s": round(summed * args.batch / (time.time() - since), 1)}
+            sums, summed, since = {}, 0, time.time()
+            if main:
+                log.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+                log.flush()
+                bar.set_postfix({k: f"{row[k]:.4f}" for k in losses})
+        if step % args.save_every == 0 or step == args.steps or stopped:
+            if main:
+                checkpoint(out, step, stage, ema, optimizer, test, log, args, list(losses)[0])
+            if world > 1:
+                dist.barrier()
+            since = time.time()
+    bar.close()
+    return not stopped
+
+
+@torch.no_grad()
+def checkpoint(out, step, stage, ema, optimizer, test, log, args, key):
+    """Everything that a pause writes: the state, then from the averaged weights the probe, the preview and the export."""
+    try:
+        save_state(out, step, ema, optimizer, args)
+        stage.trained.eval()
+        ema.swap()
+        found = {k: round(float(v), 4) for k, v in stage.probe(test).items()}
+        if found:
+            log.write(json.dumps({"step": step, **found}) + "\n")
+            log.flush()
+            tqdm.write(f"step {step}  " + "  ".join(f"{k[1:]} {v}" for k, v in found.items()))
+        rows = stage.preview(test)
+        if rows:
+            save_grid(rows, out / f"preview-{step:06d}.png")
+        if args.save:
+            Path(args.save).mkdir(parents=True, exist_ok=True)
+            stage.export(Path(args.save))
+        ema.swap()
+        stage.trained.train()
+        save_curve(out / "log.jsonl", out / "loss.png", key)
+    except OSError as error:                                         # a full disk must not end a run of days
+        tqdm.write(f"step {step} could not be written to {out}: {error}; training goes on, the state before it is kept")
+
+
+def arguments():
+    """The command line; what the recipe of the stage leaves open is filled in here."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--stage", required=True, choices=list(STAGES))
+    # what to read and write
+    add("--data", help="tar shards, folders or glob patterns, comma-separated; default: the synthetic world")
+    add("--init", help="model folder to start from, trained parts included where it has them. Default: the frozen parts of "
+                       "weights/nano, and fresh weights for what this stage trains (stage 2: its DiT, too)")
+    add("--save", help="model folder into which the trained parts are written at every checkpoint")
+    add("--out", help="folder of the run (state, log, pictures); if it holds a run, that run goes on. Default runs/STAGE")
+    # the recipe; defaults by stage
+    add("--paper", action="store_true", help="the paper's recipe (stages 1 and 2) instead of the nano one")
+    add("--steps", type=int)
+    add("--batch", type=int, help="samples of one step, over all processes")
+    add("--lr", type=float)
+    add("--min-lr", type=float)
+    add("--warmup", type=int, help="steps")
+    add("--ema", type=float, help="decay of the averaged weights")
+    add("--accumulate", type=int, default=1, help="micro-batches of one step")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    add("--beta2", type=float, default=0.95)
+    add("--weight-decay", type=float, default=0.0)
+    add("--drop", type=float, default=0.1, help="stages 1, 2: probability of dropping the condition")
+    add("--shift", type=float, default=5.0, help="stage 1: shift of time toward noise for a fresh DiT (1: the paper)")
+    add("--feature-noise", type=float, default=0.2, help="decoder: largest standard deviation of noise on its features")
+    add("--seed", type=int, default=0)
+    # the machine
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    add("--workers", type=int, default=0, help="processes that read pictures, per rank")
+    add("--max-bad", type=float, default=0.01, help="share of broken samples above which the run stops")
+    add("--no-compile", dest="compile", action="store_false", help="CUDA: run without torch.compile")
+    add("--log-every", type=int, default=20)
+    add("--save-every", type=int, default=500)
+    add("--quiet", action="store_true", help="no progress bar")
+    args = parser.parse_args()
+    if args.paper and args.stage not in PAPER:
+        raise ValueError(f"the paper doesn't train stage {args.stage}: --paper goes with stages 1 and 2")
+    for key, value in (PAPER if args.paper else RECIPES)[args.stage].items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    args.out = args.out or f"runs/{args.stage}"
+    args.warmup = min(args.warmup, args.steps // 2)
+    # A fresh clip, vae or stage 0 needs nobody; the others read frozen parts of a model folder.
+    args.init_trained = args.init is not None or args.stage == "2"
+    args.frozen_from = args.init or (str(NANO) if NANO.is_dir() else None)
+    if args.stage in ("decoder", "1", "2") and not args.frozen_from:
+        raise ValueError(f"stage {args.stage} builds on trained parts: name a model folder with --init")
+    if args.init and not Path(args.init).is_dir():
+        raise ValueError(f"there is no model folder at {args.init} (--init)")
+    for key in ("steps", "batch", "accumulate", "log_every", "save_every"):
+        if getattr(args, key) < 1:
+            raise ValueError(f"--{key.replace('_', '-')} must be at least 1, not {getattr(args, key)}")
+    if args.lr <= 0 or args.min_lr < 0 or not 0 <= args.drop <= 1:
+        raise ValueError("--lr must be positive, --min-lr not negative and --drop between 0 and 1")
+    return args
+
+
+def main():
+    """Set up the processes, train, and turn every mistake of a user into one sentence and exit code 2."""
+    try:
+        args = arguments()
+        world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        if args.batch % (world * args.accumulate):
+            raise ValueError(f"--batch {args.batch} must divide by processes ({world}) x --accumulate ({args.accumulate})")
+        cuda = torch.cuda.is_available() if args.device == "auto" else args.device == "cuda"
+        if cuda and not torch.cuda.is_available():
+            raise ValueError("--device cuda, but torch finds no CUDA device here: use --device cpu")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(device)
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        if world > 1:
+            dist.init_process_group("nccl" if cuda else "gloo")
+        finished = train(args, rank, world, device)
+        if world > 1:
+            dist.destroy_process_group()
+        if not finished:
+            print(f"stopped; the same command goes on from {args.out}")
+            sys.exit(130)
+    except ValueError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
