@@ -276,13 +276,14 @@ class NextDiT(nn.Module):
         """The start of training from scratch; called once by __init__.
 
         norm1.linear, norm_out.linear_2     0: tanh gates at 0 make every block the identity, and the first velocity is
-                                            0, the mean of all answers (adaLN-Zero of DiT, as in Lumina-Next)
+                                            0 (adaLN-Zero of DiT, as in Lumina-Next)
         layers.N.gate                       0: cross-attention enters head by head as it proves useful; until then the
                                             condition speaks through its mean alone
         norms                               weight 1, bias 0
         all other linears                   PyTorch's default, as in the official code, whose start it all is but for
                                             the first row
-        The first row pays at nano size (dim 96, 4 layers, 100 steps): loss at t = 0.02 0.38, and 0.54 without it.
+        The first row pays at nano size: after 100 steps of a dim 96, 4 layer model on made-up scenes the loss at
+        t = 0.02 was 0.38 and 0.41 (two seeds) with it, 0.54 and 0.52 without; after 400 steps 0.27 either way.
         """
         for layer in [block.norm1.linear for block in self.layers] + [self.norm_out.linear_2]:
             nn.init.zeros_(layer.weight)
