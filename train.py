@@ -40,7 +40,7 @@ from tqdm import tqdm
 import data
 import flow
 from clip_decoder import CLIP, PRESETS as DECODER_PRESETS, EvaClip, EulerSchedule, PixelDecoder, UNet, VAE
-from model import BLIP3o, preset
+from model import BLIP3o, component, preset, read_headers
 
 NANO = Path(__file__).parent / "weights" / "nano"                   # what a clone ships
 VOCABULARY = 512                                                    # upper limit of the nano tokenizer's size
@@ -105,7 +105,7 @@ class ClipStage(Stage):
         self.tokenizer = tokenizer_of(init)
         config = DECODER_PRESETS["nano"]["clip"]
         self.size, self.trained = config.image_size, CLIP(config, self.tokenizer.vocab_size)
-        if init and args.init:
+        if holds(init, "clip") and not args.fresh:
             self.trained.visual = EvaClip.from_pretrained(init)
         self.heavy = self.trained.visual
 
@@ -138,7 +138,7 @@ class VaeStage(Stage):
     def __init__(self, init, args):
         super().__init__()
         self.size = DECODER_PRESETS["nano"]["clip"].image_size
-        self.trained = VAE.from_pretrained(init) if init and args.init else VAE(DECODER_PRESETS["nano"]["vae"])
+        self.trained = VAE.from_pretrained(init) if holds(init, "vae") and not args.fresh else VAE(DECODER_PRESETS["nano"]["vae"])
         self.heavy = self.trained.to(memory_format=torch.channels_last)
 
     def forward(self, batch):
@@ -169,7 +169,7 @@ class DecoderStage(Stage):
         super().__init__()
         self.eva, vae = frozen(EvaClip.from_pretrained(init)), frozen(VAE.from_pretrained(init))
         self.size, self.noise = self.eva.config.image_size, args.feature_noise
-        unet = PixelDecoder.from_pretrained(init).unet if args.init_trained else UNet(DECODER_PRESETS["nano"]["unet"])
+        unet = UNet.from_pretrained(init) if holds(init, "unet") and not args.fresh else UNet(DECODER_PRESETS["nano"]["unet"])
         self.heavy = self.trained = unet.to(memory_format=torch.channels_last)
         self.decoder = PixelDecoder(self.trained, vae, EulerSchedule())
         with torch.no_grad():                                        # the negative of guidance: a picture of the mean colour
@@ -206,7 +206,7 @@ class UnderstandingStage(Stage):
         super().__init__()
         self.tokenizer = tokenizer_of(init)
         self.size = DECODER_PRESETS["nano"]["clip"].image_size
-        if args.init_trained:
+        if holds(init, "visual") and not args.fresh:
             self.trained = BLIP3o.from_pretrained(init, parts={"llm", "visual"})
         else:
             self.trained = BLIP3o(replace(nano_config(self.tokenizer), dit=None))
@@ -257,17 +257,16 @@ class GenerationStage(Stage):
         super().__init__()
         self.tokenizer = tokenizer_of(init)
         self.eva = frozen(EvaClip.from_pretrained(init))
-        parts = {"llm", "queries", "dit"} if args.init_trained else {"llm"}
-        self.trained = BLIP3o.from_pretrained(init, parts=parts)
-        if self.trained.dit is None:
+        drawn = {"queries", "dit"} if holds(init, "dit") and not args.fresh else set()
+        self.trained = BLIP3o.from_pretrained(init, parts={"llm"} | drawn)
+        if not drawn:
             config = nano_config(self.tokenizer)
             self.trained.add_generator(config.dit, self.tokenizer.vocab_size, config.n_query, args.shift, config.query_std)
         for name, p in self.trained.named_parameters():
             p.requires_grad_(name.startswith(("dit.", "latent_queries")))
         self.heavy = self.trained.dit
         self.size, self.drop, self.captions = self.eva.config.image_size, args.drop, False if args.stage == "2" else None
-        decoder = Path(init) / "diffusion-decoder"
-        self.decoder = frozen(PixelDecoder.from_pretrained(init)) if (decoder / "unet").is_dir() else None
+        self.decoder = frozen(PixelDecoder.from_pretrained(init)) if holds(init, "unet") else None
 
     def collate(self, samples):
         ids, mask = data.pad([data.prompt_ids(self.tokenizer, s["caption"]) for s in samples])
@@ -289,7 +288,7 @@ class GenerationStage(Stage):
         found = {}
         for t in (0.02, 0.05, 0.3):
             for name, c in ("true", cond), ("shuffled", cond.roll(1, 0)), ("null", torch.zeros_like(cond)):
-                loss = flow.flow_matching_loss(self.trained.dit, x1, c, drop=0, x0=noise, t=torch.full((len(x1),), t).to(x1))
+                loss = flow.flow_matching_loss(self.trained.dit, x1, c, drop=0, x0=noise, t=torch.full((len(x1),), t, device=x1.device))
                 found[f"_{name}@{t}"] = loss.mean()
         return found
 
@@ -310,6 +309,19 @@ def latent_noise(decoder, n):
     """The same n starting points (n, 4, h, w) for every preview."""
     side = decoder.unet.config.sample_size
     return torch.randn(n, decoder.unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def holds(folder, part):
+    """Does a model folder (or None) have this part: clip, vae, unet, or a component of BLIP3o as model.py names them?"""
+    if folder is None:
+        return False
+    if part in ("vae", "unet"):
+        return any((Path(folder) / base / part).is_dir() for base in ("diffusion-decoder", "."))
+    if part == "clip":
+        return (Path(folder) / "gen_vision_tower").is_dir()
+    folder = Path(folder)
+    stored = read_headers(folder) if any(folder.glob("model*.safetensors")) else {}
+    return any(component(key) == part for key in stored)
 
 
 def nano_config(tokenizer):
@@ -476,7 +488,7 @@ def train(args, rank, world, device):
     out, main = Path(args.out), rank == 0
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)                                     # the same fresh weights on every rank
-    stage = STAGES[args.stage](args.frozen_from, args).to(device)
+    stage = STAGES[args.stage](args.init, args).to(device)
     samples = data.Samples(data.open_source(args.data, stage.size, args.seed), stage.size, args.seed, stage.captions)
     held_out = data.Samples(data.open_source(args.data, stage.size, 10 ** 6), stage.size, 10 ** 6, stage.captions)
     test = to_device(stage.collate([held_out[i] for i in range(64)]), device)
@@ -577,8 +589,9 @@ def arguments():
     add("--stage", required=True, choices=list(STAGES))
     # what to read and write
     add("--data", help="tar shards, folders or glob patterns, comma-separated; default: the synthetic world")
-    add("--init", help="model folder to start from, trained parts included where it has them. Default: the frozen parts of "
-                       "weights/nano, and fresh weights for what this stage trains (stage 2: its DiT, too)")
+    add("--init", help="model folder to start from: parts that it lacks start from random weights. Default: weights/nano "
+                       "for what is frozen, random weights for what this stage trains (but stage 2 trains on)")
+    add("--fresh", action="store_true", help="random weights for what this stage trains, whatever --init holds of it")
     add("--save", help="model folder into which the trained parts are written at every checkpoint")
     add("--out", help="folder of the run (state, log, pictures); if it holds a run, that run goes on. Default runs/STAGE")
     # the recipe; defaults by stage
@@ -613,10 +626,10 @@ def arguments():
             setattr(args, key, value)
     args.out = args.out or f"runs/{args.stage}"
     args.warmup = min(args.warmup, args.steps // 2)
-    # A fresh clip, vae or stage 0 needs nobody; the others read frozen parts of a model folder.
-    args.init_trained = args.init is not None or args.stage == "2"
-    args.frozen_from = args.init or (str(NANO) if NANO.is_dir() else None)
-    if args.stage in ("decoder", "1", "2") and not args.frozen_from:
+    if args.init is None:
+        args.fresh |= args.stage != "2"
+        args.init = str(NANO) if NANO.is_dir() else None
+    if args.stage in ("decoder", "1", "2") and not args.init:
         raise ValueError(f"stage {args.stage} builds on trained parts: name a model folder with --init")
     if args.init and not Path(args.init).is_dir():
         raise ValueError(f"there is no model folder at {args.init} (--init)")
