@@ -491,7 +491,10 @@ class Tokenizer:
         file = Path(folder) / "tokenizer.json"
         if not file.is_file():
             raise ValueError(f"there is no tokenizer.json in {folder}")
-        return cls(Tokenizers.from_file(str(file)))
+        try:
+            return cls(Tokenizers.from_file(str(file)))
+        except Exception as error:                                   # the library raises nothing narrower
+            raise ValueError(f"{file} isn't a tokenizer: {error}") from None
 
     def save(self, folder):
         """Writes folder/tokenizer.json."""
@@ -563,7 +566,7 @@ def crop_square(image, size):
 
 def to_pixels(images):
     """uint8 (B, H, W, 3) array -> float (B, 3, H, W), normalised with CLIP's mean and standard deviation."""
-    pixels = torch.as_tensor(np.asarray(images)).permute(0, 3, 1, 2).float() / 255
+    pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 255
     return (pixels - MEAN[:, None, None]) / STD[:, None, None]
 
 

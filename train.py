@@ -39,11 +39,15 @@ from tqdm import tqdm
 
 import data
 import flow
-from clip_decoder import CLIP, PRESETS as DECODER_PRESETS, EvaClip, EulerSchedule, PixelDecoder, UNet, VAE
+from clip_decoder import (CLIP, PRESETS as DECODER_PRESETS, EvaClip, EulerSchedule, PixelDecoder, UNet, VAE,
+                          read_json, write_json)
 from model import BLIP3o, component, preset, read_headers
 
 NANO = Path(__file__).parent / "weights" / "nano"                   # what a clone ships
 VOCABULARY = 512                                                    # upper limit of the nano tokenizer's size
+
+# Steps and guidance that suit what is trained at nano size; saved with the weights, sample.py takes them from there.
+NANO_SAMPLING = {"steps": 30, "cfg": 2.0, "decoder_steps": 10, "decoder_cfg": 1.0}
 
 # The recipe of each stage at nano size (two CPU cores); every number is a flag of the same name. `lr` falls from its peak
 # to `min_lr` along a cosine, after `warmup` steps. The paper's stage 1: 1e-4 to 1e-5, batch 512, 150k steps; stage 2:
@@ -243,6 +247,11 @@ class UnderstandingStage(Stage):
     def export(self, folder):
         self.tokenizer.save(folder)
         self.trained.save_pretrained(folder, torch.float16)
+        config, area = self.trained.config, self.size ** 2
+        write_json(folder / "generation_config.json", {"do_sample": False, "eos_token_id": config.eos_token_id,
+                                                       "pad_token_id": config.pad_token_id})
+        if not (folder / "preprocessor_config.json").exists():       # pictures of any size are looked at as in training
+            write_json(folder / "preprocessor_config.json", {"min_pixels": area, "max_pixels": area})
 
 
 class GenerationStage(Stage):
@@ -280,6 +289,10 @@ class GenerationStage(Stage):
     def export(self, folder):
         self.tokenizer.save(folder)
         self.trained.save_pretrained(folder, torch.float16)
+        config = read_json(folder / "config.json")
+        if self.trained.config.shift != 1:                           # official weights keep the official numbers
+            config["nano_blip3o"].setdefault("sampling", NANO_SAMPLING)
+            write_json(folder / "config.json", config)
 
     def probe(self, batch):
         x1 = self.eva.encode(batch["pixels"]).transpose(1, 2).unflatten(2, (8, 8))           # (B, C, 8, 8)
