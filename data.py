@@ -222,8 +222,8 @@ def question(scene, rng, kind=None):
         pairs = {(o.colour, o.shape) for o in things}
         if rng.random() < 0.5:
             return kind, f"Is there {article(noun(t))}?", "yes"
-        near = (pick(rng, list(COLOURS)), t.shape) if rng.random() < 0.5 else (t.colour, pick(rng, SHAPES))
-        return (kind, f"Is there {article(' '.join(near))}?", "no") if near not in pairs else None
+        near = [(c, s) for c in COLOURS for s in SHAPES if (c == t.colour) != (s == t.shape) and (c, s) not in pairs]
+        return kind, f"Is there {article(' '.join(pick(rng, near)))}?", "no"
     if kind == "position" and len(things) == 2 and len({o.shape for o in things}) == 2 and relation(*things):
         other = things[0] if t is things[1] else things[1]
         truth = relation(t, other)
@@ -321,11 +321,13 @@ def load_image(file):
     """
     try:
         image = ImageOps.exif_transpose(Image.open(file))
+        if image.mode.startswith("I;16"):                            # PIL would clip 16 bits, not scale them
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:                                       # broken bytes make PIL raise half a dozen kinds
         name = file if isinstance(file, (str, Path)) else "this member"
         raise ValueError(f"{name} can't be read as a picture: {error}") from None
 
@@ -604,7 +606,7 @@ def to_patches(pixels, patch=14, merge=2, frames=2):
     x = pixels.view(B, C, h // merge, merge, patch, w // merge, merge, patch)
     x = x.permute(0, 2, 5, 3, 6, 1, 4, 7)                            # (B, h/m, w/m, m, m, C, p, p)
     x = x.unsqueeze(6).expand(*x.shape[:6], frames, patch, patch)    # (B, h/m, w/m, m, m, C, T, p, p)
-    return x.reshape(B * h * w, -1), torch.tensor([[1, h, w]] * B)
+    return x.reshape(B * h * w, C * frames * patch ** 2), torch.tensor([[1, h, w]]).repeat(B, 1)
 
 
 def preprocess_clip(image, size=448):

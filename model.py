@@ -436,7 +436,7 @@ def last_real(mask):
 
 
 def penalise(scores, seen, penalty):
-    """Make the tokens in seen (B, V) bool less likely by penalty > 1, whatever their score's sign (arXiv 1909.05858)."""
+    """Make tokens in seen (B, V) bool less likely by penalty > 1, whatever their score's sign (arXiv 1909.05858)."""
     return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 

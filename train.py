@@ -33,6 +33,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -72,7 +73,7 @@ PAPER = {
 class Stage(nn.Module):
     """One stage: `trained` (a module whose parameters with requires_grad learn), collate, forward -> losses, export.
 
-    forward(batch) returns {name: scalar}; the sum is minimised, names that start with "_" are only logged.
+    forward(batch) returns {name: scalar}; the sum is minimised.
     """
     size = 64                       # side of the pictures that this stage reads
     captions = None                 # True: long captions, False: short ones, None: a mixture
@@ -392,7 +393,7 @@ def save_state(out, step, ema, optimizer, args):
     samples and all noise are functions of seed and step, so the step is all there is to know).
     """
     name = f"step-{step:06d}"
-    temporary = out / f".{name}.tmp"
+    temporary = out / ".step.tmp"                                    # one name: what a crash leaves is overwritten
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     moments = {f"{n}.{key}": value.reshape(1) if value.ndim == 0 else value.contiguous()
@@ -496,6 +497,24 @@ def to_device(batch, device):
     return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
+def any_process(flag, device):
+    """Is a flag set on any of the processes? They must leave the loop after the same step, or the others wait for ever."""
+    if not dist.is_initialized():
+        return flag
+    flag = torch.tensor(float(flag), device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def note(log, row):
+    """One more line of log.jsonl. A full disk costs the line, not the run."""
+    try:
+        log.write(json.dumps(row) + "\n")
+        log.flush()
+    except OSError as error:
+        tqdm.write(f"{log.name}: {error}")
+
+
 def train(args, rank, world, device):
     """Train one stage from wherever `--out` stands to `--steps`. Returns False if a signal stopped it before."""
     out, main = Path(args.out), rank == 0
@@ -529,7 +548,8 @@ def train(args, rank, world, device):
     loader = iter(batches(samples, stage, step, args, rank, world))
     sums, summed, skipped, since = {}, 0, 0, time.time()             # losses since the last line of the log
     stage.trained.train()
-    while step < args.steps and not stopped:
+    halt = False
+    while step < args.steps and not halt:
         torch.manual_seed(hash((args.seed, step, rank)) % 2 ** 63)   # all noise is a function of (seed, step, rank)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
@@ -557,17 +577,17 @@ def train(args, rank, world, device):
                    "per_s": round(summed * args.batch / (time.time() - since), 1)}
             sums, summed, since = {}, 0, time.time()
             if main:
-                log.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
-                log.flush()
+                note(log, {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
                 bar.set_postfix({k: f"{row[k]:.4f}" for k in losses})
-        if step % args.save_every == 0 or step == args.steps or stopped:
+        halt = any_process(bool(stopped), device)
+        if step % args.save_every == 0 or step == args.steps or halt:
             if main:
                 checkpoint(out, step, stage, ema, optimizer, test, log, args, list(losses)[0])
             if world > 1:
                 dist.barrier()
             since = time.time()
     bar.close()
-    return not stopped
+    return step >= args.steps
 
 
 @torch.no_grad()
@@ -577,21 +597,22 @@ def checkpoint(out, step, stage, ema, optimizer, test, log, args, key):
         save_state(out, step, ema, optimizer, args)
         stage.trained.eval()
         ema.swap()
-        found = {k: round(float(v), 4) for k, v in stage.probe(test).items()}
-        if found:
-            log.write(json.dumps({"step": step, **found}) + "\n")
-            log.flush()
-            tqdm.write(f"step {step}  " + "  ".join(f"{k[1:]} {v}" for k, v in found.items()))
-        rows = stage.preview(test)
-        if rows:
-            save_grid(rows, out / f"preview-{step:06d}.png")
-        if args.save:
-            Path(args.save).mkdir(parents=True, exist_ok=True)
-            stage.export(Path(args.save))
-        ema.swap()
-        stage.trained.train()
+        try:
+            found = {k: round(float(v), 4) for k, v in stage.probe(test).items()}
+            if found:
+                note(log, {"step": step, **found})
+                tqdm.write(f"step {step}  " + "  ".join(f"{k[1:]} {v}" for k, v in found.items()))
+            rows = stage.preview(test)
+            if rows:
+                save_grid(rows, out / f"preview-{step:06d}.png")
+            if args.save:
+                Path(args.save).mkdir(parents=True, exist_ok=True)
+                stage.export(Path(args.save))
+        finally:                                                     # whatever failed, training goes on with its own weights
+            ema.swap()
+            stage.trained.train()
         save_curve(out / "log.jsonl", out / "loss.png", key)
-    except OSError as error:                                         # a full disk must not end a run of days
+    except (OSError, SafetensorError) as error:                      # a full disk must not end a run of days
         tqdm.write(f"step {step} could not be written to {out}: {error}; training goes on, the state before it is kept")
 
 
@@ -676,7 +697,7 @@ def main():
         if not finished:
             print(f"stopped; the same command goes on from {args.out}")
             sys.exit(130)
-    except ValueError as error:
+    except (ValueError, OSError, SafetensorError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
 
