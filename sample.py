@@ -36,7 +36,7 @@ from model import BLIP3o
 
 # Steps and guidance of the official pipeline; a checkpoint names its own in config.json as nano_blip3o.sampling.
 OFFICIAL = {"steps": 30, "cfg": 3.0, "decoder_steps": 50, "decoder_cfg": 3.0}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # One seed makes noise for three things, each a stream of its own. torch's CPU generator reads only 32 bits of its seed,
 # so streams lie MAX_SEED apart: seed + 2^32 would be the same noise again.
 FEATURES, DECODER, NEGATIVE = 0, 1, 2
@@ -51,7 +51,7 @@ FRAMES = 8                                      # of --steps-strip
 class Pipeline:
     """The parts of one model folder, each read from disk when first needed, and what they do together.
 
-    device: "auto" is CUDA where there is one, else the CPU. dtype: "auto" is bfloat16 on CUDA, else float32. parts:
+    device: "auto" is CUDA where there is one, else the CPU. dtype: "auto" is bf16 on CUDA, else fp32. parts:
     what BLIP3o.from_pretrained reads, None for all that is there. Steps and guidance left at None are the checkpoint's
     own, else the official ones. Whoever has a live model assigns `model`, `eva` or `decoder` instead of having it read.
     Raises ValueError for a folder that holds no model, or a device that isn't there.
