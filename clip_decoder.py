@@ -924,7 +924,7 @@ class PixelDecoder(nn.Module):
         # The VAE runs in fp32: SDXL's overflows in fp16, and its config asks for it (official code still runs bf16).
         return (self.vae.decode(x) / 2 + 0.5).clamp(0, 1)
 
-    def loss(self, images, features, drop=0.1, generator=None, negative=None):
+    def loss(self, images, features, drop=0.1, generator=None, negative=None, max_weight=1.0):
         """Mean squared error of the predicted noise (as Emu2 trains its decoder), a scalar.
 
         images: pixels (B, 3, H, W) in [-1, 1], encoded here without gradient, or scaled latents (B, 4, h, w).
@@ -943,7 +943,8 @@ class PixelDecoder(nn.Module):
         cond = torch.where(dropped, torch.zeros_like(features) if negative is None else negative, features)
         size = (z.shape[2] * self.vae.factor, z.shape[3] * self.vae.factor)
         eps = self.unet(self.schedule.add_noise(z, noise, t), t, cond, *self.added_conditions(cond, size, size, (0, 0)))
-        return F.mse_loss(eps, noise)
+        weight = (1 / self.schedule.alpha_bar.to(device)[t]).clamp(max=max_weight)                # 1 / alpha_bar = 1 + sigma^2
+        return (weight * (eps - noise).square().flatten(1).mean(1)).mean()
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu", dtype=torch.float32):
@@ -969,8 +970,8 @@ PRESETS = {
         "clip": EvaConfig(image_size=64, patch_size=8, width=48, layers=4, heads=4, mlp_hidden=384),
         "vae": VAEConfig(block_out_channels=(16, 16, 32), layers_per_block=1, norm_num_groups=4,
                          scaling_factor=1.0, sample_size=64),
-        "unet": UNetConfig(sample_size=16, block_out_channels=(64, 128), layers_per_block=1,
-                           transformer_layers_per_block=(1, 1), attention_head_dim=(2, 4), cross_attention_dim=48,
+        "unet": UNetConfig(sample_size=16, block_out_channels=(48, 96), layers_per_block=1,
+                           transformer_layers_per_block=(1, 1), attention_head_dim=(2, 3), cross_attention_dim=48,
                            addition_time_embed_dim=32, projection_class_embeddings_input_dim=48 + 6 * 32,
                            norm_num_groups=16,
                            down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2),

@@ -236,11 +236,23 @@ def question(scene, rng, kind=None):
 
 def ask(scene, rng, text=None):
     """(question, answer) about a scene, of a kind that it can answer; with `text`, only what that caption tells as well."""
+    told = {kind: True for kind in QUESTIONS}
+    if text is not None:
+        told["colour"] = told["shape"] = told["existence"] = scene.things[0].colour in text
+        told["position"] = any(f" {link} " in text for link in (*RELATIONS, "under"))
+        told["background"] = scene.background in text
     while True:
         found = question(scene, rng)
-        told = found and (text is None or found[0] != "position" or any(f" {w} " in text for w in ("of", "above", "below", "under")))
-        if told:
+        if found and told[found[0]]:
             return found[1], found[2]
+
+
+def describe(scene):
+    """The answer to DESCRIBE: everything, from left to right, in one fixed form (captions vary, and a model that is to
+    learn to see learns more from a text that only the picture can change)."""
+    things = sorted(scene.things, key=lambda t: t.x)
+    told = [f"{article(noun(t, size=True))} {region(t)}" for t in things]
+    return f"{join(told)} on {article(f'{scene.background} background')}"
 
 
 def world_texts(n):
@@ -248,7 +260,7 @@ def world_texts(n):
     for i in range(n):
         scene, rng = make_scene(0, i), np.random.default_rng(i)
         yield caption(scene, rng)
-        yield " ".join(ask(scene, rng))
+        yield " ".join((*ask(scene, rng), describe(scene)))
     for text in (f"system\n{SYSTEM}", "user\n" + GENERATE.format("a"), f"user\n{DESCRIBE}", "assistant\n"):
         yield from [text] * n
 
@@ -586,7 +598,7 @@ def smart_resize(height, width, factor=28, min_pixels=None, max_pixels=None):
     low, high = min_pixels or 4 * factor ** 2, max_pixels or 16384 * factor ** 2
     if max(height, width) > 200 * min(height, width):
         raise ValueError(f"the picture is {width} x {height}: Qwen2.5-VL takes aspect ratios up to 200")
-    h, w = (max(factor, round(side / factor) * factor) for side in (height, width))
+    h, w = (round(side / factor) * factor for side in (height, width))
     if h * w > high:
         beta = math.sqrt(height * width / high)
         h, w = (max(factor, math.floor(side / beta / factor) * factor) for side in (height, width))

@@ -54,11 +54,11 @@ NANO_SAMPLING = {"steps": 30, "cfg": 2.0, "decoder_steps": 10, "decoder_cfg": 1.
 # to `min_lr` along a cosine, after `warmup` steps. The paper's stage 1: 1e-4 to 1e-5, batch 512, 150k steps; stage 2:
 # 1e-4 to 0, 10k steps (see --paper).
 RECIPES = {
-    "clip":    dict(steps=5000, batch=64, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999),
-    "vae":     dict(steps=6000, batch=16, lr=1e-3, min_lr=2e-5, warmup=100, ema=0.999),
-    "decoder": dict(steps=10000, batch=32, lr=1e-3, min_lr=2e-5, warmup=100, ema=0.999),
-    "0":       dict(steps=6000, batch=32, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999),
-    "1":       dict(steps=10000, batch=64, lr=1.5e-3, min_lr=1e-4, warmup=100, ema=0.999),
+    "clip":    dict(steps=3000, batch=64, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999),
+    "vae":     dict(steps=3000, batch=16, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999),
+    "decoder": dict(steps=4000, batch=16, lr=1e-3, min_lr=2e-5, warmup=100, ema=0.999),
+    "0":       dict(steps=2800, batch=16, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999),
+    "1":       dict(steps=4200, batch=64, lr=1e-3, min_lr=5e-5, warmup=100, ema=0.999),
     "2":       dict(steps=2000, batch=64, lr=5e-4, min_lr=0.0, warmup=50, ema=0.999),
 }
 PAPER = {
@@ -166,14 +166,14 @@ class VaeStage(Stage):
 class DecoderStage(Stage):
     """The pixel decoder as Emu2 trains it: SDXL's UNet learns to draw the image from frozen EVA-CLIP features.
 
-    Half of the batches see features with a little noise, because at sampling time they come from the DiT, which errs
+    The features get a little noise of random strength, because at sampling time they come from the DiT, which errs
     (the noise-augmented decoder of RAE, arXiv 2510.11690, section 4).
     """
 
     def __init__(self, init, args):
         super().__init__()
         self.eva, vae = frozen(EvaClip.from_pretrained(init)), frozen(VAE.from_pretrained(init))
-        self.size, self.noise = self.eva.config.image_size, args.feature_noise
+        self.size, self.noise, self.max_weight = self.eva.config.image_size, args.feature_noise, args.max_weight
         unet = UNet.from_pretrained(init) if holds(init, "unet") and not args.fresh else UNet(DECODER_PRESETS["nano"]["unet"])
         self.heavy = self.trained = unet.to(memory_format=torch.channels_last)
         self.decoder = PixelDecoder(self.trained, vae, EulerSchedule())
@@ -186,7 +186,8 @@ class DecoderStage(Stage):
             level = self.noise * torch.rand(len(features), 1, 1, device=features.device)
             features = features + level * torch.randn_like(features)
             latents = self.decoder.vae.encode(data.to_signed(batch["pixels"]))
-        return {"epsilon": self.decoder.loss(latents, features, negative=self.negative.to(features))}
+        return {"epsilon": self.decoder.loss(latents, features, negative=self.negative.to(features),
+                                             max_weight=self.max_weight)}
 
     def export(self, folder):
         self.decoder.save_pretrained(folder, torch.float16)
@@ -203,9 +204,11 @@ class DecoderStage(Stage):
 class UnderstandingStage(Stage):
     """Stage 0: Qwen2.5-VL learns language and sight together. Real shards give captions to write; the world asks as well.
 
-    World tasks: describe the picture; answer a question about the picture; answer a question about a caption that asked
-    for a picture, so that the language model holds in mind who has which colour: later, its frozen states steer the DiT.
+    Half of the world's conversations are about a picture: questions, then a description of everything. The other half
+    are about a caption that asked for a picture. That makes the language model bind each colour to its object while it
+    reads: predicting captions alone never needs this, and the frozen states will have to tell the DiT who is red.
     """
+    questions = 4                   # in one conversation: the prompt is read once, so more questions cost little
 
     def __init__(self, init, args):
         super().__init__()
@@ -218,12 +221,11 @@ class UnderstandingStage(Stage):
         self.vision = self.trained.config.vision
 
     def collate(self, samples):
-        turns, looks, everything = zip(*map(self.task, samples))
+        turns, looks = zip(*map(self.task, samples))
         merged = (self.size // self.vision.patch_size // self.vision.spatial_merge_size) ** 2
         rows = [data.chat_ids(self.tokenizer, t, merged * look) for t, look in zip(turns, looks)]
         ids, mask = data.pad([r[0] for r in rows], self.tokenizer.special["<|endoftext|>"])
         targets, _ = data.pad([r[1] for r in rows], False)
-        targets |= torch.tensor(everything)[:, None] & mask          # text alone: learn to read by predicting all of it
         batch = super().collate(samples)
         seen = torch.tensor(looks)
         patches, grid = (None, None) if not seen.any() else data.to_patches(
@@ -231,15 +233,14 @@ class UnderstandingStage(Stage):
         return {**batch, "ids": ids, "mask": mask, "labels": ids.where(targets, -100), "patches": patches, "grid": grid}
 
     def task(self, sample):
-        """(turns, does it show the picture?, is every token a target?)"""
-        rng, scene, draw = sample["rng"], sample.get("scene"), sample["rng"].random()
-        if scene is None or draw < 0.3:
-            return [(data.DESCRIBE, sample["caption"])], True, False
-        if draw < 0.65:
-            return [data.ask(scene, rng)], True, False
-        text = data.caption(scene, rng, long=True) if draw < 0.9 else sample["caption"]
-        turns = [(data.GENERATE.format(text), "")]
-        return turns + [data.ask(scene, rng, text)] if draw < 0.9 else turns, False, True
+        """(turns of one conversation, does it show the picture?)"""
+        rng, scene = sample["rng"], sample.get("scene")
+        if scene is None:
+            return [(data.DESCRIBE, sample["caption"])], True
+        if rng.random() < 0.5:
+            return [data.ask(scene, rng) for _ in range(self.questions)] + [(data.DESCRIBE, data.describe(scene))], True
+        text = sample["caption"]
+        return [(data.GENERATE.format(text), "")] + [data.ask(scene, rng, text) for _ in range(self.questions)], False
 
     def forward(self, batch):
         return {"text": self.trained(batch["ids"], batch["mask"], labels=batch["labels"], pixels=batch["patches"],
@@ -643,6 +644,7 @@ def arguments():
     add("--drop", type=float, default=0.1, help="stages 1, 2: probability of dropping the condition")
     add("--shift", type=float, default=5.0, help="stage 1: shift of time toward noise for a fresh DiT (1: the paper)")
     add("--feature-noise", type=float, default=0.2, help="decoder: largest standard deviation of noise on its features")
+    add("--max-weight", type=float, default=16.0, help="decoder: cap of the loss weight 1 + sigma^2 (1: as Emu2)")
     add("--seed", type=int, default=0)
     # the machine
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
