@@ -340,6 +340,8 @@ class CLIP(nn.Module):
         self.text = TextTower(vocab_size, text_width, text_layers, embed_dim, context)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.pixel_head = nn.Linear(C, 3 * (config.image_size // side) ** 2)
+        self.place_head = nn.Linear(C, 16)
+        self.register_buffer("places", 2 * sincos_positions(16, side), persistent=False)       # (64, 16), unit scale
 
     def encode_image(self, pixels):
         """pixels (B, 3, S, S), CLIP-normalised -> unit vectors (B, E)."""
@@ -350,13 +352,15 @@ class CLIP(nn.Module):
         return F.normalize(self.text(ids, mask), dim=-1)
 
     def forward(self, pixels, ids, mask, noise=0.3, generator=None):
-        """Losses of a batch of pairs, each a mean: {"contrastive", "pixels", "scale"}. Weigh and add them as you like.
+        """Losses of a batch of pairs, each a mean: {"contrastive", "pixels", "places", "scale"}. Weigh and add them as you like.
 
         contrastive  symmetric InfoNCE (CLIP): every image finds its caption in the batch, every caption its image.
         pixels       MSE of each pooled feature's own block of the normalised image, predicted linearly from the feature
                      plus Gaussian noise of std `noise`. The flow will add errors of that size, so shapes and colours
                      have to sit in directions of large variance (the noise-augmented decoders of representation
                      autoencoders). Contrastive training alone collapses small towers to a few dimensions.
+        places       the same for where a feature lies in the grid: the pixel decoder's cross-attention sees a set of features and
+                     learns only from themselves which is which. Without it, a probe finds 3/4 of the variance of rows and columns.
         scale        per channel, mean^2 + (std - 1)^2: the RAW features then have the unit scale that flow matching
                      from unit noise wants, and no statistics have to be stored beside the weights.
         """
@@ -371,6 +375,7 @@ class CLIP(nn.Module):
         flat = z.flatten(0, 1)                                                           # (B*64, C)
         return {"contrastive": contrastive,
                 "pixels": F.mse_loss(self.pixel_head(noisy), image_blocks(pixels, math.isqrt(z.shape[1]))),
+                "places": F.mse_loss(self.place_head(noisy), self.places.expand(len(z), -1, -1)),
                 "scale": (flat.mean(0) ** 2 + (flat.std(0) - 1) ** 2).mean()}
 
 

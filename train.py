@@ -120,7 +120,8 @@ class ClipStage(Stage):
 
     def forward(self, batch):
         losses = self.trained(batch["pixels"], batch["ids"], batch["mask"])
-        return {"pixels": 3 * losses["pixels"], "contrastive": 0.3 * losses["contrastive"], "scale": 0.3 * losses["scale"]}
+        return {"pixels": 3 * losses["pixels"], "places": losses["places"], "contrastive": 0.3 * losses["contrastive"],
+                "scale": 0.3 * losses["scale"]}
 
     def export(self, folder):
         self.tokenizer.save(folder)
@@ -129,7 +130,9 @@ class ClipStage(Stage):
     def probe(self, batch):
         image, text = self.trained.encode_image(batch["pixels"]), self.trained.encode_text(batch["ids"], batch["mask"])
         found = (image @ text.T).argmax(1) == torch.arange(len(image), device=image.device)
-        return {"_top1": found.float().mean(), "_psnr": psnr(self.preview(batch)[0], show(batch["pixels"]))}
+        places = self.trained.place_head(self.trained.visual.encode(batch["pixels"]))
+        return {"_top1": found.float().mean(), "_psnr": psnr(self.preview(batch)[0], show(batch["pixels"])),
+                "_place_error": F.mse_loss(places, self.trained.places.expand_as(places))}
 
     def preview(self, batch):
         side = math.isqrt(self.trained.visual.config.n_query)
