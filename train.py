@@ -56,9 +56,9 @@ NANO_SAMPLING = {"steps": 30, "cfg": 2.0, "decoder_steps": 10, "decoder_cfg": 1.
 RECIPES = {
     "clip":    dict(steps=3000, batch=64, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999),
     "vae":     dict(steps=3000, batch=16, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999),
-    "decoder": dict(steps=4000, batch=16, lr=1e-3, min_lr=2e-5, warmup=100, ema=0.999),
+    "decoder": dict(steps=3500, batch=16, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999),
     "0":       dict(steps=2800, batch=16, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999),
-    "1":       dict(steps=4200, batch=64, lr=1e-3, min_lr=5e-5, warmup=100, ema=0.999),
+    "1":       dict(steps=3200, batch=64, lr=1e-3, min_lr=5e-5, warmup=100, ema=0.999),
     "2":       dict(steps=2000, batch=64, lr=5e-4, min_lr=0.0, warmup=50, ema=0.999),
 }
 PAPER = {
@@ -196,7 +196,18 @@ class DecoderStage(Stage):
         self.decoder.save_pretrained(folder, torch.float16)
 
     def probe(self, batch):
-        return {"_psnr": psnr(self.preview(batch)[0], show(batch["pixels"][:32]))}
+        """PSNR of drawn pictures; and, much earlier to move, the error of the clean latents that the UNet sees through
+        strong noise, given the picture's own features and another's."""
+        z, features = self.decoder.vae.encode(data.to_signed(batch["pixels"])), self.eva.encode(batch["pixels"])
+        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
+        found = {"_psnr": psnr(self.preview(batch)[0], show(batch["pixels"][:32]))}
+        for t in (600, 800, 950):
+            times, a = torch.full((len(z),), t, device=z.device), float(self.decoder.schedule.alpha_bar[t])
+            for name, cond in ("true", features), ("shuffled", features.roll(1, 0)):
+                added = self.decoder.added_conditions(cond, (self.size,) * 2, (self.size,) * 2, (0, 0))
+                eps = self.trained(self.decoder.schedule.add_noise(z, noise, times), times, cond, *added)
+                found[f"_{name}@{t}"] = F.mse_loss(eps, noise) * (1 - a) / a
+        return found
 
     def preview(self, batch):
         features = self.eva.encode(batch["pixels"][:32])
@@ -647,7 +658,7 @@ def arguments():
     add("--drop", type=float, default=0.1, help="stages 1, 2: probability of dropping the condition")
     add("--shift", type=float, default=5.0, help="stage 1: shift of time toward noise for a fresh DiT (1: the paper)")
     add("--feature-noise", type=float, default=0.2, help="decoder: largest standard deviation of noise on its features")
-    add("--max-weight", type=float, default=16.0, help="decoder: cap of the loss weight 1 + sigma^2 (1: as Emu2)")
+    add("--max-weight", type=float, default=300.0, help="decoder: cap of the loss weight 1 + sigma^2 (1: as Emu2)")
     add("--seed", type=int, default=0)
     # the machine
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
