@@ -232,7 +232,8 @@ class UnderstandingStage(Stage):
             self.trained = BLIP3o.from_pretrained(init, parts={"llm", "visual"})
         else:
             self.trained = BLIP3o(replace(nano_config(self.tokenizer), dit=None))
-        self.vision = self.trained.config.vision
+        self.vision, self.sight_alone = self.trained.config.vision, args.freeze_llm
+        self.trained.llm.requires_grad_(not self.sight_alone)
 
     def collate(self, samples):
         turns, looks = zip(*map(self.task, samples))
@@ -251,7 +252,7 @@ class UnderstandingStage(Stage):
         rng, scene = sample["rng"], sample.get("scene")
         if scene is None:
             return [(data.DESCRIBE, sample["caption"])], True
-        if rng.random() < 0.5:
+        if self.sight_alone or rng.random() < 0.5:
             return [data.ask(scene, rng) for _ in range(self.questions)] + [(data.DESCRIBE, data.describe(scene))], True
         text = sample["caption"]
         return [(data.GENERATE.format(text), "")] + [data.ask(scene, rng, text) for _ in range(self.questions)], False
@@ -655,6 +656,7 @@ def arguments():
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--beta2", type=float, default=0.95)
     add("--weight-decay", type=float, default=0.0)
+    add("--freeze-llm", action="store_true", help="stage 0: train the vision tower alone, so that a DiT keeps what it listens to")
     add("--drop", type=float, default=0.1, help="stages 1, 2: probability of dropping the condition")
     add("--shift", type=float, default=5.0, help="stage 1: shift of time toward noise for a fresh DiT (1: the paper)")
     add("--feature-noise", type=float, default=0.2, help="decoder: largest standard deviation of noise on its features")
