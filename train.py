@@ -58,7 +58,7 @@ RECIPES = {
     "vae":     dict(steps=3000, batch=16, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999),
     "decoder": dict(steps=3500, batch=16, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999),
     "0":       dict(steps=2800, batch=16, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999),
-    "1":       dict(steps=3200, batch=64, lr=1e-3, min_lr=5e-5, warmup=100, ema=0.999),
+    "1":       dict(steps=1600, batch=64, lr=1.5e-3, min_lr=5e-5, warmup=100, ema=0.999),
     "2":       dict(steps=2000, batch=64, lr=5e-4, min_lr=0.0, warmup=50, ema=0.999),
 }
 PAPER = {
@@ -232,8 +232,7 @@ class UnderstandingStage(Stage):
             self.trained = BLIP3o.from_pretrained(init, parts={"llm", "visual"})
         else:
             self.trained = BLIP3o(replace(nano_config(self.tokenizer), dit=None))
-        self.vision, self.sight_alone = self.trained.config.vision, args.freeze_llm
-        self.trained.llm.requires_grad_(not self.sight_alone)
+        self.vision = self.trained.config.vision
 
     def collate(self, samples):
         turns, looks = zip(*map(self.task, samples))
@@ -252,7 +251,7 @@ class UnderstandingStage(Stage):
         rng, scene = sample["rng"], sample.get("scene")
         if scene is None:
             return [(data.DESCRIBE, sample["caption"])], True
-        if self.sight_alone or rng.random() < 0.5:
+        if rng.random() < 0.5:
             return [data.ask(scene, rng) for _ in range(self.questions)] + [(data.DESCRIBE, data.describe(scene))], True
         text = sample["caption"]
         return [(data.GENERATE.format(text), "")] + [data.ask(scene, rng, text) for _ in range(self.questions)], False
@@ -656,7 +655,6 @@ def arguments():
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--beta2", type=float, default=0.95)
     add("--weight-decay", type=float, default=0.0)
-    add("--freeze-llm", action="store_true", help="stage 0: train the vision tower alone, so that a DiT keeps what it listens to")
     add("--drop", type=float, default=0.1, help="stages 1, 2: probability of dropping the condition")
     add("--shift", type=float, default=5.0, help="stage 1: shift of time toward noise for a fresh DiT (1: the paper)")
     add("--feature-noise", type=float, default=0.2, help="decoder: largest standard deviation of noise on its features")
