@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -29,7 +29,8 @@ def weight_map(folder):
     """{tensor name: file} of the safetensors in `folder` (or of one file): shards and .bf16/.fp16 variants too.
 
     Where several variants lie side by side, the plain one wins, then bf16, then fp16. {} where there is none.
-    Raises ValueError where a shard named by the index is absent, or where two files hold the same tensor.
+    Raises ValueError where a shard named by the index is absent, a file is cut short or no safetensors file, or where
+    two files hold the same tensor.
     """
     folder = Path(folder)
     found = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
@@ -43,22 +44,30 @@ def weight_map(folder):
                 raise ValueError(f"{folder} lacks the shards {', '.join(absent)} that {index.name} names")
     where = {}
     for file in found:
-        with safe_open(file, "pt") as f:
-            for name in f.keys():
-                if name in where:
-                    raise ValueError(f"{name} is both in {where[name]} and in {file}: remove one of the files")
-                where[name] = file
+        try:
+            with safe_open(file, "pt") as f:
+                names = list(f.keys())
+        except SafetensorError as error:
+            raise ValueError(f"{file} is cut short or broken ({error}): download it again") from None
+        for name in names:
+            if name in where:
+                raise ValueError(f"{name} is both in {where[name]} and in {file}: remove one of the files")
+            where[name] = file
     return where
 
 
 def read_weights(where, prefix="", device="cpu", dtype=torch.float32):
-    """The tensors of a `weight_map` whose names start with `prefix`, which is cut off; mapped from disk, not copied."""
+    """The tensors of a `weight_map` whose names start with `prefix`, which is cut off: mapped, copied at most once.
+
+    A file is opened anew for each tensor: what was mapped of the one before leaves memory with its mapping. On the device
+    "meta" only headers are read.
+    """
     state = {}
-    for file in sorted(set(where.values())):
-        with safe_open(file, "pt") as f:
-            for name in f.keys():
-                if name.startswith(prefix):
-                    state[name[len(prefix):]] = f.get_tensor(name).to(device, dtype)
+    for name, file in where.items():
+        if name.startswith(prefix):
+            with safe_open(file, "pt") as f:
+                state[name[len(prefix):]] = (torch.empty(f.get_slice(name).get_shape(), dtype=dtype, device="meta")
+                                             if str(device) == "meta" else f.get_tensor(name).to(device, dtype))
     return state
 
 

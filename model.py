@@ -14,11 +14,12 @@ import json
 import math
 import os
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -340,6 +341,32 @@ def mrope_positions(ids, mask, grid_thw, config):
     return positions, step.sum(1) - mask.sum(1)
 
 
+class KVCache:
+    """Keys and values of the tokens that a Transformer has read, for the tokens that come after them.
+
+    capacity None: the past is concatenated with what is new, and gradients may flow through it. A number of tokens:
+    memory is laid out once and written in place, for text that grows token by token without gradient.
+    """
+
+    def __init__(self, capacity=None):
+        self.capacity, self.layers, self.length = capacity, {}, 0
+
+    def extend(self, layer, k, v):
+        """Add k and v (B, heads, L, hd) of new tokens; returns keys and values of all P + L, (B, heads, P + L, hd)."""
+        end = self.length + k.shape[2]
+        if self.capacity is None:
+            if self.length:
+                k, v = (torch.cat([past, new], dim=2) for past, new in zip(self.layers[layer], (k, v)))
+            self.layers[layer] = k, v
+            return k, v
+        if layer not in self.layers:
+            self.layers[layer] = [torch.empty(*y.shape[:2], self.capacity, y.shape[3], dtype=y.dtype, device=y.device)
+                                  for y in (k, v)]
+        for past, new in zip(self.layers[layer], (k, v)):
+            past[:, :, self.length:end] = new
+        return [past[:, :, :end] for past in self.layers[layer]]
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary positions."""
 
@@ -353,19 +380,20 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, config.num_key_value_heads * hd, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.num_attention_heads * hd, D, bias=False)
 
-    def forward(self, x, cos, sin, visible, past):
+    def forward(self, x, cos, sin, visible, extend):
         """x (B, L, D), cos and sin (B, 1, L, hd), visible (.., 1, L, P + L) bool or None for plain causal attention,
-        past: keys and values of P earlier tokens or None -> (B, L, D), and keys and values of all P + L tokens."""
+        extend(k, v): adds those of P earlier tokens in front -> (B, L, D)."""
+        L = x.shape[1]
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, L, hd)
                    for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if past is not None:
-            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        # Repeated by hand: of CUDA's fused kernels, those that take a mask don't all take fewer kv heads.
-        keys, values = (y.repeat_interleave(self.repeats, dim=1) for y in (k, v))
-        o = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible,
-                                           is_causal=visible is None and x.shape[1] > 1)
-        return self.o_proj(o.transpose(1, 2).flatten(2)), (k, v)
+        k, v = extend(rotate(k, cos, sin), v)  # (B, kv heads, P + L, hd)
+        q = rotate(q, cos, sin)
+        if L == 1:  # the query heads that share a kv head become its queries: nothing needs repeating
+            q = q.reshape(len(x), k.shape[1], self.repeats, self.head_dim)
+        else:  # Repeated by hand: of CUDA's fused kernels, those that take a mask don't all take fewer kv heads.
+            k, v = (y.repeat_interleave(self.repeats, dim=1) for y in (k, v))
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None and L > 1)
+        return self.o_proj(o.reshape(len(x), -1, L, self.head_dim).transpose(1, 2).flatten(2))
 
 
 class DecoderLayer(nn.Module):
@@ -378,10 +406,9 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, visible, past):
-        y, present = self.self_attn(self.input_layernorm(x), cos, sin, visible, past)
-        x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x)), present
+    def forward(self, x, cos, sin, visible, extend):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, visible, extend)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Transformer(nn.Module):
@@ -405,11 +432,10 @@ class Transformer(nn.Module):
     def forward(self, embeds, positions, mask=None, cache=None):
         """embeds (B, L, D), positions (B, L) or (3, B, L) -> hidden states after the final norm, (B, L, D).
 
-        mask (B, P + L) bool marks real tokens, None means all; padding may lie anywhere. `cache`, a dict that starts
-        empty, receives every layer's keys and values, and gives the next call its P past tokens. Nothing is written
-        in place: past that was computed without gradient serves queries that need one.
+        mask (B, P + L) bool marks real tokens, None means all; padding may lie anywhere. `cache`, a KVCache, holds
+        the P past tokens and takes up these. Past that was computed without gradient serves queries that need one.
         """
-        L, past = embeds.shape[1], cache[0][0].shape[2] if cache else 0
+        L, past = embeds.shape[1], 0 if cache is None else cache.length
         # Causal attention can't see padding after the last real token anyway, and without a mask it is fastest.
         plain = past == 0 and (mask is None or bool((mask[:, 1:] <= mask[:, :-1]).all()))
         visible = None
@@ -422,9 +448,9 @@ class Transformer(nn.Module):
         cos, sin = self.rope(positions, embeds.dtype)
         x = embeds
         for i, layer in enumerate(self.layers):
-            x, present = layer(x, cos, sin, visible, cache[i] if past else None)
-            if cache is not None:
-                cache[i] = present
+            x = layer(x, cos, sin, visible, (lambda k, v: (k, v)) if cache is None else partial(cache.extend, i))
+        if cache is not None:
+            cache.length += L
         return self.norm(x)
 
 
@@ -506,19 +532,19 @@ class BLIP3o(nn.Module):
 
     def embed(self, ids, mask, pixels=None, grid_thw=None):
         """Embeddings (B, L, D) of ids (B, L), the image placeholders among the real tokens filled with image tokens."""
-        embeds = self.llm.embed_tokens(ids)
         spots = (ids == self.config.image_token_id) & mask
         count = int(spots.sum())
         if pixels is None or not len(pixels):
             if count:
                 raise ValueError(f"the prompts hold {count} image placeholders, but no pixels came with them")
-            return embeds
+            return self.llm.embed_tokens(ids)
         if self.visual is None:
             raise ValueError("this model has no vision tower, so it can't take pixels")
-        tokens = self.visual(pixels, grid_thw).to(embeds.dtype)  # (count, D)
+        tokens = self.visual(pixels, grid_thw)  # (count, D)
         if count != len(tokens):
             raise ValueError(f"the prompts hold {count} image placeholders, the images {len(tokens)} tokens")
-        return embeds.masked_scatter(spots[..., None], tokens)
+        embeds = self.llm.embed_tokens(ids)
+        return embeds.masked_scatter(spots[..., None], tokens.to(embeds.dtype))
 
     def positions(self, ids, mask, grid_thw):
         """Positions for understanding, and the (B,) position of the token that comes next."""
@@ -556,13 +582,14 @@ class BLIP3o(nn.Module):
             eos = self.config.eos_token_id
             stop_ids = [*(eos if isinstance(eos, (list, tuple)) else [eos]), self.config.pad_token_id]
         stop_ids = torch.tensor(list(stop_ids), dtype=torch.long, device=ids.device)
-        cache, new = {}, [[] for _ in ids]
+        cache, new = KVCache(ids.shape[1] + max_new_tokens), [[] for _ in ids]
         done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         positions, following = self.positions(ids, mask, grid_thw)
         hidden = self.llm(self.embed(ids, mask, pixels, grid_thw), positions, mask, cache)  # (B, L, D)
         hidden = hidden[torch.arange(len(ids), device=ids.device), last_real(mask)]  # (B, D)
         seen = torch.zeros(len(ids), self.config.text.vocab_size, device=ids.device)
         seen = seen.scatter_add_(1, ids, mask.to(seen.dtype)) > 0  # (B, V), tokens of the prompt
+        padded = not bool(mask.all())
         for _ in range(max_new_tokens):
             scores = penalise(self.head(hidden).float(), seen, repetition_penalty)  # (B, V)
             token = pick_token(scores, temperature, top_p, generator)  # (B,)
@@ -576,7 +603,8 @@ class BLIP3o(nn.Module):
                 break
             seen.scatter_(1, token[:, None], True)
             mask = F.pad(mask, (0, 1), value=True)
-            hidden = self.llm(self.llm.embed_tokens(token)[:, None], following[:, None], mask, cache)[:, 0]
+            hidden = self.llm(self.llm.embed_tokens(token)[:, None], following[:, None], mask if padded else None,
+                              cache)[:, 0]
             following = following + 1
         return [torch.tensor(row, dtype=torch.long, device=ids.device) for row in new]
 
@@ -595,7 +623,7 @@ class BLIP3o(nn.Module):
         ids = F.pad(ids, (0, 1), value=img).scatter(1, end, img)  # (B, L + 1)
         mask = F.pad(mask, (0, 1), value=False).scatter(1, end, True)
         learns = any(p.requires_grad for part in (self.llm, self.visual) if part is not None for p in part.parameters())
-        cache = {}
+        cache = KVCache()
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             self.llm(self.embed(ids, mask, pixels, grid_thw), plain_positions(mask), mask, cache)
         n = self.latent_queries.shape[1]
@@ -645,7 +673,8 @@ class BLIP3o(nn.Module):
         """Read a folder in the official layout: ours, BLIP3o-Model-4B/8B, a plain Qwen2.5-VL, Llama or SmolLM2.
 
         parts: a set out of {"visual", "llm", "queries", "dit"}, None for all that the folder has; the others become
-        None and aren't read. Raises ValueError where files and config.json don't match exactly.
+        None and aren't read. On the device "meta" nothing is read but the files' headers: sizes without memory. Raises
+        ValueError where files and config.json don't match exactly.
         """
         folder = Path(folder)
         stored = read_headers(folder)
@@ -661,12 +690,9 @@ class BLIP3o(nn.Module):
         if "llm" not in parts and not config.text.tie_word_embeddings:
             model.lm_head = None
         wanted = check_keys(folder, model, stored, parts)
-        state = {}
-        for file in sorted({file for file, _ in wanted.values()}):
-            with safe_open(file, framework="pt", device=str(device)) as f:
-                for name, (where, key) in wanted.items():
-                    if where == file:
-                        state[name] = f.get_tensor(key).to(dtype)
+        if str(device) == "meta":
+            return model.to(dtype)
+        state = {name: read_tensor(file, key, device, dtype) for name, (file, key) in wanted.items()}
         model.load_state_dict(state, assign=True)
         return model
 
@@ -733,18 +759,35 @@ def official_name(name):
 
 
 def read_headers(folder):
-    """Official key -> (file, shape) of every tensor in the folder; only the files' headers are read."""
+    """Official key -> (file, shape) of every tensor in the folder; only the files' headers are read.
+
+    Raises ValueError where the index isn't one, or where a file is missing, cut short or no safetensors file.
+    """
+    folder, files = Path(folder), [WEIGHTS]
     if (folder / INDEX).exists():
-        files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-    else:
-        files = [WEIGHTS]
+        try:
+            files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError):
+            raise ValueError(f"{folder / INDEX} isn't an index of weights: download it again") from None
     stored = {}
-    for file in files:
-        if not (folder / file).exists():
-            raise ValueError(f"{folder} has no {file}")
-        with safe_open(folder / file, framework="pt") as f:
-            stored |= {key: (folder / file, tuple(f.get_slice(key).get_shape())) for key in f.keys()}
+    for file in (folder / name for name in files):
+        if not file.exists():
+            raise ValueError(f"{folder} has no {file.name}" + (f", which {INDEX} names" if file.name != WEIGHTS else ""))
+        try:
+            with safe_open(file, framework="pt") as f:
+                stored |= {key: (file, tuple(f.get_slice(key).get_shape())) for key in f.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{file} is cut short or broken ({error}): download it again") from None
     return stored
+
+
+def read_tensor(file, key, device, dtype):
+    """One tensor of a safetensors file on a device, as dtype; mapped, so that it is copied at most once.
+
+    The file is opened anew for each: what was mapped of the tensor before leaves memory with its mapping.
+    """
+    with safe_open(file, framework="pt", device=str(device)) as f:
+        return f.get_tensor(key).to(dtype)
 
 
 def check_keys(folder, model, stored, parts):
@@ -767,9 +810,13 @@ def check_keys(folder, model, stored, parts):
         key = official_name(name)
         problems.setdefault((component(key), "missing"), []).append(key)
     if problems:
+        hint = ""
+        if any("feed_forward" in key for keys in problems.values() for key in keys):
+            hint = (". The DiT's feed-forward is another width than expected: Lumina's rule makes 4864 of 4 x 1792 (2/3 of it, "
+                    "rounded up to 256s), newer versions of diffusers leave out the 2/3 and make 7168")
         lines = [f"{part}: {len(keys)} {what} ({', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''})"
                  for (part, what), keys in sorted(problems.items())]
-        raise ValueError(f"the weights in {folder} don't fit its config.json. " + "; ".join(lines))
+        raise ValueError(f"the weights in {folder} don't fit its config.json. " + "; ".join(lines) + hint)
     return wanted
 
 
@@ -795,7 +842,10 @@ def read_config(folder, stored):
     if kind not in ("default", "mrope", "llama3") or text.get("use_sliding_window"):
         raise ValueError(f"{folder / 'config.json'} asks for {kind} RoPE scaling or a sliding window: not supported")
     ours = raw.get("nano_blip3o", {})
-    dit = ours.get("dit") or dit_sizes(stored)
+    try:
+        dit = ours.get("dit") or dit_sizes(stored)
+    except KeyError as error:
+        raise ValueError(f"the DiT in {folder} lacks {error}, from which its size is read") from None
     queries = stored.get("model.latent_queries", (None, (1, 64)))[1]
     tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", "lm_head.weight" not in stored))
     qkv_bias = any(key.endswith("layers.0.self_attn.q_proj.bias") for key in stored)

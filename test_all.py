@@ -48,7 +48,7 @@ from clip_decoder import (
     CLIP, EulerSchedule, EvaClip, EvaConfig, PRESETS, PixelDecoder, UNet, UNetConfig, VAE, VAEConfig, image_blocks,
     pool, sinusoid, weight_map)
 from dit import DiTConfig, NextDiT
-from model import BLIP3o, BLIP3oConfig, TextConfig, Transformer, VisionConfig, VisionTower
+from model import BLIP3o, BLIP3oConfig, KVCache, TextConfig, Transformer, VisionConfig, VisionTower
 
 
 def randomise(module, seed=0, std=0.2):
@@ -655,7 +655,8 @@ def test_llama_parity(side, tmp_path):
         assert gap(ours.logits(ids, mask)[mask], theirs[mask]) > 1e-3  # the scaling is not idle
 
 
-def test_cache_equals_recomputation():
+@pytest.mark.parametrize("capacity", (None, 10, 13))
+def test_cache_equals_recomputation(capacity):
     """A padded sequence fed in pieces of 5, 1 and 4 tokens through the cache gives what one pass gives."""
     text = model_text_config()
     llm = randomise(Transformer(text))
@@ -663,14 +664,14 @@ def test_cache_equals_recomputation():
         mask = F.pad(model_ids([6, 4], side)[1], (0, 4), value=True)  # padding between prompt and continuation too
         embeds = torch.randn(2, 10, 64, generator=torch.Generator().manual_seed(0))
         positions = M.plain_positions(mask)
-        cache, pieces = {}, []
+        cache, pieces = KVCache(capacity), []
         with torch.no_grad():
             whole = llm(embeds, positions, mask)
             for a, b in ((0, 5), (5, 6), (6, 10)):
                 pieces.append(llm(embeds[:, a:b], positions[:, a:b], mask[:, :b], cache))
         assert gap(torch.cat(pieces, 1)[mask], whole[mask]) < 1e-5
     with torch.no_grad():  # and without any padding or mask
-        cache = {}
+        cache = KVCache(capacity)
         parts = [llm(embeds[:, a:b], positions[:, a:b], None, cache) for a, b in ((0, 5), (5, 6), (6, 10))]
         assert gap(torch.cat(parts, 1), llm(embeds, positions)) < 1e-5
 
@@ -2399,14 +2400,17 @@ def test_train_optimises_exactly_what_learns(train_folder, name, monkeypatch, tm
         assert {n.split(".")[1] for n in learns} == {"dit", "latent_queries"}
     else:
         assert len(trained) == len(list(stage.trained.parameters()))
-    given, adam = [], torch.optim.AdamW
-    monkeypatch.setattr(torch.optim, "AdamW", lambda params, **options: given.append(params) or adam(params, **options))
+    given, muon = [], train.Muon
+    monkeypatch.setattr(train, "Muon", lambda groups, **options: given.extend(groups) or muon(groups, **options))
     monkeypatch.setattr(train, "batches", lambda *_: [])
     monkeypatch.setattr(train.STAGES[name], "collate", lambda self, samples: {})
     args.steps = 0                                                    # as far as the optimizer, without a step
     assert train.train(args, 0, 1, torch.device("cpu"))
-    assert sum(p.numel() for p in given[0]) == sum(p.numel() for p in stage.trained.parameters() if p.requires_grad)
-    assert len(given[0]) == len(trained)
+    assert len(given) == (2 if args.optimizer == "muon" else 1)
+    assert all(p.ndim == 2 for group in given if group.get("matrices") for p in group["params"])
+    given = [p for group in given for p in group["params"]]
+    assert sum(p.numel() for p in given) == sum(p.numel() for p in stage.trained.parameters() if p.requires_grad)
+    assert len(given) == len(set(given)) == len(trained)
 
 
 def train_shards(folder):
@@ -2550,7 +2554,7 @@ def noiseless(self, pixels, generator=None):
     mean, logvar = self.moments(pixels)
     return self.decoder(self.post_quant_conv(mean)), 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
 clip_decoder.VAE.forward = noiseless
-torch.optim.AdamW = lambda params, lr, **_: torch.optim.SGD(params, lr)
+train.Muon = lambda groups, lr, **_: torch.optim.SGD(groups, lr)
 """
 TRAIN_VAE = ("--stage", "vae", "--steps", 3, "--batch", 8, "--lr", 0.1, "--warmup", 1)
 
@@ -2562,7 +2566,7 @@ def train_vae(train_tiny, tmp_path_factory):
 
     def run(*args, name="plain"):
         with train_presets(train_tiny), pytest.MonkeyPatch.context() as patch:
-            for target, attribute in (clip_decoder.VAE, "forward"), (torch.optim, "AdamW"):
+            for target, attribute in (clip_decoder.VAE, "forward"), (train, "Muon"):
                 patch.setattr(target, attribute, getattr(target, attribute))         # restored at the end
             exec(TRAIN_EXACT, {})
             assert train_run(*TRAIN_VAE, "--out", out / name, *args) == 0
@@ -2671,6 +2675,31 @@ def test_train_learning_rate_at_its_corners():
     falling = [rate(s) for s in range(10, 111)]
     assert falling == sorted(falling, reverse=True) and rate(109) == pytest.approx(0.2, abs=1e-3)
     assert rate(0, warmup=0) == 1.0 and rate(0, warmup=0, steps=1) == 1.0
+
+
+def test_train_muon_steps_along_the_orthogonalised_momentum():
+    """A matrix's first step is U V^T of its gradient's singular value decomposition, roughly; other parameters get
+    AdamW's very steps; matrices of one shape don't mix."""
+    torch.manual_seed(0)
+    wide, tall, other, bias = (torch.nn.Parameter(torch.randn(shape)) for shape in ((4, 9), (9, 4), (4, 9), (9,)))
+    plain, before = torch.nn.Parameter(bias.detach().clone()), [p.detach().clone() for p in (wide, tall, other)]
+    muon = train.Muon([{"params": [bias]}, {"params": [wide, tall, other], "matrices": True}], lr=0.1, weight_decay=0.0)
+    adam = torch.optim.AdamW([plain], lr=0.1, weight_decay=0.0)
+    for step in range(3):
+        gradients = [torch.randn(p.shape) for p in (wide, tall, other)]
+        bias.grad = torch.randn(9)
+        plain.grad = bias.grad.clone()
+        for p, g in zip((wide, tall, other), gradients):
+            p.grad = g.clone()
+        muon.step(), adam.step()
+        assert torch.equal(bias, plain) and wide.grad is None
+        if step == 0:
+            for p, was, g in zip((wide, tall, other), before, gradients):
+                u, _, v = torch.linalg.svd(g, full_matrices=False)
+                moved = (was - p.detach()) / (0.1 * muon.factor * 3)           # 3 = sqrt(9)
+                assert ((u.mT @ moved @ v.mT).diagonal() - 1).abs().max() < 0.35          # what five steps reach
+                assert gap(moved, u @ v) < 0.35 and gap(moved, -u @ v) > 1
+    assert gap(train.orthogonalise(torch.stack([before[0], before[2]]))[1], train.orthogonalise(before[2][None])[0]) < 1e-5
 
 
 def test_train_ema_warms_up_and_swaps():

@@ -54,16 +54,16 @@ NANO_SAMPLING = {"steps": 30, "cfg": 2.0, "decoder_steps": 10, "decoder_cfg": 1.
 # to `min_lr` along a cosine, after `warmup` steps. The paper's stage 1: 1e-4 to 1e-5, batch 512, 150k steps; stage 2:
 # 1e-4 to 0, 10k steps (see --paper).
 RECIPES = {
-    "clip":    dict(steps=3000, batch=64, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999),
-    "vae":     dict(steps=3000, batch=16, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999),
-    "decoder": dict(steps=3500, batch=16, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999),
-    "0":       dict(steps=2800, batch=16, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999),
-    "1":       dict(steps=1600, batch=64, lr=1.5e-3, min_lr=5e-5, warmup=100, ema=0.999),
-    "2":       dict(steps=2000, batch=64, lr=5e-4, min_lr=0.0, warmup=50, ema=0.999),
+    "clip":    dict(steps=3000, batch=64, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999, optimizer="adamw"),
+    "vae":     dict(steps=3000, batch=16, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999, optimizer="adamw"),
+    "decoder": dict(steps=3500, batch=16, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999, optimizer="adamw"),
+    "0":       dict(steps=2800, batch=16, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999, optimizer="muon"),
+    "1":       dict(steps=1600, batch=64, lr=1.5e-3, min_lr=5e-5, warmup=100, ema=0.999, optimizer="muon"),
+    "2":       dict(steps=2000, batch=64, lr=5e-4, min_lr=0.0, warmup=50, ema=0.999, optimizer="muon"),
 }
 PAPER = {
-    "1": dict(steps=150_000, batch=512, lr=1e-4, min_lr=1e-5, warmup=450, ema=0.9999),
-    "2": dict(steps=10_000, batch=512, lr=1e-4, min_lr=0.0, warmup=30, ema=0.9999),
+    "1": dict(steps=150_000, batch=512, lr=1e-4, min_lr=1e-5, warmup=450, ema=0.9999, optimizer="adamw"),
+    "2": dict(steps=10_000, batch=512, lr=1e-4, min_lr=0.0, warmup=30, ema=0.9999, optimizer="adamw"),
 }
 
 
@@ -380,6 +380,46 @@ def tokenizer_of(folder):
 # ----------------------------------------------------------------------------------------------------------------------
 # Averaged weights, and a run's state on disk
 # ----------------------------------------------------------------------------------------------------------------------
+class Muon(torch.optim.AdamW):
+    """AdamW for everything but hidden matrices, which move along their orthogonalised momentum (Muon, Jordan et al. 2024).
+
+    A matrix's step has the same size in every direction that its momentum spans, so rare directions learn as fast as common
+    ones. Scaled by sqrt(larger side), the root mean square of a step doesn't depend on the matrix's shape, and both kinds
+    share one learning rate (Liu et al. 2025, arXiv 2502.16982, section 2.2; their factor is 0.2, to resemble AdamW's steps;
+    this small DiT learnt faster with 0.6). Groups with "matrices": True hold (m, n) parameters.
+    """
+    factor = 0.6
+
+    @torch.no_grad()
+    def step(self):
+        """One step from the gradients; those of the matrices are gone afterwards."""
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"] if group.get("matrices") else ():
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for shape, params in shapes.items():                     # matrices of one shape go through the products together
+                momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+                torch._foreach_lerp_(momenta, [p.grad for p in params], 0.05)
+                nesterov = torch.stack([p.grad.lerp(m, 0.95) for p, m in zip(params, momenta)])      # (k, m, n)
+                scale = group["lr"] * self.factor * math.sqrt(max(shape))
+                for p, direction in zip(params, orthogonalise(nesterov)):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-scale)
+                    p.grad = None                                    # AdamW passes over it
+        super().step()
+
+
+def orthogonalise(x, steps=5):
+    """(k, m, n) -> the nearest semi-orthogonal matrices, roughly: five Newton-Schulz steps bring singular values near 1."""
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+    return x.mT if tall else x
+
+
 class EMA:
     """Exponential moving average of the trained parameters, kept in fp32; its decay warms up as (1 + n) / (10 + n)."""
 
@@ -438,7 +478,7 @@ def load_state(out, ema, optimizer, args):
         return 0
     folder = out / (out / "latest").read_text()
     state = json.loads((folder / "state.json").read_text())
-    for key in ("stage", "data", "seed", "batch", "init", "shift"):
+    for key in ("stage", "data", "seed", "batch", "init", "shift", "optimizer"):
         if state["args"][key] != getattr(args, key):
             raise ValueError(f"{out} holds a run with --{key} {state['args'][key]}, not {getattr(args, key)}: "
                              f"choose another --out, or delete the folder to start anew")
@@ -450,7 +490,7 @@ def load_state(out, ema, optimizer, args):
         p.data.copy_(model[n])
         ema.average[n].copy_(average[n])
         optimizer.state[p] = {k: moments[f"{n}.{k}"].to(p.device).reshape(() if k == "step" else p.shape)
-                              for k in ("step", "exp_avg", "exp_avg_sq")}
+                              for k in ("step", "exp_avg", "exp_avg_sq", "momentum") if f"{n}.{k}" in moments}
     ema.updates = state["updates"]
     return state["step"]
 
@@ -541,8 +581,13 @@ def train(args, rank, world, device):
     test = to_device(stage.collate([held_out[i] for i in range(64)]), device)
 
     params = [p for p in stage.trained.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay,
-                                  fused=device.type == "cuda")
+    groups = [{"params": params}]
+    if args.optimizer == "muon":                                     # the head of a language model is no hidden matrix
+        hidden = {m.weight for name, m in stage.trained.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"}
+        groups = [{"params": [p for p in params if p not in hidden]},
+                  {"params": [p for p in params if p in hidden], "matrices": True}]
+    optimizer = Muon(groups, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay,
+                     fused=device.type == "cuda")
     ema = EMA(stage.trained, args.ema)
     step = load_state(out, ema, optimizer, args)
     if device.type == "cuda" and args.compile and stage.heavy is not None:
@@ -653,6 +698,7 @@ def arguments():
     add("--ema", type=float, help="decay of the averaged weights")
     add("--accumulate", type=int, default=1, help="micro-batches of one step")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    add("--optimizer", choices=["adamw", "muon"], help="muon: orthogonalised steps for hidden matrices, AdamW for the rest")
     add("--beta2", type=float, default=0.95)
     add("--weight-decay", type=float, default=0.0)
     add("--drop", type=float, default=0.1, help="stages 1, 2: probability of dropping the condition")
