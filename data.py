@@ -523,24 +523,23 @@ class Tokenizer:
         return self.bpe.decode([int(i) for i in ids if int(i) not in self.names], skip_special_tokens=False)
 
 
-def chat_ids(tokenizer, turns, pads=0, system=SYSTEM):
+def chat_ids(tokenizer, turns, pictures=(), system=SYSTEM):
     """The Qwen2.5 chat template. turns: [(user, assistant)], the last assistant None to leave its turn open.
 
-    pads: number of <|image_pad|> in front of the first user text (one picture of that many merged patches), 0 for none.
-    Returns (ids, targets): two lists of one length; targets is True on what an assistant says, its <|im_end|> included.
-    The text between two control tokens is encoded in one piece, as the reference tokenizer does.
+    pictures: for the first turns, a list each of what their pictures take: numbers of <|image_pad|>, one for each merged
+    patch. They stand in front of the user's text. Returns (ids, targets): two lists of one length; targets is True on what
+    an assistant says, its <|im_end|> included. The text between two control tokens is encoded in one piece, as the
+    reference tokenizer does.
     """
     t = tokenizer.special
     start, end, newline = t["<|im_start|>"], t["<|im_end|>"], tokenizer.encode("\n")
     ids = [start, *tokenizer.encode(f"system\n{system}"), end, *newline]
     targets = [False] * len(ids)
     for i, (user, assistant) in enumerate(turns):
-        if pads and i == 0:
-            ids += [start, *tokenizer.encode("user\n"), t["<|vision_start|>"], *[t["<|image_pad|>"]] * pads,
-                    t["<|vision_end|>"], *tokenizer.encode(user)]
-        else:
-            ids += [start, *tokenizer.encode(f"user\n{user}")]
-        ids += [end, *newline, start, *tokenizer.encode("assistant\n")]
+        shown = pictures[i] if i < len(pictures) else ()
+        looks = [id for pads in shown for id in (t["<|vision_start|>"], *[t["<|image_pad|>"]] * pads, t["<|vision_end|>"])]
+        said = [*tokenizer.encode("user\n"), *looks, *tokenizer.encode(user)] if looks else tokenizer.encode(f"user\n{user}")
+        ids += [start, *said, end, *newline, start, *tokenizer.encode("assistant\n")]
         targets += [False] * (len(ids) - len(targets))
         if assistant is not None:
             ids += [*tokenizer.encode(assistant), end]
@@ -550,8 +549,14 @@ def chat_ids(tokenizer, turns, pads=0, system=SYSTEM):
     return ids, targets
 
 
-def prompt_ids(tokenizer, prompt):
-    """Ids of the official inference template for a text-to-image prompt; [IMG] and the queries follow in model.py."""
+def prompt_ids(tokenizer, prompt, pads=0):
+    """Ids of the official inference template for a prompt to draw; [IMG] and the queries follow in model.py.
+
+    pads: of a picture that is part of the prompt; then the text stands bare, one line below it, as in official
+    "<image>\\nPlease reconstruct the given image.".
+    """
+    if pads:
+        return chat_ids(tokenizer, [("\n" + prompt, None)], [[pads]])[0]
     return chat_ids(tokenizer, [(GENERATE.format(prompt), None)])[0]
 
 

@@ -423,7 +423,7 @@ def score_renders(entries, pictures):
 
 def run_alignment(args):
     """Does the model draw what the prompts of the six skills ask? Beside it: the same prompts' true renders."""
-    pipe = Pipeline(args.ckpt, args.device, args.dtype, {"llm", "queries", "dit"})
+    pipe = Pipeline(args.ckpt, args.device, args.dtype)
     prompts = data.skill_prompts(args.n_prompts, args.seed, args.novel)
     entries = [entry for entry in prompts for _ in range(args.images)]
     # One seed per picture, whatever the batch; far enough apart that two values of --seed share none.
@@ -472,7 +472,7 @@ def run_understanding(args):
 
     An answer is right if it is the expected one, whatever its case and a full stop. Captions: see caption_truth.
     """
-    pipe = Pipeline(args.ckpt, args.device, args.dtype, {"llm", "visual"})
+    pipe = Pipeline(args.ckpt, args.device, args.dtype)
     asked = draw_questions(args.seed, args.n)
     scenes, kinds, questions, truths = zip(*asked)
     answers = answer_all(pipe, scenes, questions)
@@ -502,7 +502,7 @@ def psnr(a, b):
 @torch.no_grad()
 def run_reconstruction(args):
     """Both ceilings: what the VAE alone keeps of a picture, and what CLIP features and the decoder keep."""
-    pipe = Pipeline(args.ckpt, args.device, args.dtype, set())
+    pipe = Pipeline(args.ckpt, args.device, args.dtype)
     unet, vae = pipe.decoder.unet, pipe.decoder.vae
     scenes = [data.make_scene(args.seed, i) for i in range(args.n)]
     renders = np.stack([data.draw(s, unet.config.sample_size * vae.factor) for s in scenes])       # (n, H, W, 3)

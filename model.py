@@ -412,7 +412,7 @@ class DecoderLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A causal language model without its head: Qwen2.5 (biases on q, k, v; M-RoPE) or Llama-3.2 (neither)."""
+    """A causal language model: Qwen2.5 (biases on q, k, v; M-RoPE) or Llama-3.2 (neither)."""
 
     def __init__(self, config):
         super().__init__()
@@ -420,6 +420,13 @@ class Transformer(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def head(self, hidden):
+        """Hidden states (..., D) -> logits (..., V)."""
+        tied = self.config.tie_word_embeddings
+        return F.linear(hidden, self.embed_tokens.weight if tied else self.lm_head.weight)
 
     def rope(self, positions, dtype):
         """positions (B, L), or (3, B, L) for M-RoPE -> cos and sin (B, 1, L, hd)."""
@@ -489,8 +496,6 @@ class BLIP3o(nn.Module):
         text = config.text
         self.visual = None if config.vision is None else VisionTower(config.vision)
         self.llm = Transformer(text)
-        if not text.tie_word_embeddings:
-            self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.apply(self._init)
         self.latent_queries, self.dit = None, None
         if config.dit is not None:
@@ -520,8 +525,8 @@ class BLIP3o(nn.Module):
         text.vocab_size = self.llm.embed_tokens.num_embeddings = vocab_size
         self.llm.embed_tokens.weight = resize(weight)
         if not text.tie_word_embeddings:
-            self.lm_head.weight = resize(self.lm_head.weight)
-            self.lm_head.out_features = vocab_size
+            self.llm.lm_head.weight = resize(self.llm.lm_head.weight)
+            self.llm.lm_head.out_features = vocab_size
         self.config = BLIP3oConfig(**{**vars(self.config), "dit": dit, "n_query": n_query, "shift": shift,
                                       "query_std": query_std})
         queries = torch.randn(1, n_query, text.hidden_size) * query_std
@@ -553,11 +558,6 @@ class BLIP3o(nn.Module):
         positions, delta = mrope_positions(ids, mask, grid_thw, self.config)
         return positions, mask.sum(1) + delta
 
-    def head(self, hidden):
-        """Hidden states (..., D) -> logits (..., V)."""
-        tied = self.config.text.tie_word_embeddings
-        return F.linear(hidden, self.llm.embed_tokens.weight if tied else self.lm_head.weight)
-
     # -- understanding --
 
     def hidden(self, ids, mask=None, pixels=None, grid_thw=None):
@@ -567,7 +567,7 @@ class BLIP3o(nn.Module):
 
     def logits(self, ids, mask=None, pixels=None, grid_thw=None):
         """ids (B, L), mask (B, L) bool of real tokens, images as in VisionTower -> logits (B, L, V)."""
-        return self.head(self.hidden(ids, mask, pixels, grid_thw))
+        return self.llm.head(self.hidden(ids, mask, pixels, grid_thw))
 
     @torch.no_grad()
     def generate_text(self, ids, mask=None, pixels=None, grid_thw=None, max_new_tokens=128, temperature=0.0, top_p=1.0,
@@ -591,7 +591,7 @@ class BLIP3o(nn.Module):
         seen = seen.scatter_add_(1, ids, mask.to(seen.dtype)) > 0  # (B, V), tokens of the prompt
         padded = not bool(mask.all())
         for _ in range(max_new_tokens):
-            scores = penalise(self.head(hidden).float(), seen, repetition_penalty)  # (B, V)
+            scores = penalise(self.llm.head(hidden).float(), seen, repetition_penalty)  # (B, V)
             token = pick_token(scores, temperature, top_p, generator)  # (B,)
             done |= torch.isin(token, stop_ids)
             step = [None if end else int(t) for t, end in zip(token.tolist(), done.tolist())]
@@ -662,7 +662,7 @@ class BLIP3o(nn.Module):
         if labels is not None:
             hidden, targets = self.hidden(ids, mask, pixels, grid_thw)[:, :-1], labels[:, 1:]
             labelled = targets != -100  # logits are V wide: only where they are needed
-            total = F.cross_entropy(self.head(hidden[labelled]).float(), targets[labelled], reduction="sum")
+            total = F.cross_entropy(self.llm.head(hidden[labelled]).float(), targets[labelled], reduction="sum")
             losses["text"] = total / labelled.sum().clamp(min=1)
         return losses
 
@@ -687,8 +687,6 @@ class BLIP3o(nn.Module):
             model = cls(config)
         for part in has - parts:
             setattr(model, {"queries": "latent_queries"}.get(part, part), None)
-        if "llm" not in parts and not config.text.tie_word_embeddings:
-            model.lm_head = None
         wanted = check_keys(folder, model, stored, parts)
         if str(device) == "meta":
             return model.to(dtype)
@@ -731,12 +729,12 @@ PREFIXES = (
     ("model.latent_queries", "latent_queries", "queries"),
     ("model.gen_vision_tower.", None, "gen_vision_tower"),  # EVA-CLIP, which clip_decoder.py reads
     ("model.vae.", None, "vae"),                            # FLUX's VAE in early releases, never used
-    ("lm_head.", "lm_head.", "llm"),
+    ("lm_head.", "llm.lm_head.", "llm"),
     ("model.language_model.", "llm.", "llm"),
     ("model.", "llm.", "llm"),
 )
 WRITTEN = {"visual.": "visual.", "dit.": "model.dit.model.", "latent_queries": "model.latent_queries",
-           "lm_head.": "lm_head.", "llm.": "model."}  # and back, in the released files' form
+           "llm.lm_head.": "lm_head.", "llm.": "model."}  # and back, in the released files' form
 
 
 def component(key):
@@ -767,7 +765,7 @@ def read_headers(folder):
     if (folder / INDEX).exists():
         try:
             files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{folder / INDEX} isn't an index of weights: download it again") from None
     stored = {}
     for file in (folder / name for name in files):
@@ -798,7 +796,7 @@ def check_keys(folder, model, stored, parts):
         name, part = our_name(key), component(key)
         if name is None or part != "other" and part not in parts:
             continue
-        if name == "lm_head.weight" and model.config.text.tie_word_embeddings:
+        if key == "lm_head.weight" and model.config.text.tie_word_embeddings:
             continue  # a copy of the embeddings, which some tied checkpoints store
         if name not in expected:
             problems.setdefault((part, "unexpected"), []).append(key)

@@ -4,6 +4,10 @@
     python sample.py --prompt "a red circle" --steps-strip                  one picture on its way from noise
     python sample.py --image cat.png --prompt "What is this?"               an answer, word by word
     python sample.py --image cat.png --reconstruct                          picture -> 64 features -> picture
+    python sample.py --image cat.png --prompt "the same in snow" --draw     a picture of a picture and a text
+    python sample.py --chat                                                 talk: text and @files in, "/image ..." draws
+    python sample.py --ckpt FOLDER --dry-run                                what fits into this machine's memory?
+    python sample.py --ckpt FOLDER --export diffusers DIR                   DiT, UNet and VAE for diffusers
 
 A prompt walks: data.prompt_ids (template, tokens) -> BLIP3o.condition (LLM, 64 queries) -> BLIP3o.generate_features
 (flow.py steps through dit.py) -> PixelDecoder.decode (UNet, VAE) -> PNG. eval.py and train.py call the same `Pipeline`.
@@ -15,10 +19,11 @@ import argparse
 import json
 import math
 import re
+import resource
 import sys
 import time
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +34,10 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from clip_decoder import EvaClip, PixelDecoder
+from clip_decoder import PRESETS as DECODER_PRESETS, EvaClip, PixelDecoder, UNet, VAE, save_weights, write_json
 from data import (DESCRIBE, Tokenizer, chat_ids, crop_square, load_image, pad, preprocess_clip, preprocess_qwen,
                   prompt_ids)
-from model import BLIP3o
+from model import PRESETS, BLIP3o, component, preset, read_headers
 
 # Steps and guidance of the official pipeline; a checkpoint names its own in config.json as nano_blip3o.sampling.
 OFFICIAL = {"steps": 30, "cfg": 3.0, "decoder_steps": 50, "decoder_cfg": 3.0}
@@ -41,6 +46,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # so streams lie MAX_SEED apart: seed + 2^32 would be the same noise again.
 FEATURES, DECODER, NEGATIVE = 0, 1, 2
 MAX_SEED = 10 ** 9
+GIB = 2 ** 30
+UNET_WORK, VAE_WORK = 13, 7.5                   # working memory in full-size feature maps of the first level's width
+LOOK = 448                                      # side of a picture that is part of a drawing's prompt
+CONTEXT = 32768                                 # tokens that a model reads whose config.json doesn't say how many
 BATCH, DECODER_PIXELS = 16, 4 * 1024 ** 2       # pictures of one batch; the decoder takes fewer where they are large
 FRAMES = 8                                      # of --steps-strip
 
@@ -49,25 +58,27 @@ FRAMES = 8                                      # of --steps-strip
 # The pipeline: what a model folder can do
 # ----------------------------------------------------------------------------------------------------------------------
 class Pipeline:
-    """The parts of one model folder, each read from disk when first needed, and what they do together.
+    """The parts of one model folder, each read from disk when first used, and what they do together.
 
-    device: "auto" is CUDA where there is one, else the CPU. dtype: "auto" is bf16 on CUDA, else fp32. parts:
-    what BLIP3o.from_pretrained reads, None for all that is there. Steps and guidance left at None are the checkpoint's
-    own, else the official ones. Whoever has a live model assigns `model`, `eva` or `decoder` instead of having it read.
+    device: "auto" is CUDA where there is one, else the CPU. dtype: "auto" is bf16 on CUDA, else fp32; the VAE is always
+    fp32. offload: a part leaves memory when the next one comes, so that only the largest must fit. compiled: torch.compile
+    the DiT and the UNet. Steps and guidance left at None are the checkpoint's own, else the official ones. Whoever has a
+    live model assigns `model`, `eva` or `decoder` instead of having it read.
     Raises ValueError for a folder that holds no model, or a device that isn't there.
 
     A picture depends on its prompt, its seed and the settings alone: not on its batch, nor on what was drawn before.
     """
 
-    def __init__(self, folder, device="auto", dtype="auto", parts=None):
-        self.folder, self.parts = Path(folder), parts
+    def __init__(self, folder, device="auto", dtype="auto", offload=False, compiled=False):
+        self.folder, self.offload, self.compiled = Path(folder), offload, compiled
         self.config = self.read("config.json")
         if not self.config:
             raise ValueError(f"there is no model in {folder}: it has no config.json")
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.device)
-        self.tokenizer = Tokenizer.from_pretrained(folder)
         self.sampling = {**OFFICIAL, **self.config.get("nano_blip3o", {}).get("sampling", {})}
+        self.limits = {}                                             # min_pixels, max_pixels instead of the folder's own
+        self.resident = []                                           # the modules that are in memory
         self.seconds = {}                                            # part -> time spent in it
         self.negatives = {}                                          # (seed, steps, guidance) -> (64, C)
 
@@ -84,27 +95,71 @@ class Pipeline:
         return self.sampling[name] if value is None else value
 
     @cached_property
+    def tokenizer(self):
+        """The tokenizer; ValueError if it isn't the one that the language model was made for."""
+        tokenizer, text = Tokenizer.from_pretrained(self.folder), self.model.config.text
+        rows, drawn = text.vocab_size, self.model.dit is not None
+        if tokenizer.vocab_size > rows or drawn and tokenizer.vocab_size != rows:
+            raise ValueError(f"{self.folder / 'tokenizer.json'} makes {tokenizer.vocab_size} tokens, [IMG] and its two "
+                             f"companions included, but the language model has {rows}: they belong to different models")
+        return tokenizer
+
+    @cached_property
     def model(self):
-        """Vision tower, LLM, queries and DiT: those of `parts`."""
-        with self.timed("load"):
-            return BLIP3o.from_pretrained(self.folder, self.device, self.dtype, self.parts).eval()
+        """Vision tower, LLM, queries and DiT, as far as the folder has them."""
+        model = BLIP3o.from_pretrained(self.folder, "meta", self.dtype).eval()
+
+        def part(name):
+            return getattr(BLIP3o.from_pretrained(self.folder, self.device, self.dtype, {name}), name)
+        for name in "visual", "llm", "dit":
+            if getattr(model, name) is not None:
+                self.read_when_called(getattr(model, name), partial(part, name), name == "dit")
+        if model.dit is not None:
+            model.latent_queries = BLIP3o.from_pretrained(self.folder, self.device, self.dtype, {"queries"}).latent_queries
+        return model
 
     @cached_property
     def eva(self):
         """The image encoder."""
-        with self.timed("load"):
-            return EvaClip.from_pretrained(self.folder, self.device, self.dtype)
+        return self.read_when_called(EvaClip.from_pretrained(self.folder, "meta", self.dtype),
+                                     lambda: EvaClip.from_pretrained(self.folder, self.device, self.dtype))
 
     @cached_property
     def decoder(self):
         """The pixel decoder."""
-        with self.timed("load"):
-            return PixelDecoder.from_pretrained(self.folder, self.device, self.dtype)
+        if not any((self.folder / base / "unet").is_dir() for base in ("diffusion-decoder", ".")):
+            raise ValueError(f"there is no diffusion-decoder in {self.folder} to draw from features with")
+        decoder = PixelDecoder.from_pretrained(self.folder, "meta", self.dtype)
+        self.read_when_called(decoder.unet, lambda: UNet.from_pretrained(self.folder, self.device, self.dtype), True)
+        self.read_when_called(decoder.vae, lambda: VAE.from_pretrained(self.folder, self.device))
+        return decoder
+
+    def read_when_called(self, module, read, heavy=False):
+        """A module without memory (on the device "meta") that takes its tensors from read() when it, or one of its
+        children, is first called. With offload, what was in memory before leaves it. Returns the module."""
+        def enter(*_):
+            if module in self.resident:
+                return
+            with self.timed("load"):
+                if self.offload:
+                    while self.resident:
+                        self.resident.pop().to("meta")
+                module.load_state_dict(read().state_dict(), assign=True)
+                self.resident.append(module)
+            if not self.offload:
+                for hook in hooks:
+                    hook.remove()
+                if self.compiled and heavy:
+                    # Static shapes: no step compiles anew. Not the hooks: a progress bar can't be compiled.
+                    module.forward = torch.compile(module.forward, dynamic=False)
+        hooks = [m.register_forward_pre_hook(enter) for m in (module, *module.children())]
+        return module
 
     @contextmanager
     def timed(self, part, module=None, calls=None):
-        """Add the time of the block to seconds[part]; given a module, a bar counts its forward passes up to `calls`."""
-        start = time.perf_counter()
+        """Add the time of the block, without that of blocks inside it, to seconds[part]; given a module, a bar counts its
+        forward passes up to `calls`."""
+        start, before = time.perf_counter(), sum(self.seconds.values())
         with tqdm(total=calls, desc=part, leave=False, disable=None if module else True) as bar:
             def count(*_):
                 bar.update()                                         # must not return: that would replace the output
@@ -116,31 +171,60 @@ class Pipeline:
             finally:
                 if hook:
                     hook.remove()
-        self.seconds[part] = self.seconds.get(part, 0) + time.perf_counter() - start
+        inside = sum(self.seconds.values()) - before
+        self.seconds[part] = self.seconds.get(part, 0) + time.perf_counter() - start - inside
 
     # ---- text -> features -> pixels ----------------------------------------------------------------------------------
 
-    def features(self, prompts, seeds, steps=None, guidance=None):
-        """One prompt and one seed for each picture -> CLIP features (B, 64, C), fp32."""
+    def features(self, prompts, seeds, steps=None, guidance=None, images=None):
+        """One prompt and one seed for each picture -> CLIP features (B, 64, C), fp32.
+
+        images: PIL images that are part of the prompts, one for each, as in the official text + image form.
+        """
+        rows, looks = self.rows(prompts, images)
+        return self.generate(rows, self.noise(seeds, FEATURES), steps, guidance, looks)
+
+    def rows(self, prompts, images=None):
+        """Prompts -> their token ids in the template of drawing, and the images as `look` gives them (or None)."""
         if not all(prompt.strip() for prompt in prompts):
             raise ValueError("the prompt is empty")
-        rows = [prompt_ids(self.tokenizer, prompt) for prompt in prompts]
-        return self.generate(rows, seeds, FEATURES, steps, guidance)
+        if images is None:
+            return [prompt_ids(self.tokenizer, prompt) for prompt in prompts], None
+        looks = [self.look(image.resize((LOOK, LOOK))) for image in images]         # aspect not kept, as official
+        merge = self.model.config.vision.spatial_merge_size ** 2
+        return [prompt_ids(self.tokenizer, p, len(patches) // merge) for p, (patches, _) in zip(prompts, looks)], looks
+
+    def noise(self, seeds, stream):
+        """Where the features of these seeds begin: (B, C, 8, 8)."""
+        config = self.model.config
+        if config.dit is None:
+            raise ValueError(f"the model in {self.folder} has no DiT: it can answer questions, but not draw")
+        return draw_noise(seeds, (config.gen_hidden_size, config.grid, config.grid), stream)
 
     @torch.no_grad()
-    def generate(self, rows, seeds, stream, steps=None, guidance=None):
-        """Rows of token ids, [IMG] and queries not among them -> features (B, 64, C), fp32."""
+    def generate(self, rows, noise, steps=None, guidance=None, looks=None):
+        """Rows of token ids, [IMG] and queries not among them, and noise (B, C, 8, 8) -> features (B, 64, C), fp32."""
         steps, guidance, model = self.setting("steps", steps), self.setting("cfg", guidance), self.model
-        if model.dit is None:
-            raise ValueError(f"the model in {self.folder} has no DiT: it can answer questions, but not draw")
-        if len(rows) != len(seeds):
-            raise ValueError(f"{len(rows)} prompts need as many seeds, not {len(seeds)}")
-        ids, mask = pad(rows)                                                          # (B, L)
+        if len(rows) != len(noise):
+            raise ValueError(f"{len(rows)} prompts need as many seeds, not {len(noise)}")
+        ids, mask = self.padded(rows, 1 + model.config.n_query)                        # (B, L)
         with self.timed("LLM"):
-            cond = model.condition(ids.to(self.device), mask.to(self.device))         # (B, queries, D)
-        noise = draw_noise(seeds, (model.config.gen_hidden_size, model.config.grid, model.config.grid), stream)
+            cond = model.condition(ids, mask, *self.seen(looks))                       # (B, queries, D)
         with self.timed("DiT", model.dit, steps):
             return model.generate_features(cond, steps, guidance, noise.to(self.device))
+
+    def padded(self, rows, more):
+        """Rows of ids -> ids and mask (B, L) on the device; ValueError if a row and `more` tokens exceed the context."""
+        limit = self.config.get("text_config", self.config).get("max_position_embeddings", CONTEXT)
+        if (longest := max(map(len, rows)) + more) > limit:
+            raise ValueError(f"the prompt takes {longest} tokens with what comes after it, and the model reads {limit}: "
+                             "shorten it")
+        return [y.to(self.device) for y in pad(rows)]
+
+    def negative_keys(self, seeds, steps, guidance):
+        """What the negative features of these seeds depend on, and those keys among them that are still to be made."""
+        keys = [(seed, self.setting("steps", steps), self.setting("cfg", guidance)) for seed in seeds]
+        return keys, [key for key in dict.fromkeys(keys) if key not in self.negatives]
 
     def negative(self, seeds, steps=None, guidance=None):
         """What the decoder's guidance leads away from: features (B, 64, C) that the model makes of a single space.
@@ -148,11 +232,11 @@ class Pipeline:
         No chat template around it, as in the official pipeline. That one draws them once per process and keeps them, so
         that every picture depends on how the process began; here each seed has its own.
         """
-        keys = [(seed, self.setting("steps", steps), self.setting("cfg", guidance)) for seed in seeds]
-        new = [key for key in dict.fromkeys(keys) if key not in self.negatives]
+        keys, new = self.negative_keys(seeds, steps, guidance)
         if new:
-            rows = [self.tokenizer.encode(" ")] * len(new)
-            self.negatives |= zip(new, self.generate(rows, [seed for seed, *_ in new], NEGATIVE, steps, guidance))
+            made = self.generate([self.tokenizer.encode(" ")] * len(new), self.noise([k[0] for k in new], NEGATIVE),
+                                 steps, guidance)
+            self.negatives |= zip(new, made)
         return torch.stack([self.negatives[key] for key in keys])
 
     @torch.no_grad()
@@ -174,9 +258,25 @@ class Pipeline:
             return torch.cat([decoder.decode(features[p], None if negative is None else negative[p], steps, guidance,
                                              noise[p], (height, width)).cpu() for p in parts])
 
-    def images(self, prompts, seeds, steps=None, guidance=None, decoder_steps=None, decoder_guidance=None, size=None):
-        """One prompt and one seed for each picture -> pixels (B, 3, H, W) in [0, 1]."""
-        return self.pixels(self.features(prompts, seeds, steps, guidance), seeds, decoder_steps, decoder_guidance, size)
+    def images(self, prompts, seeds, steps=None, guidance=None, decoder_steps=None, decoder_guidance=None, size=None,
+               images=None):
+        """One prompt and one seed for each picture -> pixels (B, 3, H, W) in [0, 1]; `images` as `features` takes them.
+
+        The features that the decoder's guidance leads away from are drawn in the same batch: the language model and the
+        DiT come into memory once.
+        """
+        self.decoder                                                 # if there is none, say so before the work
+        (rows, looks), noise, n = self.rows(prompts, images), self.noise(seeds, FEATURES), len(prompts)
+        keys, new = self.negative_keys(seeds, steps, guidance)
+        if self.setting("decoder_cfg", decoder_guidance) == 1:
+            keys, new = [], []
+        if new:
+            rows = rows + [self.tokenizer.encode(" ")] * len(new)
+            noise = torch.cat([noise, self.noise([key[0] for key in new], NEGATIVE)])
+        features = self.generate(rows, noise, steps, guidance, looks)
+        self.negatives |= zip(new, features[n:])
+        negative = torch.stack([self.negatives[key] for key in keys]) if keys else None
+        return self.pixels(features[:n], seeds, decoder_steps, decoder_guidance, size, negative)
 
     def trajectory(self, prompt, seed, steps=None, guidance=None):
         """How the features of one picture came about: (states, guesses), both (steps + 1, 64, C), from noise to result.
@@ -207,7 +307,7 @@ class Pipeline:
 
         Guidance leads away from the features of an all-zero normalised image, as official.
         """
-        eva = self.eva
+        eva = self.eva                                               # aspect kept and middle cut, as in training
         pixels = torch.cat([preprocess_clip(image, eva.config.image_size) for image in images])    # (B, 3, S, S)
         pixels = torch.cat([pixels, torch.zeros_like(pixels[:1])]).to(self.device, self.dtype)
         with self.timed("EVA"):
@@ -218,8 +318,33 @@ class Pipeline:
 
     # ---- pictures and questions -> text ------------------------------------------------------------------------------
 
+    def look(self, image):
+        """A PIL image as Qwen's ViT takes it: (patches (N, P), grid (1, 3)), its area between the folder's limits."""
+        if self.model.visual is None:
+            raise ValueError(f"the model in {self.folder} has no vision tower: it can't look at pictures")
+        vision, limits = self.model.config.vision, {**self.read("preprocessor_config.json"), **self.limits}
+        return preprocess_qwen(image, vision.patch_size, vision.spatial_merge_size, limits.get("min_pixels"),
+                               limits.get("max_pixels"))
+
+    def seen(self, looks):
+        """Images as `look` gives them -> pixels (all patches, P) and grid_thw (images, 3) of a batch; None, None of none."""
+        if not looks:
+            return None, None
+        patches, grids = map(torch.cat, zip(*looks))
+        return patches.to(self.device, self.dtype), grids.to(self.device)
+
     def answer(self, image, question, max_new_tokens=64, temperature=0.0, on_text=None):
-        """The answer to a question about a PIL image (or None: about nothing). on_text(piece) hears it as it grows.
+        """The answer to a question about a PIL image (or None: about nothing); see `reply`."""
+        return self.reply([(question, None)], [[] if image is None else [image]], max_new_tokens, temperature, on_text)
+
+    def answers(self, images, questions, max_new_tokens=64, temperature=0.0):
+        """The answers to questions about PIL images (or None), one question each, as one batch: a list of strings."""
+        return self.ask([([(question, None)], [[] if image is None else [image]])
+                         for image, question in zip(images, questions, strict=True)], max_new_tokens, temperature)
+
+    def reply(self, turns, images, max_new_tokens=64, temperature=0.0, on_text=None, **sampling):
+        """What the model says next in a conversation: turns [(user, assistant)], the last assistant None; images, a list
+        of PIL images for each turn. on_text(piece) hears it as it grows.
 
         A token of a byte-level BPE may end within a character: pieces wait until their characters are whole.
         """
@@ -233,40 +358,92 @@ class Pipeline:
                 if len(whole) > len(told):
                     on_text(whole[len(told):])
                     told = whole
-        text = self.ask([image], [question], max_new_tokens, temperature, hear if on_text else None)[0]
+        text = self.ask([(turns, images)], max_new_tokens, temperature, hear if on_text else None, **sampling)[0]
         if on_text and len(text) > len(told):
             on_text(text[len(told):])
         return text
 
-    def answers(self, images, questions, max_new_tokens=64, temperature=0.0):
-        """The answers to questions about PIL images (or None), one question each, as one batch: a list of strings."""
-        return self.ask(images, questions, max_new_tokens, temperature)
-
     @torch.no_grad()
-    def ask(self, images, questions, max_new_tokens, temperature, on_token=None):
-        """What answer and answers share: preprocess, one call of BLIP3o.generate_text, decode."""
-        model, limits, rows, looks, seen = self.model, self.read("preprocessor_config.json"), [], [], {}
-        limits = {name: limits[name] for name in ("min_pixels", "max_pixels") if name in limits}
-        for image, question in zip(images, questions, strict=True):
-            if not question.strip():
+    def ask(self, conversations, max_new_tokens, temperature=0.0, on_token=None, top_p=1.0, repetition_penalty=None):
+        """The next answer in each conversation (turns, images for each turn) of a batch: a list of strings.
+
+        repetition_penalty None is the folder's own, of generation_config.json.
+        """
+        rows, looks = [], []
+        for turns, images in conversations:
+            if not turns[-1][0].strip():
                 raise ValueError("the question is empty")
-            pads = 0
-            if image is not None:
-                if model.visual is None:
-                    raise ValueError(f"the model in {self.folder} has no vision tower: it can't look at pictures")
-                vision = model.config.vision
-                looks.append(preprocess_qwen(image, vision.patch_size, vision.spatial_merge_size, **limits))
-                pads = len(looks[-1][0]) // vision.spatial_merge_size ** 2
-            rows.append(chat_ids(self.tokenizer, [(question, None)], pads)[0])
-        ids, mask = pad(rows)                                                          # (B, L)
-        if looks:
-            patches, grids = map(torch.cat, zip(*looks))                               # (all patches, P), (images, 3)
-            seen = {"pixels": patches.to(self.device, self.dtype), "grid_thw": grids.to(self.device)}
-        penalty = self.read("generation_config.json").get("repetition_penalty", 1.0)
+            shown = [[self.look(image) for image in turn] for turn in images]
+            looks += [look for turn in shown for look in turn]
+            rows.append(chat_ids(self.tokenizer, turns, [
+                [len(patches) // self.model.config.vision.spatial_merge_size ** 2 for patches, _ in turn]
+                for turn in shown])[0])
+        ids, mask = self.padded(rows, max_new_tokens)                                  # (B, L)
+        if repetition_penalty is None:
+            repetition_penalty = self.read("generation_config.json").get("repetition_penalty", 1.0)
         with self.timed("LLM"):
-            new = model.generate_text(ids.to(self.device), mask.to(self.device), **seen, max_new_tokens=max_new_tokens,
-                                      temperature=temperature, repetition_penalty=penalty, on_token=on_token)
+            new = self.model.generate_text(ids, mask, *self.seen(looks), max_new_tokens=max_new_tokens, top_p=top_p,
+                                           temperature=temperature, repetition_penalty=repetition_penalty,
+                                           on_token=on_token)
         return [self.tokenizer.decode(row) for row in new]
+
+
+    # ---- how much memory ---------------------------------------------------------------------------------------------
+
+    def components(self):
+        """{name: module} of what the folder holds, without reading more than headers."""
+        model, folder = self.model, self.folder
+        found = {"Qwen ViT": model.visual, "LLM": model.llm, "DiT": model.dit}
+        if (folder / "gen_vision_tower").is_dir() or any(component(key) == "gen_vision_tower" for key in read_headers(folder)):
+            found["EVA-CLIP"] = self.eva
+        if (folder / "diffusion-decoder").is_dir():
+            found |= {"UNet": self.decoder.unet, "VAE": self.decoder.vae}
+        return {name: module for name, module in found.items() if module is not None}
+
+    def working_memory(self, name, n):
+        """Bytes that a part needs beside its weights, roughly, for n pictures: its largest intermediate results."""
+        bytes, n, config = self.dtype.itemsize, min(n, BATCH), self.model.config
+        if name in ("LLM", "Qwen ViT"):                              # 256 tokens or 1024 patches: SwiGLU's three, and residuals
+            sizes = config.text if name == "LLM" else config.vision
+            return (256 if name == "LLM" else 1024) * n * (3 * sizes.intermediate_size + 8 * sizes.hidden_size) * bytes
+        if name == "DiT":                                            # the condition's keys and values in every layer, too
+            return 128 * n * (3 * config.dit.ffn_dim + (8 + 2 * config.dit.n_layers) * config.dit.dim) * bytes
+        if name == "EVA-CLIP":
+            return n * self.eva.config.image_size ** 2 // self.eva.config.patch_size ** 2 * self.eva.config.mlp_hidden * 2 * bytes
+        side, unet, vae = self.decoder.unet.config.sample_size, self.decoder.unet.config, self.decoder.vae
+        n = max(1, min(n, DECODER_PIXELS // (side * vae.factor) ** 2))
+        if name == "UNet":                                           # and the largest weight once more, in another order
+            largest = max(p.nbytes for p in self.decoder.unet.parameters())
+            return int(UNET_WORK * 2 * n * side ** 2 * unet.block_out_channels[0] * bytes) + largest
+        return int(VAE_WORK * n * (side * vae.factor) ** 2 * vae.config.block_out_channels[0] * 4)
+
+    def base_memory(self):
+        """Bytes that this process takes without any weights: Python and PyTorch on the CPU, next to nothing on a GPU."""
+        if self.device.type == "cuda":
+            return 0
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024     # macOS counts bytes, Linux KiB
+
+
+class Blueprint(Pipeline):
+    """A Pipeline of an official size without files and without memory, for --dry-run: everything on the device "meta"."""
+
+    def __init__(self, name, device="auto", dtype="auto", *_):
+        self.folder, self.device, self.seconds = Path(name), pick_device(device), {}
+        self.dtype = pick_dtype(dtype, self.device)
+        with torch.device("meta"):
+            sizes = DECODER_PRESETS["official"]
+            self.model, self.eva = BLIP3o(preset(name)).to(self.dtype), EvaClip(sizes["clip"]).to(self.dtype)
+            unet, vae = UNet(sizes["unet"]).to(self.dtype), VAE(sizes["vae"])
+        self.decoder = PixelDecoder(unet, vae)
+
+    def components(self):
+        """{name: module}: all."""
+        return {"Qwen ViT": self.model.visual, "LLM": self.model.llm, "DiT": self.model.dit, "EVA-CLIP": self.eva,
+                "UNet": self.decoder.unet, "VAE": self.decoder.vae}
+
+
+BLUEPRINTS = tuple(name for name in PRESETS if name != "nano")       # nano's vocabulary is its tokenizer's
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -358,12 +535,16 @@ def made_from(path):
 # Commands
 # ----------------------------------------------------------------------------------------------------------------------
 def draw(pipe, args):
-    """--prompt: a file for each picture, picture i with seed + i; a grid of all if they are several."""
+    """--prompt: a file for each picture, picture i with seed + i; a grid of all if they are several.
+
+    --draw: the same of an --image and a --prompt together.
+    """
     seeds, about, drawn = range(args.seed, args.seed + args.n), settings(pipe, args), []
+    image = None if args.image is None else load_image(args.image)
     for i in tqdm(range(0, args.n, BATCH), desc="batches", leave=False, disable=None if args.n > BATCH else True):
         batch = seeds[i:i + BATCH]
         drawn.append(pipe.images([args.prompt] * len(batch), batch, args.steps, args.cfg, args.decoder_steps,
-                                 args.decoder_cfg))
+                                 args.decoder_cfg, images=image and [image] * len(batch)))
         for seed, picture in zip(batch, drawn[-1]):
             save(picture, args.out, f"{slug(args.prompt)}-{seed}", {**about, "seed": seed})
     if args.n > 1:
@@ -388,7 +569,7 @@ def strip(pipe, args):
 
 def settings(pipe, args):
     """All that a picture depends on."""
-    return {"prompt": args.prompt, "seed": args.seed, "ckpt": args.ckpt,
+    return {"prompt": args.prompt, "seed": args.seed, "ckpt": args.ckpt, **({"image": args.image} if args.image else {}),
             **{name: pipe.setting(name, getattr(args, name)) for name in OFFICIAL}}
 
 
@@ -397,20 +578,105 @@ def reconstruct(pipe, args):
     image = load_image(args.image)
     after = pipe.reconstruct([image], [args.seed], args.decoder_steps, args.decoder_cfg)[0]                # (3, H, W)
     before = torch.from_numpy(np.array(crop_square(image, after.shape[-1]))).permute(2, 0, 1) / 255
-    about = {"image": args.image, **settings(pipe, args)}
-    save(grid(torch.stack([before, after]), 2), args.out, f"{slug(Path(args.image).stem)}-reconstructed", about)
+    save(grid(torch.stack([before, after]), 2), args.out, f"{slug(Path(args.image).stem)}-reconstructed",
+         settings(pipe, args))
+
+
+def tell(text):
+    """Show a piece of an answer as it comes."""
+    print(text, end="", flush=True)
 
 
 def answer(pipe, args):
     """--image and maybe --prompt: the answer, on stdout, as it grows."""
-    pipe.answer(load_image(args.image), DESCRIBE if args.prompt is None else args.prompt, args.max_new_tokens,
-                on_text=lambda text: print(text, end="", flush=True))
+    question = DESCRIBE if args.prompt is None else args.prompt
+    pipe.reply([(question, None)], [[load_image(args.image)]], args.max_new_tokens, args.temperature, tell,
+               top_p=args.top_p, repetition_penalty=args.repetition_penalty)
     print()
 
 
-# What each command does, and what it needs of BLIP3o.
-COMMANDS = {"draw": (draw, {"llm", "queries", "dit"}), "strip": (strip, {"llm", "queries", "dit"}),
-            "answer": (answer, {"llm", "visual"}), "reconstruct": (reconstruct, set())}
+CHAT = """Write a message and press Enter. @path/to/picture.png anywhere in it shows a picture.
+/image a red circle   draws      /new   begins a new conversation      /quit or Ctrl-D   ends"""
+
+
+def chat(pipe, args):
+    """--chat: a conversation, line by line from stdin. A mistake costs a line, not the conversation."""
+    print(CHAT, file=sys.stderr)
+    turns, images, drawn = [], [], 0
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        text = line.strip()
+        if not line or text == "/quit":
+            return
+        try:
+            if text == "/new":
+                turns, images = [], []
+            elif text.startswith("/image"):
+                args.prompt, args.image = text.removeprefix("/image").strip(), None
+                seed, drawn = args.seed + drawn, drawn + 1
+                draw(pipe, argparse.Namespace(**{**vars(args), "seed": seed, "n": 1}))
+            elif text.startswith("/"):
+                raise ValueError(f"there is no command {text.split()[0]}: use /image, /new or /quit")
+            elif text:
+                shown = [load_image(path) for path in re.findall(r"(?:^|(?<=\s))@(\S+)", text)]
+                said = re.sub(r"(?:^|(?<=\s))@\S+\s?", "", text).strip() or DESCRIBE
+                reply = pipe.reply([*turns, (said, None)], [*images, shown], args.max_new_tokens, args.temperature, tell,
+                                   top_p=args.top_p, repetition_penalty=args.repetition_penalty)
+                print()
+                turns, images = [*turns, (said, reply)], [*images, shown]
+        except ValueError as error:
+            print(error, file=sys.stderr)
+
+
+def export(pipe, args):
+    """--export diffusers DIR: unet, vae, scheduler and transformer in diffusers' layout, in the precision of --dtype.
+
+    The transformer is a LuminaNextDiT2DModel. What BLIP3-o puts in front of it, caption_projection, lies beside it (keys of
+    diffusers' PixArtAlphaTextProjection); its 3D RoPE, if it has that, is the caller's to pass: the class takes a table.
+    """
+    target, decoder = Path(args.export[1]), PixelDecoder.from_pretrained(args.ckpt, dtype=pipe.dtype)
+    decoder.unet.save_pretrained(target / "unet")
+    decoder.vae.save_pretrained(target / "vae")
+    decoder.schedule.save_pretrained(target / "scheduler")
+    if pipe.model.dit is not None:
+        dit = BLIP3o.from_pretrained(args.ckpt, dtype=pipe.dtype, parts={"dit"}).dit
+        c, projection = dit.config, dit.caption_projection
+        write_json(target / "transformer" / "config.json", {
+            "_class_name": "LuminaNextDiT2DModel", "sample_size": pipe.model.config.grid, "patch_size": c.patch_size,
+            "in_channels": c.in_channels, "hidden_size": c.dim, "num_layers": c.n_layers, "num_attention_heads": c.n_heads,
+            "num_kv_heads": c.n_kv_heads, "multiple_of": 1, "ffn_dim_multiplier": (c.ffn_dim + 0.5) / (8 * c.dim // 3),
+            "norm_eps": c.norm_eps, "learn_sigma": False, "qk_norm": True, "cross_attention_dim": c.dim})
+        save_weights(projection, target / "caption_projection" / "diffusion_pytorch_model.safetensors")
+        del dit.caption_projection                                   # diffusers' class takes its output; has an idle pad_token
+        dit.pad_token = torch.nn.Parameter(torch.zeros(c.dim, dtype=pipe.dtype))
+        save_weights(dit, target / "transformer" / "diffusion_pytorch_model.safetensors")
+    for folder in sorted(target.iterdir()):
+        print(folder)
+
+
+def dry_run(pipe, args):
+    """--dry-run: what each part takes, and the most memory that drawing and answering need; nothing is read but headers."""
+    sizes = {name: (sum(p.numel() for p in m.parameters()), sum(p.nbytes for p in m.parameters()))
+             for name, m in pipe.components().items()}
+    print(f"{args.ckpt} in {str(pipe.dtype).removeprefix('torch.')}, on {pipe.device.type}")
+    print(f"{'':16}{'parameters':>16}{'GiB':>9}")
+    for name, (count, bytes) in sizes.items():
+        print(f"{name:16}{count:16,}{bytes / GIB:9.3f}")
+    print(f"{'all':16}{sum(c for c, _ in sizes.values()):16,}{sum(b for _, b in sizes.values()) / GIB:9.3f}")
+    print(f"\n{'peak, GiB':16}{'':>9}{'at once':>16}{'--offload':>12}")
+    for task, parts in (("draw", ("LLM", "DiT", "UNet", "VAE")), ("answer", ("Qwen ViT", "LLM")),
+                        ("reconstruct", ("EVA-CLIP", "UNet", "VAE"))):
+        if all(name in sizes for name in parts):
+            work = {name: pipe.working_memory(name, args.n) for name in parts}
+            together = sum(sizes[name][1] for name in parts) + max(work.values())
+            apart = max(sizes[name][1] + work[name] for name in parts)
+            print(f"{task:25}{(pipe.base_memory() + together) / GIB:16.3f}{(pipe.base_memory() + apart) / GIB:12.3f}")
+
+
+# What each command does.
+COMMANDS = {"draw": draw, "strip": strip, "answer": answer, "reconstruct": reconstruct, "chat": chat, "export": export,
+            "dry-run": dry_run}
 
 
 class Parser(argparse.ArgumentParser):
@@ -434,30 +700,53 @@ def parse(argv):
     add("--cfg", type=float, help="guidance of the DiT, 1 for none (the checkpoint's, else 3)")
     add("--decoder-steps", type=int, help="steps of the pixel decoder (the checkpoint's, else 50)")
     add("--decoder-cfg", type=float, help="guidance of the pixel decoder, 1 for none (the checkpoint's, else 3)")
-    add("--max-new-tokens", type=int, default=64, help="longest answer")
+    add("--draw", action="store_true", help="draw from --image and --prompt together instead of answering")
+    add("--chat", action="store_true", help="a conversation on the terminal, with pictures both ways")
+    add("--max-new-tokens", type=int, default=128, help="longest answer")
+    add("--temperature", type=float, default=0.0, help="of answers; 0 always takes the likeliest token")
+    add("--top-p", type=float, default=1.0, help="with --temperature: draw from the likeliest tokens of this mass")
+    add("--repetition-penalty", type=float, help="above 1: use no token twice without need (the checkpoint's, else 1)")
+    add("--min-pixels", type=int, help="smaller pictures are enlarged before the language model sees them")
+    add("--max-pixels", type=int, help="larger pictures are reduced before the language model sees them")
     add("--ckpt", default=str(Path(__file__).parent / "weights" / "nano"), help="model folder (weights/nano)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", default="auto", help=f"auto, {', '.join(DTYPES)}")
+    add("--offload", action="store_true", help="keep only the part in memory that works: for small machines")
+    add("--compile", action="store_true", help="torch.compile DiT and UNet: slower for one picture, faster for many")
+    add("--dry-run", action="store_true", help="print what the parts take of memory; --ckpt 4b and 8b need no files")
+    add("--export", nargs=2, metavar=("diffusers", "DIR"), help="write DiT, UNet and VAE in diffusers' layout")
     add("--out", default="runs/samples", help="folder for pictures")
     args = parser.parse_args(argv)
 
     wrong = [  # (is it so?, what to say)
-        (args.prompt is None and args.image is None, "say what to do: --prompt draws, --image with --prompt answers"),
+        (args.prompt is None and args.image is None and not (args.chat or args.dry_run or args.export),
+         "say what to do: --prompt draws, --image with --prompt answers, --chat talks"),
+        (args.chat and (args.prompt is not None or args.image is not None), "--chat takes no --prompt and no --image"),
+        (args.export is not None and args.export[0] != "diffusers", f"--export writes for diffusers, not {args.export and args.export[0]}"),
+        (args.draw and (args.image is None or args.prompt is None), "--draw needs an --image and a --prompt"),
+        (args.compile and args.offload, "--compile needs the parts to stay in memory: leave out --offload"),
+        (args.temperature < 0 or not 0 < args.top_p <= 1, "--temperature can't be negative, and --top-p lies between 0 and 1"),
+        (args.repetition_penalty is not None and args.repetition_penalty <= 0, "--repetition-penalty must be positive"),
         (args.prompt is not None and not args.prompt.strip(), "the prompt is empty"),
         (args.reconstruct and args.image is None, "--reconstruct needs an --image"),
         (args.reconstruct and args.prompt is not None, "--reconstruct takes no --prompt"),
         (args.steps_strip and args.image is not None, "--steps-strip draws a --prompt and takes no --image"),
-        (args.n > 1 and (args.steps_strip or args.image is not None), "--n is for pictures of a --prompt alone"),
+        (args.n > 1 and (args.steps_strip or args.chat or args.image is not None and not args.draw),
+         "--n is for pictures that are drawn of a --prompt"),
         (args.seed + args.n > MAX_SEED or args.seed < 0, f"seeds must lie between 0 and {MAX_SEED - 1}"),
         *((value is not None and value < 1, f"--{name.replace('_', '-')} must be at least 1, not {value}")
-          for name, value in vars(args).items() if name in ("n", "steps", "decoder_steps", "max_new_tokens")),
+          for name, value in vars(args).items()
+          if name in ("n", "steps", "decoder_steps", "max_new_tokens", "min_pixels", "max_pixels")),
         *((value is not None and not 0 <= value < math.inf, f"--{name.replace('_', '-')} can't be {value}")
           for name, value in vars(args).items() if name in ("cfg", "decoder_cfg")),
     ]
     for so, what in wrong:
         if so:
             raise ValueError(what)
-    if args.image is not None:
+    for name in "dry_run", "export", "chat":
+        if getattr(args, name):
+            return name.replace("_", "-"), args
+    if args.image is not None and not args.draw:
         return "reconstruct" if args.reconstruct else "answer", args
     return "strip" if args.steps_strip else "draw", args
 
@@ -466,9 +755,10 @@ def main(argv=None):
     """Run one command; returns the exit code: 0, 2 after a mistake (one sentence on stderr), 130 after Ctrl-C."""
     try:
         name, args = parse(argv)
-        command, parts = COMMANDS[name]
-        pipe = Pipeline(args.ckpt, args.device, args.dtype, parts)
-        command(pipe, args)
+        kind = Blueprint if name == "dry-run" and args.ckpt in BLUEPRINTS and not Path(args.ckpt).exists() else Pipeline
+        pipe = kind(args.ckpt, args.device, args.dtype, args.offload, args.compile)
+        pipe.limits = {key: getattr(args, key) for key in ("min_pixels", "max_pixels") if getattr(args, key)}
+        COMMANDS[name](pipe, args)
         print(", ".join(f"{part} {seconds:.1f} s" for part, seconds in pipe.seconds.items()), file=sys.stderr)
         return 0
     except KeyboardInterrupt:

@@ -237,7 +237,7 @@ class UnderstandingStage(Stage):
     def collate(self, samples):
         turns, looks = zip(*map(self.task, samples))
         merged = (self.size // self.vision.patch_size // self.vision.spatial_merge_size) ** 2
-        rows = [data.chat_ids(self.tokenizer, t, merged * look) for t, look in zip(turns, looks)]
+        rows = [data.chat_ids(self.tokenizer, t, [[merged]] * look) for t, look in zip(turns, looks)]
         ids, mask = data.pad([r[0] for r in rows], self.tokenizer.special["<|endoftext|>"])
         targets, _ = data.pad([r[1] for r in rows], False)
         batch = super().collate(samples)
@@ -583,7 +583,7 @@ def train(args, rank, world, device):
     params = [p for p in stage.trained.parameters() if p.requires_grad]
     groups = [{"params": params}]
     if args.optimizer == "muon":                                     # the head of a language model is no hidden matrix
-        hidden = {m.weight for name, m in stage.trained.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"}
+        hidden = {m.weight for name, m in stage.trained.named_modules() if isinstance(m, nn.Linear) and name != "llm.lm_head"}
         groups = [{"params": [p for p in params if p not in hidden]},
                   {"params": [p for p in params if p in hidden], "matrices": True}]
     optimizer = Muon(groups, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay,
