@@ -7,6 +7,7 @@ needed. Generation is scored on the six skills of GenEval (arXiv 2310.11513) wit
     python eval.py alignment --ckpt weights/nano                text -> picture, six skills
     python eval.py understanding --ckpt weights/nano            picture -> text: questions and captions
     python eval.py reconstruction --ckpt weights/nano           picture -> features -> picture
+    python eval.py speed                                        sampling, beside transformers and diffusers
 """
 import argparse
 import io
@@ -15,9 +16,11 @@ import json
 import math
 import re
 import sys
+import tempfile
 import textwrap
+import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +30,9 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 import data
+from clip_decoder import PRESETS as DECODER_PRESETS, UNet, VAE
+from dit import DiTConfig
+from model import BLIP3o, BLIP3oConfig, TextConfig
 from sample import Parser, Pipeline, to_uint8
 
 BATCH = 32                                # pictures or questions that a model works on at a time
@@ -524,8 +530,125 @@ def run_reconstruction(args):
     save(args, {"table": table})
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Speed, beside the reference libraries
+# ----------------------------------------------------------------------------------------------------------------------
+def lumina(config):
+    """The official DiT's module tree for a DiTConfig, out of diffusers: LuminaNextDiT2DModel with BLIP3-o's caption
+    projection in front and its FFN width. Takes a NextDiT's state dict strictly."""
+    from diffusers.models.attention import LuminaFeedForward
+    from diffusers.models.embeddings import PixArtAlphaTextProjection
+    from diffusers.models.transformers.lumina_nextdit2d import LuminaNextDiT2DModel
+    dit = LuminaNextDiT2DModel(patch_size=config.patch_size, in_channels=config.in_channels, hidden_size=config.dim,
+                               num_layers=config.n_layers, num_attention_heads=config.n_heads,
+                               num_kv_heads=config.n_kv_heads, norm_eps=config.norm_eps, learn_sigma=False,
+                               cross_attention_dim=config.dim)
+    del dit.pad_token  # a leftover of Lumina that no forward reads and BLIP3-o's file doesn't have
+    for layer in dit.layers:
+        layer.feed_forward = LuminaFeedForward(config.dim, inner_dim=config.ffn_dim, multiple_of=1)
+    dit.caption_projection = PixArtAlphaTextProjection(config.cond_dim, config.dim)
+    return dit.eval()
+
+
+def race(ours, theirs, rounds):
+    """Run two functions in turn, after one run of each to warm up: median seconds of each, median of their ratios."""
+    times = []
+    for i in tqdm(range(rounds + 1), leave=False, disable=None):
+        pair = []
+        for run in (ours, theirs) if i % 2 else (theirs, ours):
+            start = time.perf_counter()
+            run()
+            pair.append(time.perf_counter() - start)
+        times.append(pair if i % 2 else pair[::-1])
+    times = np.array(times[1:])
+    return {"ours": np.median(times[:, 0]), "theirs": np.median(times[:, 1]), "ratio": np.median(times[:, 1] / times[:, 0])}
+
+
+@torch.no_grad()
+def run_speed(args):
+    """Sampling beside transformers and diffusers: equal random weights, equal results, runs in turn, on the CPU in fp32.
+
+    Each part has 100 to 300 M parameters. The outputs are compared first: a race between different results means nothing.
+    """
+    try:
+        import diffusers
+        import transformers
+        from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
+    except ImportError as error:
+        raise ValueError(f"{error}: the references come with pip install -r requirements-dev.txt") from None
+    torch.manual_seed(0)
+    table = {}
+
+    def compare(name, module, ours, theirs):
+        mine, other = ours(), theirs()
+        apart = ((mine - other).abs().max() / other.abs().max()).item()
+        table[name] = {"M": sum(p.numel() for p in module.parameters()) / 1e6, "apart": apart,
+                       **race(ours, theirs, args.rounds)}
+        print(f"  {name:28}{table[name]['M']:6.0f} M   ours {table[name]['ours']:7.2f} s   reference "
+              f"{table[name]['theirs']:7.2f} s   {table[name]['ratio']:5.2f}x   apart by {apart:.0e}", flush=True)
+
+    # The DiT: the whole sampling loop with guidance. The reference loop is the official pipeline's.
+    text = TextConfig(2000, 768, 2816, 12, 12, 2, mrope_section=[8, 12, 12])
+    config = DiTConfig(in_channels=1024, dim=896, n_layers=8, n_heads=14, n_kv_heads=14, ffn_dim=2560, cond_dim=768, rope="2d")
+    model, steps = BLIP3o(BLIP3oConfig(text, dit=config)).eval(), 10
+    for p in model.parameters():                                     # gates at birth are zero: nothing would be compared
+        p.normal_(0, 0.02)
+    reference = lumina(config)
+    reference.load_state_dict(model.dit.state_dict())
+    cond, noise = torch.randn(1, 64, 768), torch.randn(1, 1024, 8, 8)
+    rope, mask = get_2d_rotary_pos_embed_lumina(config.head_dim, 384, 384), torch.ones(2, 64)
+
+    def official_loop():
+        x, sigmas = noise, torch.cat([torch.linspace(1, 1 / steps, steps), torch.zeros(1)])
+        for sigma, following in zip(sigmas, sigmas[1:]):
+            c = reference.caption_projection(torch.cat([torch.zeros_like(cond), cond]))
+            t = torch.floor(1000 * sigma + 1e-3).expand(2)
+            null, true = reference(x.repeat(2, 1, 1, 1), t, c, mask, rope, cross_attention_kwargs={}).sample.chunk(2)
+            x = x + (following - sigma) * (null + 3 * (true - null))
+        return x.flatten(2).transpose(1, 2)
+    compare(f"DiT, {steps} guided steps", model.dit, lambda: model.generate_features(cond, steps, 3.0, noise), official_loop)
+
+    # Text: greedy tokens after a prompt, with each side's own KV cache.
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "rms_norm_eps")
+    qwen = transformers.Qwen2_5_VLForConditionalGeneration(transformers.Qwen2_5_VLConfig(
+        text_config=dict({n: getattr(text, n) for n in names}, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None,
+                         pad_token_id=0, rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[8, 12, 12])),
+        vision_config=dict(depth=1, hidden_size=32, num_heads=2, intermediate_size=32, out_hidden_size=768),
+        tie_word_embeddings=False, eos_token_id=None, pad_token_id=0)).eval()
+    qwen.model.language_model.load_state_dict({k: v for k, v in model.llm.state_dict().items() if not k.startswith("lm_head")})
+    qwen.lm_head.load_state_dict(model.llm.lm_head.state_dict())
+    ids = torch.randint(10, 1900, (1, 64))
+    compare("text, 64 + 64 tokens", model.llm,
+            lambda: model.generate_text(ids, max_new_tokens=64, stop_ids=[])[0].float(),
+            lambda: qwen.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, min_new_tokens=64,
+                                  do_sample=False)[0, 64:].float())
+
+    # The pixel decoder's parts, written by us and read by diffusers.
+    unet = UNet(replace(DECODER_PRESETS["official"]["unet"], block_out_channels=(160, 320, 640),
+                        transformer_layers_per_block=(1, 1, 4), attention_head_dim=(2, 5, 10))).eval()
+    vae = VAE(DECODER_PRESETS["official"]["vae"]).eval()
+    for p in [*unet.parameters(), *vae.parameters()]:
+        if p.ndim > 1:
+            p.normal_(0, 0.02)
+    with tempfile.TemporaryDirectory() as folder:
+        unet.save_pretrained(Path(folder) / "unet")
+        vae.save_pretrained(Path(folder) / "vae")
+        their_unet = diffusers.UNet2DConditionModel.from_pretrained(Path(folder) / "unet", low_cpu_mem_usage=False)
+        their_vae = diffusers.AutoencoderKL.from_pretrained(Path(folder) / "vae", low_cpu_mem_usage=False)
+    x, cond, ids = torch.randn(2, 4, 32, 32), torch.randn(2, 64, 1792), torch.zeros(2, 6)
+    added = {"text_embeds": cond.mean(1), "time_ids": ids}
+    compare("UNet, one guided step, 256 px", unet, lambda: unet(x, 500.0, cond, cond.mean(1), ids),
+            lambda: their_unet(x, 500.0, cond, added_cond_kwargs=added).sample)
+    z = torch.randn(1, 4, 24, 24)
+    compare("VAE decode, 192 px", vae, lambda: vae.decode(z),
+            lambda: their_vae.decode(z / vae.config.scaling_factor).sample)
+    save(args, {"table": table, "torch": torch.__version__, "transformers": transformers.__version__,
+                "diffusers": diffusers.__version__, "threads": torch.get_num_threads()})
+
+
 COMMANDS = {"judge": run_judge, "alignment": run_alignment, "understanding": run_understanding,
-            "reconstruction": run_reconstruction}
+            "reconstruction": run_reconstruction, "speed": run_speed}
 
 
 def parse(argv):
@@ -533,20 +656,20 @@ def parse(argv):
     parser = Parser("eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     for name, seed, counts in (("judge", 1, {"n": 1000, "size": 64}), ("alignment", 0, {"n-prompts": 200, "images": 4}),
-                               ("understanding", 1, {"n": 600}), ("reconstruction", 1, {"n": 200})):
+                               ("understanding", 1, {"n": 600}), ("reconstruction", 1, {"n": 200}), ("speed", 0, {"rounds": 5})):
         command = commands.add_parser(name, description=COMMANDS[name].__doc__)
         for option, value in counts.items():
             command.add_argument(f"--{option}", type=int, default=value)
         command.add_argument("--seed", type=int, default=seed, help="of the prompts and pictures")
         command.add_argument("--out", default="runs/eval", help="folder of the results")
-        if name != "judge":
+        if name not in ("judge", "speed"):
             command.add_argument("--ckpt", default=str(Path(__file__).parent / "weights" / "nano"), help="model folder")
             command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
             command.add_argument("--dtype", default="auto", help="auto, fp32, bf16, fp16")
         if name == "alignment":
             command.add_argument("--novel", action="store_true", help="pairs of colour and shape never trained on")
     args = parser.parse_args(argv)
-    for name in ("n", "n_prompts", "images", "size"):
+    for name in ("n", "n_prompts", "images", "size", "rounds"):
         if vars(args).get(name, 1) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {vars(args)[name]}")
     if not 0 <= args.seed < 1000:                                    # each has a million seeds of pictures

@@ -400,8 +400,9 @@ class Pipeline:
             found |= {"UNet": self.decoder.unet, "VAE": self.decoder.vae}
         return {name: module for name, module in found.items() if module is not None}
 
-    def working_memory(self, name, n):
-        """Bytes that a part needs beside its weights, roughly, for n pictures: its largest intermediate results."""
+    def working_memory(self, name, n, size=None):
+        """Bytes that a part needs beside its weights, roughly, for n pictures of a side of `size` pixels (None: the
+        decoder's own): its largest intermediate results."""
         bytes, n, config = self.dtype.itemsize, min(n, BATCH), self.model.config
         if name in ("LLM", "Qwen ViT"):                              # 256 tokens or 1024 patches: SwiGLU's three, and residuals
             sizes = config.text if name == "LLM" else config.vision
@@ -410,17 +411,18 @@ class Pipeline:
             return 128 * n * (3 * config.dit.ffn_dim + (8 + 2 * config.dit.n_layers) * config.dit.dim) * bytes
         if name == "EVA-CLIP":
             return n * self.eva.config.image_size ** 2 // self.eva.config.patch_size ** 2 * self.eva.config.mlp_hidden * 2 * bytes
-        side, unet, vae = self.decoder.unet.config.sample_size, self.decoder.unet.config, self.decoder.vae
+        unet, vae = self.decoder.unet.config, self.decoder.vae
+        side = size // vae.factor if size else unet.sample_size
         n = max(1, min(n, DECODER_PIXELS // (side * vae.factor) ** 2))
         if name == "UNet":                                           # and the largest weight once more, in another order
             largest = max(p.nbytes for p in self.decoder.unet.parameters())
             return int(UNET_WORK * 2 * n * side ** 2 * unet.block_out_channels[0] * bytes) + largest
         return int(VAE_WORK * n * (side * vae.factor) ** 2 * vae.config.block_out_channels[0] * 4)
 
-    def base_memory(self):
-        """Bytes that this process takes without any weights: Python and PyTorch on the CPU, next to nothing on a GPU."""
+    def peak_memory(self):
+        """Most bytes that were in use so far: of the GPU, else of this process (Python and PyTorch themselves included)."""
         if self.device.type == "cuda":
-            return 0
+            return torch.cuda.max_memory_allocated(self.device)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024     # macOS counts bytes, Linux KiB
 
@@ -544,7 +546,7 @@ def draw(pipe, args):
     for i in tqdm(range(0, args.n, BATCH), desc="batches", leave=False, disable=None if args.n > BATCH else True):
         batch = seeds[i:i + BATCH]
         drawn.append(pipe.images([args.prompt] * len(batch), batch, args.steps, args.cfg, args.decoder_steps,
-                                 args.decoder_cfg, images=image and [image] * len(batch)))
+                                 args.decoder_cfg, args.size and (args.size,) * 2, image and [image] * len(batch)))
         for seed, picture in zip(batch, drawn[-1]):
             save(picture, args.out, f"{slug(args.prompt)}-{seed}", {**about, "seed": seed})
     if args.n > 1:
@@ -560,7 +562,8 @@ def strip(pipe, args):
     states, guesses = pipe.trajectory(args.prompt, args.seed, args.steps, args.cfg)
     chosen = torch.linspace(0, len(states) - 1, min(FRAMES, len(states))).round().long()
     features = torch.cat([states[chosen], guesses[chosen]])                           # (2 FRAMES, 64, C)
-    pictures = pipe.pixels(features, [args.seed] * len(features), args.decoder_steps, args.decoder_cfg)
+    pictures = pipe.pixels(features, [args.seed] * len(features), args.decoder_steps, args.decoder_cfg,
+                           args.size and (args.size,) * 2)
     about = {**settings(pipe, args), "frames": len(chosen)}
     save(grid(pictures, len(chosen)), args.out, f"{slug(args.prompt)}-{args.seed}-steps", about)
     print(f"left to right: after {', '.join(map(str, chosen.tolist()))} steps; upper row: the state itself, lower row: "
@@ -570,6 +573,7 @@ def strip(pipe, args):
 def settings(pipe, args):
     """All that a picture depends on."""
     return {"prompt": args.prompt, "seed": args.seed, "ckpt": args.ckpt, **({"image": args.image} if args.image else {}),
+            **({"size": args.size} if args.size else {}),
             **{name: pipe.setting(name, getattr(args, name)) for name in OFFICIAL}}
 
 
@@ -668,10 +672,10 @@ def dry_run(pipe, args):
     for task, parts in (("draw", ("LLM", "DiT", "UNet", "VAE")), ("answer", ("Qwen ViT", "LLM")),
                         ("reconstruct", ("EVA-CLIP", "UNet", "VAE"))):
         if all(name in sizes for name in parts):
-            work = {name: pipe.working_memory(name, args.n) for name in parts}
+            work = {name: pipe.working_memory(name, args.n, args.size) for name in parts}
             together = sum(sizes[name][1] for name in parts) + max(work.values())
             apart = max(sizes[name][1] + work[name] for name in parts)
-            print(f"{task:25}{(pipe.base_memory() + together) / GIB:16.3f}{(pipe.base_memory() + apart) / GIB:12.3f}")
+            print(f"{task:25}{(pipe.peak_memory() + together) / GIB:16.3f}{(pipe.peak_memory() + apart) / GIB:12.3f}")
 
 
 # What each command does.
@@ -700,6 +704,7 @@ def parse(argv):
     add("--cfg", type=float, help="guidance of the DiT, 1 for none (the checkpoint's, else 3)")
     add("--decoder-steps", type=int, help="steps of the pixel decoder (the checkpoint's, else 50)")
     add("--decoder-cfg", type=float, help="guidance of the pixel decoder, 1 for none (the checkpoint's, else 3)")
+    add("--size", type=int, help="side of drawn pictures in pixels (the decoder's own: 1024 for official weights)")
     add("--draw", action="store_true", help="draw from --image and --prompt together instead of answering")
     add("--chat", action="store_true", help="a conversation on the terminal, with pictures both ways")
     add("--max-new-tokens", type=int, default=128, help="longest answer")
@@ -736,7 +741,7 @@ def parse(argv):
         (args.seed + args.n > MAX_SEED or args.seed < 0, f"seeds must lie between 0 and {MAX_SEED - 1}"),
         *((value is not None and value < 1, f"--{name.replace('_', '-')} must be at least 1, not {value}")
           for name, value in vars(args).items()
-          if name in ("n", "steps", "decoder_steps", "max_new_tokens", "min_pixels", "max_pixels")),
+          if name in ("n", "steps", "decoder_steps", "size", "max_new_tokens", "min_pixels", "max_pixels")),
         *((value is not None and not 0 <= value < math.inf, f"--{name.replace('_', '-')} can't be {value}")
           for name, value in vars(args).items() if name in ("cfg", "decoder_cfg")),
     ]
@@ -759,7 +764,9 @@ def main(argv=None):
         pipe = kind(args.ckpt, args.device, args.dtype, args.offload, args.compile)
         pipe.limits = {key: getattr(args, key) for key in ("min_pixels", "max_pixels") if getattr(args, key)}
         COMMANDS[name](pipe, args)
-        print(", ".join(f"{part} {seconds:.1f} s" for part, seconds in pipe.seconds.items()), file=sys.stderr)
+        if pipe.seconds:
+            print(", ".join(f"{part} {seconds:.1f} s" for part, seconds in pipe.seconds.items())
+                  + f"; at most {pipe.peak_memory() / GIB:.2f} GiB of memory", file=sys.stderr)
         return 0
     except KeyboardInterrupt:
         return 130

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer as Tokenizers
+from tokenizers import Tokenizer as Tokenizers, decoders, models, pre_tokenizers
 from torch import nn
 
 import clip_decoder
@@ -256,18 +256,7 @@ def dit_inputs(config, batch=3, height=3, width=5, length=7, seed=0):
 def dit_reference(config):
     """The official module tree: diffusers' LuminaNextDiT2DModel with BLIP3-o's caption projection and FFN width."""
     pytest.importorskip("diffusers")
-    from diffusers.models.attention import LuminaFeedForward
-    from diffusers.models.embeddings import PixArtAlphaTextProjection
-    from diffusers.models.transformers.lumina_nextdit2d import LuminaNextDiT2DModel
-    model = LuminaNextDiT2DModel(patch_size=config.patch_size, in_channels=config.in_channels, hidden_size=config.dim,
-                                 num_layers=config.n_layers, num_attention_heads=config.n_heads,
-                                 num_kv_heads=config.n_kv_heads, norm_eps=config.norm_eps, learn_sigma=False,
-                                 cross_attention_dim=config.dim)
-    del model.pad_token  # a leftover of Lumina that no forward reads and BLIP3-o's file doesn't have
-    for layer in model.layers:
-        layer.feed_forward = LuminaFeedForward(config.dim, inner_dim=config.ffn_dim, multiple_of=1)
-    model.caption_projection = PixArtAlphaTextProjection(config.cond_dim, config.dim)
-    return model.eval()
+    return scores.lumina(config)
 
 
 @torch.no_grad()
@@ -2808,7 +2797,7 @@ def test_imports_go_one_way():
     """Who imports whom is a tree that a reader can walk, and at run time seven packages are enough."""
     ours = {"flow": set(), "dit": set(), "clip_decoder": set(), "data": set(), "model": {"dit", "flow"},
             "train": {"model", "clip_decoder", "data", "flow"}, "sample": {"model", "clip_decoder", "data"},
-            "eval": {"model", "clip_decoder", "data", "sample"}}
+            "eval": {"model", "clip_decoder", "data", "sample", "dit", "transformers", "diffusers"}}      # speed's peers
     packages = {"torch", "numpy", "safetensors", "tokenizers", "PIL", "tqdm"}
     for name, siblings in ours.items():
         nodes = list(ast.walk(ast.parse((Path(train.__file__).parent / f"{name}.py").read_text("utf-8"))))
@@ -3381,6 +3370,58 @@ def test_official_export_to_diffusers(official, tmp_path, capsys):
     assert sample.main(["--ckpt", str(official.path), "--export", "onnx", str(tmp_path / "y")]) == 2
 
 
+def write_random_4b(folder):
+    """Write a random checkpoint of the released 4B size, in bf16 shards of at most 4 GB: about 15 GB, without EVA-CLIP.
+
+    Not a test: `python test_all.py FOLDER`, then what the README says under "Memory".
+    """
+    folder, official = Path(folder), clip_decoder.PRESETS["official"]
+    block = torch.randn(2 ** 24, generator=torch.Generator().manual_seed(0)).mul(0.02).bfloat16().view(torch.uint8).numpy()
+
+    def write(file, shapes):                                          # streamed: it never lies in memory as a whole
+        file.parent.mkdir(parents=True, exist_ok=True)
+        ends = np.cumsum([0, *(2 * math.prod(shape) for shape in shapes.values())]).tolist()
+        header = json.dumps({key: {"dtype": "BF16", "shape": list(shape), "data_offsets": ends[i:i + 2]}
+                             for i, (key, shape) in enumerate(shapes.items())}).encode()
+        with open(file, "wb") as out:
+            out.write(struct.pack("<Q", len(header)) + header)
+            for at in range(0, ends[-1], len(block)):
+                out.write(block[:ends[-1] - at].tobytes())
+
+    with torch.device("meta"):
+        whole, unet, vae = BLIP3o(model.preset("4b")), UNet(official["unet"]), VAE(official["vae"])
+    shards, size = [{}], 0
+    for name, p in whole.state_dict().items():
+        if size + 2 * p.numel() > 4e9:
+            shards.append({})
+            size = 0
+        shards[-1][M.official_name(name)] = p.shape
+        size += 2 * p.numel()
+    names = {}
+    for i, shard in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        write(folder / file, shard)
+        names |= dict.fromkeys(shard, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    text, vision = vars(whole.config.text), vars(whole.config.vision)
+    (folder / "config.json").write_text(json.dumps({
+        "model_type": "blip3o_qwen", **{k: text[k] for k in ("vocab_size", "hidden_size", "intermediate_size",
+        "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_theta")},
+        "rope_scaling": {"type": "mrope", "mrope_section": text["mrope_section"]}, "tie_word_embeddings": True,
+        "vision_config": vision, "max_position_embeddings": 128000, "n_query": 64, "gen_pooling": "early_pool2d_4"}))
+    for module, name, fixed in (unet, "unet", clip_decoder.UNET_FIXED), (vae, "vae", clip_decoder.VAE_FIXED):
+        part = folder / "diffusion-decoder" / name
+        write(part / "diffusion_pytorch_model.bf16.safetensors", {k: p.shape for k, p in module.state_dict().items()})
+        (part / "config.json").write_text(json.dumps({**asdict(module.config), **fixed}))
+    EulerSchedule().save_pretrained(folder / "diffusion-decoder" / "scheduler")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())             # a tokenizer of 151643 entries, most of them idle
+    vocabulary = {word: i for i, word in enumerate(letters + [f"<idle {i}>" for i in range(151643 - len(letters))])}
+    bpe = Tokenizers(models.BPE(vocabulary, []))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.add_special_tokens(data.SPECIAL)
+    data.Tokenizer(bpe).save(folder)
+
+
 def test_sample_chat(sample_folder, sample_picture, tmp_path, monkeypatch, capsys):
     """A conversation: each turn sees the ones before and their pictures, /image draws, mistakes cost a line, /new forgets."""
     picture = Path(sample_picture).rename(Path(sample_picture).with_name("cat.png"))
@@ -3691,3 +3732,7 @@ def test_eval_mistakes_are_sentences(tmp_path, capsys):
         assert scores.main(line.split() + (["--out", str(tmp_path)] if " " in line else [])) == 2
         message = capsys.readouterr().err
         assert message.startswith("eval.py: ") and message.count("\n") == 1, line
+
+
+if __name__ == "__main__":
+    write_random_4b(sys.argv[1])
