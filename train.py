@@ -57,9 +57,9 @@ RECIPES = {
     "clip":    dict(steps=3000, batch=64, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999, optimizer="adamw"),
     "vae":     dict(steps=3000, batch=16, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999, optimizer="adamw"),
     "decoder": dict(steps=3500, batch=16, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999, optimizer="adamw"),
-    "0":       dict(steps=2800, batch=16, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999, optimizer="muon"),
-    "1":       dict(steps=1600, batch=64, lr=1.5e-3, min_lr=5e-5, warmup=100, ema=0.999, optimizer="muon"),
-    "2":       dict(steps=2000, batch=64, lr=5e-4, min_lr=0.0, warmup=50, ema=0.999, optimizer="muon"),
+    "0":       dict(steps=9000, batch=16, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999, optimizer="muon"),
+    "1":       dict(steps=8000, batch=64, lr=1.5e-3, min_lr=5e-5, warmup=100, ema=0.999, optimizer="muon"),
+    "2":       dict(steps=950, batch=64, lr=8e-4, min_lr=0.0, warmup=50, ema=0.999, optimizer="muon"),
 }
 PAPER = {
     "1": dict(steps=150_000, batch=512, lr=1e-4, min_lr=1e-5, warmup=450, ema=0.9999, optimizer="adamw"),
