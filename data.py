@@ -5,7 +5,6 @@ B batch, L tokens, H W pixels, N patches. Imports nothing else of this project.
 Reading order: the world (scenes, pictures, captions, questions) -> sources of samples -> tokens and templates -> pixels.
 """
 import io
-import json
 import math
 import tarfile
 from dataclasses import dataclass

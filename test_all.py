@@ -3446,6 +3446,8 @@ def test_sample_chat(sample_folder, sample_picture, tmp_path, monkeypatch, capsy
 
 def test_sample_compiled_dit_compiles_once(sample_folder):
     """torch.compile of the DiT: the same features, and one compilation for all 30 steps of the sampler."""
+    if not any(map(shutil.which, ("g++", "c++", "clang++"))):
+        pytest.skip("torch.compile needs a C++ compiler on a CPU")
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     plain, fast = sample.Pipeline(sample_folder, "cpu"), sample.Pipeline(sample_folder, "cpu", compiled=True)
