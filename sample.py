@@ -728,6 +728,7 @@ def parse(argv):
          "say what to do: --prompt draws, --image with --prompt answers, --chat talks"),
         (args.chat and (args.prompt is not None or args.image is not None), "--chat takes no --prompt and no --image"),
         (args.export is not None and args.export[0] != "diffusers", f"--export writes for diffusers, not {args.export and args.export[0]}"),
+        (args.size is not None and (args.image is not None and not args.draw), "--size is for pictures that are drawn of a --prompt"),
         (args.draw and (args.image is None or args.prompt is None), "--draw needs an --image and a --prompt"),
         (args.compile and args.offload, "--compile needs the parts to stay in memory: leave out --offload"),
         (args.temperature < 0 or not 0 < args.top_p <= 1, "--temperature can't be negative, and --top-p lies between 0 and 1"),
