@@ -6,6 +6,7 @@ Reading order: the world (scenes, pictures, captions, questions) -> sources of s
 """
 import io
 import math
+import re
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,6 +193,15 @@ def caption(scene, rng, long=None):
         forms = [f + " on " + g for f in forms for g in (ground, scene.background)] + [f"{ground} with {{}}"] * 5
     text = pick(rng, forms).format(body)
     return text[0].upper() + text[1:] + "." if rng.random() < 0.25 else text
+
+
+def exchange_colours(text):
+    """A caption that names two different colours of things, with the two exchanged; None for any other caption."""
+    named = re.findall("|".join(COLOURS), text)
+    if len(named) != 2 or named[0] == named[1]:
+        return None
+    text = re.sub("|".join(COLOURS), lambda found: named[found[0] == named[0]], text)
+    return re.sub(r"\b([Aa])n? (?=(\w))", lambda found: found[1] + ("n " if found[2] in "aeiou" else " "), text)
 
 
 QUESTIONS = ("colour", "shape", "count", "existence", "position", "background")
@@ -427,6 +437,7 @@ class Samples(torch.utils.data.Dataset):
     def __getitem__(self, position):
         """{"image", "caption", "scene" (the world only), "rng": a generator for what the caller draws for this sample}."""
         rng = np.random.default_rng((self.seed, position, 1))
+        last = None
         for attempt in range(100):
             try:
                 item = self.source[self.index(position + attempt)]
@@ -438,7 +449,7 @@ class Samples(torch.utils.data.Dataset):
         image = item["image"]
         if isinstance(image, Image.Image):
             image = np.asarray(crop_square(image, self.size))
-        return {**item, "image": image, "skipped": attempt, "rng": rng,
+        return {**item, "image": image, "skipped": [("unreadable", str(last))] * attempt, "rng": rng,
                 "caption": item.get("caption") or caption(item["scene"], rng, self.long)}
 
 
@@ -461,6 +472,8 @@ def open_source(spec, size=64, seed=0):
 SYSTEM = "You are a helpful assistant."
 GENERATE = "Please generate image based on the following caption: {}"
 DESCRIBE = "Describe this image."
+RECONSTRUCT = "Please reconstruct the given image."
+REPEAT = "Repeat the caption."
 # Qwen2.5's added tokens in the order of their ids, then the three of BLIP3-o: [IMG] is vocab_size - 3 at every size.
 SPECIAL = ("<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
            "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> "

@@ -98,7 +98,7 @@ class Pipeline:
     def tokenizer(self):
         """The tokenizer; ValueError if it isn't the one that the language model was made for."""
         tokenizer, text = Tokenizer.from_pretrained(self.folder), self.model.config.text
-        rows, drawn = text.vocab_size, self.model.dit is not None
+        rows, drawn = text.vocab_size, self.model.config.draws
         if tokenizer.vocab_size > rows or drawn and tokenizer.vocab_size != rows:
             raise ValueError(f"{self.folder / 'tokenizer.json'} makes {tokenizer.vocab_size} tokens, [IMG] and its two "
                              f"companions included, but the language model has {rows}: they belong to different models")
@@ -111,10 +111,10 @@ class Pipeline:
 
         def part(name):
             return getattr(BLIP3o.from_pretrained(self.folder, self.device, self.dtype, {name}), name)
-        for name in "visual", "llm", "dit":
+        for name in "visual", "llm", "dit", "regressor":
             if getattr(model, name) is not None:
                 self.read_when_called(getattr(model, name), partial(part, name), name == "dit")
-        if model.dit is not None:
+        if model.latent_queries is not None:
             model.latent_queries = BLIP3o.from_pretrained(self.folder, self.device, self.dtype, {"queries"}).latent_queries
         return model
 
@@ -197,7 +197,7 @@ class Pipeline:
     def noise(self, seeds, stream):
         """Where the features of these seeds begin: (B, C, 8, 8)."""
         config = self.model.config
-        if config.dit is None:
+        if not config.draws:
             raise ValueError(f"the model in {self.folder} has no DiT: it can answer questions, but not draw")
         return draw_noise(seeds, (config.gen_hidden_size, config.grid, config.grid), stream)
 
@@ -245,6 +245,12 @@ class Pipeline:
 
         size: (height, width), the decoder's own if None. negative (B, 64, C): that of `negative` if None.
         """
+        if self.model.config.latents:                                # design VAE + FM: the DiT has drawn what the VAE decodes
+            if size:
+                raise ValueError("a model that draws VAE latents has one size of pictures: leave out --size")
+            with self.timed("decoder"):
+                z = features.transpose(1, 2).unflatten(2, (self.model.config.grid,) * 2)       # (B, C, h, w)
+                return (self.decoder.vae.decode(z) / 2 + 0.5).clamp(0, 1).cpu()
         steps, guidance = self.setting("decoder_steps", steps), self.setting("decoder_cfg", guidance)
         if negative is None and guidance != 1:
             negative = self.negative(seeds)
@@ -268,7 +274,7 @@ class Pipeline:
         self.decoder                                                 # if there is none, say so before the work
         (rows, looks), noise, n = self.rows(prompts, images), self.noise(seeds, FEATURES), len(prompts)
         keys, new = self.negative_keys(seeds, steps, guidance)
-        if self.setting("decoder_cfg", decoder_guidance) == 1:
+        if self.setting("decoder_cfg", decoder_guidance) == 1 or self.model.config.latents:
             keys, new = [], []
         if new:
             rows = rows + [self.tokenizer.encode(" ")] * len(new)
@@ -393,7 +399,7 @@ class Pipeline:
     def components(self):
         """{name: module} of what the folder holds, without reading more than headers."""
         model, folder = self.model, self.folder
-        found = {"Qwen ViT": model.visual, "LLM": model.llm, "DiT": model.dit}
+        found = {"Qwen ViT": model.visual, "LLM": model.llm, "DiT": model.dit, "regressor": model.regressor}
         if (folder / "gen_vision_tower").is_dir() or any(component(key) == "gen_vision_tower" for key in read_headers(folder)):
             found["EVA-CLIP"] = self.eva
         if (folder / "diffusion-decoder").is_dir():
@@ -409,6 +415,8 @@ class Pipeline:
             return (256 if name == "LLM" else 1024) * n * (3 * sizes.intermediate_size + 8 * sizes.hidden_size) * bytes
         if name == "DiT":                                            # the condition's keys and values in every layer, too
             return 128 * n * (3 * config.dit.ffn_dim + (8 + 2 * config.dit.n_layers) * config.dit.dim) * bytes
+        if name == "regressor":
+            return n * config.n_query * config.mse_channels * bytes
         if name == "EVA-CLIP":
             return n * self.eva.config.image_size ** 2 // self.eva.config.patch_size ** 2 * self.eva.config.mlp_hidden * 2 * bytes
         unet, vae = self.decoder.unet.config, self.decoder.vae
