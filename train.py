@@ -24,6 +24,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,13 +77,17 @@ class Stage(nn.Module):
     forward(batch) returns {name: scalar}; the sum is minimised.
     """
     size = 64                       # side of the pictures that this stage reads
-    captions = None                 # True: long captions, False: short ones, None: a mixture
+    captions = None                 # of the world. True: long captions, False: short ones, None: a mixture
+    talk = False                    # does it learn from conversations, too? Else each sample must have a caption
     heavy = None                    # the part whose shapes never change: what torch.compile gets on CUDA
 
     def collate(self, samples):
-        """A list of data.Samples items -> a dict of tensors, `skipped` counting broken items that were replaced."""
+        """A list of data.Samples items -> a dict of tensors, and `skipped`: (cause, name) of each broken item among them.
+
+        Of a row of broken items only the first stands at this sample's own position; the others are counted at theirs.
+        """
         pixels = data.to_pixels(np.stack([s["image"] for s in samples]))
-        return {"pixels": pixels, "skipped": sum(s["skipped"] for s in samples)}
+        return {"pixels": pixels, "skipped": [bad for s in samples for bad in s["skipped"][:1]]}
 
     def export(self, folder):
         """Write the trained parts into the model folder `folder`; what else lies there stays."""
@@ -222,6 +227,7 @@ class UnderstandingStage(Stage):
     are about a caption that asked for a picture. That makes the language model bind each colour to its object while it
     reads: predicting captions alone never needs this, and the frozen states will have to tell the DiT who is red.
     """
+    talk = True
     questions = 4                   # in one conversation: the prompt is read once, so more questions cost little
 
     def __init__(self, init, args):
@@ -249,6 +255,9 @@ class UnderstandingStage(Stage):
     def task(self, sample):
         """(turns of one conversation, does it show the picture?)"""
         rng, scene = sample["rng"], sample.get("scene")
+        if "turns" in sample:                                        # LLaVA's mark; the picture stands in front of the first turn
+            turns = [(user.replace("<image>", "").strip(), said) for user, said in sample["turns"]]
+            return turns, any("<image>" in user for user, _ in sample["turns"])
         if scene is None:
             return [(data.DESCRIBE, sample["caption"])], True
         if rng.random() < 0.5:
@@ -478,9 +487,9 @@ def load_state(out, ema, optimizer, args):
         return 0
     folder = out / (out / "latest").read_text()
     state = json.loads((folder / "state.json").read_text())
-    for key in ("stage", "data", "seed", "batch", "init", "shift", "optimizer"):
-        if state["args"][key] != getattr(args, key):
-            raise ValueError(f"{out} holds a run with --{key} {state['args'][key]}, not {getattr(args, key)}: "
+    for key in ("stage", "data", "short_caption", "seed", "batch", "init", "shift", "optimizer"):
+        if state["args"].get(key) != getattr(args, key):
+            raise ValueError(f"{out} holds a run with --{key.replace('_', '-')} {state['args'].get(key)}, not {getattr(args, key)}: "
                              f"choose another --out, or delete the folder to start anew")
     model, average = load_file(folder / "model.safetensors"), load_file(folder / "ema.safetensors")
     moments = load_file(folder / "optimizer.safetensors")
@@ -561,6 +570,20 @@ def any_process(flag, device):
     return bool(flag)
 
 
+def gather(mine):
+    """The lists of all processes as one, in the order of ranks."""
+    if not dist.is_initialized():
+        return mine
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, mine)
+    return sum(lists, [])
+
+
+def counts(by_cause):
+    """{cause: number} -> words."""
+    return ", ".join(f"{n} {cause}" for cause, n in by_cause.items() if n) or "none"
+
+
 def note(log, row):
     """One more line of log.jsonl. A full disk costs the line, not the run."""
     try:
@@ -576,8 +599,10 @@ def train(args, rank, world, device):
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)                                     # the same fresh weights on every rank
     stage = STAGES[args.stage](args.init, args).to(device)
-    samples = data.Samples(data.open_source(args.data, stage.size, args.seed), stage.size, args.seed, stage.captions)
-    held_out = data.Samples(data.open_source(args.data, stage.size, 10 ** 6), stage.size, 10 ** 6, stage.captions)
+    source = data.open_source(args.data, stage.size, args.seed)
+    samples = data.Samples(source, stage.size, args.seed, stage.captions, args.short_caption, stage.talk)
+    unseen = source if args.data else data.World(10 ** 6, stage.size)
+    held_out = data.Samples(unseen, stage.size, 10 ** 6, stage.captions, args.short_caption, stage.talk)
     test = to_device(stage.collate([held_out[i] for i in range(64)]), device)
 
     params = [p for p in stage.trained.parameters() if p.requires_grad]
@@ -602,11 +627,14 @@ def train(args, rank, world, device):
     if main:
         print(f"stage {args.stage}: {sum(p.numel() for p in params) / 1e6:.2f} M trained parameters, "
               f"{args.steps} steps of {args.batch}, {'from step ' + str(step) if step else 'from the start'}, in {out}")
+        if args.data:
+            print(f"{len(source)} samples; left out: {counts(source.left_out)}")
 
     log = open(out / "log.jsonl", "a") if main else None
     bar = tqdm(total=args.steps, initial=step, disable=not main or args.quiet, unit="step", smoothing=0.05)
     loader = iter(batches(samples, stage, step, args, rank, world))
-    sums, summed, skipped, since = {}, 0, 0, time.time()             # losses since the last line of the log
+    sums, summed, skipped, since = {}, 0, [], time.time()            # losses since the last line of the log
+    bad, first = [], step                                            # all broken samples of all processes since step `first`
     stage.trained.train()
     halt = False
     while step < args.steps and not halt:
@@ -629,11 +657,14 @@ def train(args, rank, world, device):
         ema.update()
         step, summed = step + 1, summed + 1
         bar.update()
-        if skipped > args.max_bad * step * args.batch + 10:
-            raise ValueError(f"{skipped} broken samples in {step * args.batch}: more than --max-bad {args.max_bad} allows")
         if step % args.log_every == 0 or step == args.steps:
+            bad, skipped = bad + gather(skipped), []
+            if len(bad) > args.max_bad * (step - first) * args.batch + 10:
+                told = "".join(f"\n  {cause}: {name}" for cause, name in bad[:20])
+                raise ValueError(f"{len(bad)} broken samples in {(step - first) * args.batch}: more than --max-bad {args.max_bad} "
+                                 f"allows ({counts(Counter(cause for cause, _ in bad))}); the first of them:{told}")
             row = {"step": step, "samples": step * args.batch, **{k: float(v) / summed for k, v in sums.items()},
-                   "lr": optimizer.param_groups[0]["lr"], "grad": float(norm), "skipped": skipped,
+                   "lr": optimizer.param_groups[0]["lr"], "grad": float(norm), "skipped": Counter(cause for cause, _ in bad),
                    "per_s": round(summed * args.batch / (time.time() - since), 1)}
             sums, summed, since = {}, 0, time.time()
             if main:
@@ -682,7 +713,10 @@ def arguments():
     add = parser.add_argument
     add("--stage", required=True, choices=list(STAGES))
     # what to read and write
-    add("--data", help="tar shards, folders or glob patterns, comma-separated; default: the synthetic world")
+    add("--data", help="tar shards, folders, JSONL files or glob patterns, comma-separated, each with =share or without; "
+                       "default: the synthetic world")
+    add("--short-caption", type=float, help="probability of a sample's short caption; default: of shards 0, of the world as "
+                                            "the stage likes them")
     add("--init", help="model folder to start from: parts that it lacks start from random weights. Default: weights/nano "
                        "for what is frozen, random weights for what this stage trains (but stage 2 trains on)")
     add("--fresh", action="store_true", help="random weights for what this stage trains, whatever --init holds of it")
@@ -732,8 +766,8 @@ def arguments():
     for key in ("steps", "batch", "accumulate", "log_every", "save_every"):
         if getattr(args, key) < 1:
             raise ValueError(f"--{key.replace('_', '-')} must be at least 1, not {getattr(args, key)}")
-    if args.lr <= 0 or args.min_lr < 0 or not 0 <= args.drop <= 1:
-        raise ValueError("--lr must be positive, --min-lr not negative and --drop between 0 and 1")
+    if args.lr <= 0 or args.min_lr < 0 or not 0 <= args.drop <= 1 or not 0 <= (args.short_caption or 0) <= 1:
+        raise ValueError("--lr must be positive, --min-lr not negative, --drop and --short-caption between 0 and 1")
     return args
 
 
