@@ -482,9 +482,9 @@ class Unread(torch.utils.data.Dataset):
 def index_shards(paths):
     """`scan` of many files, each read once and then kept: (rows (n, 6) of all, shards (S, 6)), two int64 tensors.
 
-    shards: size, time of change, number of samples, then the counts of LEFT_OUT. The file in INDEX is named after the list of
-    paths; a shard whose size or time has changed is scanned again. Its tensors stay on disk until they are looked at, and
-    all processes of a machine share them: 30 million samples are 1.4 GB once, not once a worker.
+    shards: size, time of change, number of samples, then the counts of LEFT_OUT. The file in INDEX is named after the list
+    of paths; a shard whose size or time has changed is scanned again. All processes of a machine share the file's pages as
+    they are on disk: the rows of 30 million samples take 1.4 GB of memory once, not once a worker.
     """
     file = INDEX / f"{hashlib.sha256(chr(10).join(map(os.path.abspath, paths)).encode()).hexdigest()[:16]}.safetensors"
     stamps = torch.tensor([(s.st_size, s.st_mtime_ns) for s in map(os.stat, paths)])                  # (S, 2)
@@ -516,8 +516,8 @@ def index_shards(paths):
             os.replace(temporary, file)
             return load_file(file)["rows"], shards
         except (OSError, SafetensorError) as error:
-            tqdm.write(f"the index of {len(paths)} shards can't be kept in {INDEX}, so the next start builds it again: {error}",
-                       file=sys.stderr)
+            tqdm.write(f"the index of {len(paths)} shards can't be kept in {INDEX}, so the next start builds it again: "
+                       f"{error}", file=sys.stderr)
             return rows, shards
 
 
@@ -535,8 +535,9 @@ class Shards:
         weighted = [(paths, share) for paths, share in sources if share is not None]
         left = 1 - sum(share for _, share in weighted)
         if left < 0 or (left > 0) != bool(rest) or any(share <= 0 for _, share in weighted):
-            raise ValueError(f"the shares {', '.join(str(float(share)) for _, share in weighted)} of the sources don't fit: each must "
-                             "be above 0, and their sum 1, or less than 1 if there are sources without a share")
+            told = ", ".join(str(float(share)) for _, share in weighted)
+            raise ValueError(f"the shares of the sources are {told}: each must be above 0, and their sum 1, or less than 1 if "
+                             "there are sources without a share")
         groups = ([(rest, left)] if rest else []) + weighted
         self.paths = [Path(path) for paths, _ in groups for path in paths]
         for path in self.paths:
@@ -550,7 +551,7 @@ class Shards:
         self.names = torch.frombuffer(names, dtype=torch.uint8) if names else None
         self.ends = np.cumsum([len(table) for table in self.rows])
         self.left_out = dict(zip(LEFT_OUT, np.sum([left for _, left in found], 0).tolist()))
-        self.parts, first, u, left = [], 0, 0, Fraction(1)           # (first item, number of items, share of what is left)
+        self.parts, first, u = [], 0, 0                              # (first item, number of items, share of all samples)
         for paths, share in groups:
             u += len(paths)
             if first == self.ends[u - 1]:
@@ -630,7 +631,7 @@ class Samples(torch.utils.data.Dataset):
         self.orders = {}                                             # number of a source -> (epoch, its permutation)
 
     def index(self, position, ahead=0):
-        """The item at a position, or `ahead` places behind it in its source. The world is endless: there they are the same."""
+        """The item at a position, or `ahead` places behind it in its source. The world is endless: no order but its own."""
         if isinstance(self.source, World):
             return (position + ahead) % len(self.source)
         number, k = self.source.locate(position)

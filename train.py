@@ -255,7 +255,7 @@ class UnderstandingStage(Stage):
     def task(self, sample):
         """(turns of one conversation, does it show the picture?)"""
         rng, scene = sample["rng"], sample.get("scene")
-        if "turns" in sample:                                        # LLaVA's mark; the picture stands in front of the first turn
+        if "turns" in sample:                                        # wherever LLaVA's mark is, the picture comes first
             turns = [(user.replace("<image>", "").strip(), said) for user, said in sample["turns"]]
             return turns, any("<image>" in user for user, _ in sample["turns"])
         if scene is None:
@@ -489,8 +489,8 @@ def load_state(out, ema, optimizer, args):
     state = json.loads((folder / "state.json").read_text())
     for key in ("stage", "data", "short_caption", "seed", "batch", "init", "shift", "optimizer"):
         if state["args"].get(key) != getattr(args, key):
-            raise ValueError(f"{out} holds a run with --{key.replace('_', '-')} {state['args'].get(key)}, not {getattr(args, key)}: "
-                             f"choose another --out, or delete the folder to start anew")
+            raise ValueError(f"{out} holds a run with --{key.replace('_', '-')} {state['args'].get(key)}, not "
+                             f"{getattr(args, key)}: choose another --out, or delete the folder to start anew")
     model, average = load_file(folder / "model.safetensors"), load_file(folder / "ema.safetensors")
     moments = load_file(folder / "optimizer.safetensors")
     if set(model) != set(ema.params):
@@ -634,7 +634,7 @@ def train(args, rank, world, device):
     bar = tqdm(total=args.steps, initial=step, disable=not main or args.quiet, unit="step", smoothing=0.05)
     loader = iter(batches(samples, stage, step, args, rank, world))
     sums, summed, skipped, since = {}, 0, [], time.time()            # losses since the last line of the log
-    bad, first = [], step                                            # all broken samples of all processes since step `first`
+    bad, first = [], step                                            # broken samples of all processes since step `first`
     stage.trained.train()
     halt = False
     while step < args.steps and not halt:
@@ -661,10 +661,11 @@ def train(args, rank, world, device):
             bad, skipped = bad + gather(skipped), []
             if len(bad) > args.max_bad * (step - first) * args.batch + 10:
                 told = "".join(f"\n  {cause}: {name}" for cause, name in bad[:20])
-                raise ValueError(f"{len(bad)} broken samples in {(step - first) * args.batch}: more than --max-bad {args.max_bad} "
-                                 f"allows ({counts(Counter(cause for cause, _ in bad))}); the first of them:{told}")
+                raise ValueError(f"{len(bad)} broken samples in {(step - first) * args.batch}: more than --max-bad "
+                                 f"{args.max_bad} allows ({counts(Counter(cause for cause, _ in bad))}); the first of them:{told}")
             row = {"step": step, "samples": step * args.batch, **{k: float(v) / summed for k, v in sums.items()},
-                   "lr": optimizer.param_groups[0]["lr"], "grad": float(norm), "skipped": Counter(cause for cause, _ in bad),
+                   "lr": optimizer.param_groups[0]["lr"], "grad": float(norm),
+                   "skipped": Counter(cause for cause, _ in bad),
                    "per_s": round(summed * args.batch / (time.time() - since), 1)}
             sums, summed, since = {}, 0, time.time()
             if main:
