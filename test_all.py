@@ -54,6 +54,12 @@ from dit import DiTConfig, NextDiT
 from model import BLIP3o, BLIP3oConfig, KVCache, TextConfig, Transformer, VisionConfig, VisionTower
 
 
+@pytest.fixture(scope="session", autouse=True)
+def index_folder(tmp_path_factory):
+    """Tests leave no index of their shards behind."""
+    data.INDEX = tmp_path_factory.mktemp("index")
+
+
 def randomise(module, seed=0, std=0.2):
     """Fill every parameter of `module` with Gaussian noise (norm weights around 1), so that no zero or unit init hides a bug."""
     gen = torch.Generator().manual_seed(seed)
@@ -2009,10 +2015,12 @@ def test_samples_replace_broken_items(data_members, tmp_path):
     row = [samples[position + p] for p in range(8)]
     for p, sample in enumerate(row):
         skipped = next(k for k in range(4) if order[p + k] >= 3)
-        assert sample["skipped"] == skipped
+        assert [name for _, name in sample["skipped"]] == [source.name(order[p + k]) for k in range(skipped)]
+        causes = {"cut.jpg": "broken picture", "mute.jpg": "empty caption", "odd.jpg": "not UTF-8"}
+        assert all(causes[name.rpartition(": ")[2]] == cause for cause, name in sample["skipped"])
         assert sample["caption"] == list(DATA_CAPTIONS)[order[p + skipped] - 3]
         assert sample["image"].shape == (16, 16, 3) and sample["image"].dtype == np.uint8
-    assert sum(s["skipped"] for s in row) >= 3
+    assert sum(len(s["skipped"]) for s in row) >= 3
     again = data.Samples(source, 16, seed=4)[position + 3]
     assert again["caption"] == row[3]["caption"] and (again["image"] == row[3]["image"]).all()
     only = data.open_source(str(data_tar(tmp_path / "bad.tar", bad)))
@@ -2036,7 +2044,7 @@ def test_samples_are_a_pure_function_of_seed_and_position(data_members, tmp_path
     world = data.Samples(data.World(0, 32), 32, seed=0, long=True)
     first, later = world[41], data.Samples(data.World(0, 32), 32, 0, True)[41]
     assert first["scene"] == later["scene"] == data.make_scene(0, 41) and first["caption"] == later["caption"]
-    assert first["rng"].random() == later["rng"].random() and first["skipped"] == 0
+    assert first["rng"].random() == later["rng"].random() and first["skipped"] == []
     assert first["scene"].background in first["caption"].lower()      # long captions tell everything
 
 
@@ -2433,7 +2441,7 @@ def test_train_reads_shards(train_folder, name, tmp_path):
     assert train_run("--stage", name, "--init", train_folder, "--data", train_shards(tmp_path),
                      "--out", tmp_path / "run", "--steps", 5, "--batch", 8) == 0
     rows = [r for r in train_log(tmp_path / "run") if "lr" in r]
-    assert rows[-1]["samples"] == 40 and rows[-1]["skipped"] in (2, 3)        # 16 samples an epoch, 2.5 epochs
+    assert rows[-1]["samples"] == 40 and rows[-1]["skipped"] in ({"broken picture": 2}, {"broken picture": 3})  # 16 samples an epoch, 2.5 epochs
     assert all(math.isfinite(r["grad"]) for r in rows)
 
 
@@ -2773,9 +2781,12 @@ def test_train_stops_on_broken_numbers_and_data(train_folder, monkeypatch, tmp_p
         (tmp_path / f"{i}.txt").write_text("a picture" if good else "")
     flags = ("--stage", "vae", "--steps", 9, "--batch", 8)
     assert train_run(*flags, "--data", tmp_path, "--out", tmp_path / "a") == 2
-    assert "--max-bad" in capsys.readouterr().err
+    err = capsys.readouterr().err.splitlines()
+    assert "--max-bad" in err[0] and "(11 empty caption)" in err[0] and len(err) == 12   # more than 10 in 24: each by its name
+    assert all(re.fullmatch(rf"  empty caption: {tmp_path}/\d+.png", line) for line in err[1:])
     assert train_run(*flags, "--data", tmp_path, "--out", tmp_path / "b", "--max-bad", 2) == 0
-    capsys.readouterr()
+    assert [r for r in train_log(tmp_path / "b") if "lr" in r][-1]["skipped"] == {"empty caption": 36}
+    assert "16 samples; left out: none" in capsys.readouterr().out
     forward = lambda self, batch: {"l1": self.trained(batch["pixels"])[0].mean() * math.nan}
     monkeypatch.setattr(train.VaeStage, "forward", forward)
     assert train_run(*flags, "--out", tmp_path / "c") == 2

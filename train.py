@@ -78,13 +78,17 @@ class Stage(nn.Module):
     forward(batch) returns {name: scalar}; the sum is minimised.
     """
     size = 64                       # side of the pictures that this stage reads
-    captions = None                 # True: long captions, False: short ones, None: a mixture
+    captions = None                 # of the world. True: long captions, False: short ones, None: a mixture
+    talk = False                    # does it learn from conversations, too? Else each sample must have a caption
     heavy = None                    # the part whose shapes never change: what torch.compile gets on CUDA
 
     def collate(self, samples):
-        """A list of data.Samples items -> a dict of tensors, `skipped` counting broken items that were replaced."""
+        """A list of data.Samples items -> a dict of tensors, and `skipped`: (cause, name) of each broken item among them.
+
+        Of a row of broken items only the first stands at this sample's own position; the others are counted at theirs.
+        """
         pixels = data.to_pixels(np.stack([s["image"] for s in samples]))
-        return {"pixels": pixels, "skipped": sum((s["skipped"] for s in samples), [])}
+        return {"pixels": pixels, "skipped": [bad for s in samples for bad in s["skipped"][:1]]}
 
     def held_out(self, samples):
         """The batch that preview and probe get."""
@@ -234,6 +238,7 @@ class UnderstandingStage(Stage):
     would, and the same language model answers questions and repeats the caption from them alone, as from gist tokens
     (Mu et al., arXiv 2304.08467). A language model of 7B knows enough without; the paper has no such loss.
     """
+    talk = True
     questions = 4                   # in one conversation: the prompt is read once, so more questions cost little
 
     def __init__(self, init, args, trained=None):
@@ -253,7 +258,7 @@ class UnderstandingStage(Stage):
         merged = (self.size // self.vision.patch_size // self.vision.spatial_merge_size) ** 2
         batch = {**super().collate(samples), **self.conversations(turns, [merged * look for look in looks])}
         batch |= look_at(batch["pixels"], looks, self.vision)
-        captioned = [s for s in samples if "caption" in s]
+        captioned = [s for s in samples if s["caption"]]
         if self.echo and captioned:
             batch["echo"] = self.conversations(map(self.retell, captioned), [self.trained.config.n_query] * len(captioned))
             batch["echo"]["prompts"] = data.pad([data.prompt_ids(self.tokenizer, s["caption"]) for s in captioned])
@@ -269,6 +274,9 @@ class UnderstandingStage(Stage):
     def task(self, sample):
         """(turns of one conversation, does it show the picture?)"""
         rng, scene = sample["rng"], sample.get("scene")
+        if "turns" in sample:                                        # wherever LLaVA's mark is, the picture comes first
+            turns = [(user.replace("<image>", "").strip(), said) for user, said in sample["turns"]]
+            return turns, any("<image>" in user for user, _ in sample["turns"])
         if scene is None:
             return [(data.DESCRIBE, sample["caption"])], True
         if rng.random() < 0.5:
@@ -339,7 +347,7 @@ class GenerationStage(Stage):
             if part is not None:
                 part.checkpointing = args.checkpointing
         self.heavy = self.trained.dit
-        self.joint = args.joint
+        self.joint, self.talk = args.joint, bool(args.joint)
         self.understanding = UnderstandingStage(init, args, self.trained) if args.joint else None
 
     def new_config(self, stored, args):
@@ -368,12 +376,11 @@ class GenerationStage(Stage):
         return self.eva.encode(pixels)
 
     def collate(self, samples):
-        talk = [s for i, s in enumerate(samples) if self.joint and s["rng"].random() < self.joint]
-        drawn = [s for s in samples if all(s is not other for other in talk)]
-        batch = {"skipped": sum((s["skipped"] for s in samples), [])}
-        if talk:
-            batch["talk"] = self.understanding.collate(talk)
-        return {**self.drawings(drawn, self.reconstruct), **batch} if drawn else batch
+        talks = [self.talk and bool(not s["caption"] or s["rng"].random() < self.joint) for s in samples]
+        talk, drawn = ([s for s, talk in zip(samples, talks) if talk == which] for which in (True, False))
+        batch = self.drawings(drawn, self.reconstruct) if drawn else {}
+        return {**batch, **({"talk": self.understanding.collate(talk)} if talk else {}),
+                "skipped": [bad for s in samples for bad in s["skipped"][:1]]}
 
     def held_out(self, samples):
         return self.drawings(samples, 0)
@@ -675,11 +682,11 @@ def load_state(out, ema, optimizer, args):
         return 0, {}
     folder = out / (out / "latest").read_text()
     state = json.loads((folder / "state.json").read_text())
-    for key in ("stage", "data", "seed", "batch", "init", "shift", "optimizer", "design", "joint", "reconstruct", "echo",
-                "dit", "queries"):
+    for key in ("stage", "data", "short_caption", "seed", "batch", "init", "shift", "optimizer", "design", "joint",
+                "reconstruct", "echo", "dit", "queries"):
         if state["args"].get(key) != getattr(args, key):
-            raise ValueError(f"{out} holds a run with --{key} {state['args'].get(key)}, not {getattr(args, key)}: "
-                             f"choose another --out, or delete the folder to start anew")
+            raise ValueError(f"{out} holds a run with --{key.replace('_', '-')} {state['args'].get(key)}, not "
+                             f"{getattr(args, key)}: choose another --out, or delete the folder to start anew")
     model, average = load_file(folder / "model.safetensors"), load_file(folder / "ema.safetensors")
     moments = {}
     for file in folder.glob("optimizer*.safetensors"):               # one for each process that had a share of them
@@ -849,10 +856,11 @@ class Meter:
         ranks = from_all((self.sums, self.new, self.bad))
         for _, new, _ in ranks:
             self.counts.update(new)
-        broken, bad = sum(self.counts.values()), [name for rank in ranks for name in rank[2]][:20]
-        if broken > args.max_bad * step * args.batch + 10:
-            raise ValueError(f"{broken} broken samples in {step * args.batch}: more than --max-bad {args.max_bad} allows: "
-                             + "; ".join(f"{name} ({cause})" for cause, name in bad))
+        broken = {cause: n for cause, n in self.counts.items() if cause != "lost steps"}
+        if sum(broken.values()) > args.max_bad * step * args.batch + 10:
+            told = "".join(f"\n  {cause}: {name}" for cause, name in [name for _, _, bad in ranks for name in bad][:20])
+            raise ValueError(f"{sum(broken.values())} broken samples in {step * args.batch}: more than --max-bad "
+                             f"{args.max_bad} allows ({counted(broken)}); the first of them:{told}")
         row = {"step": step, "samples": step * args.batch}
         for name in dict.fromkeys(name for sums, _, _ in ranks for name in sums):
             total = sum(sums.get(name, 0) for sums, _, _ in ranks)
@@ -867,14 +875,21 @@ class Meter:
         return row | ({"skipped": dict(self.counts)} if self.counts else {})
 
 
+def counted(by_cause):
+    """{cause: number} -> words."""
+    return ", ".join(f"{n} {cause}" for cause, n in by_cause.items() if n) or "none"
+
+
 def train(args, rank, world, device):
     """Train one stage from wherever `--out` stands to `--steps`. Returns False if a signal stopped it before."""
     out, main = Path(args.out), rank == 0
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)                                     # the same fresh weights on every rank
     stage = STAGES[args.stage](args.init, args).to(device)
-    samples = data.Samples(data.open_source(args.data, stage.size, args.seed), stage.size, args.seed, stage.captions)
-    held_out = data.Samples(data.open_source(args.data, stage.size, 10 ** 6), stage.size, 10 ** 6, stage.captions)
+    source = data.open_source(args.data, stage.size, args.seed)
+    samples = data.Samples(source, stage.size, args.seed, stage.captions, args.short_caption, stage.talk)
+    unseen = source if args.data else data.World(10 ** 6, stage.size)
+    held_out = data.Samples(unseen, stage.size, 10 ** 6, stage.captions, args.short_caption, stage.talk)
     test = to_device(stage.held_out([held_out[i] for i in range(64)]), device)
     params = [p for p in stage.trained.parameters() if p.requires_grad]
     optimizer, ema = optimizer_of(stage, args, world, device), EMA(stage.trained, args.ema)
@@ -891,6 +906,8 @@ def train(args, rank, world, device):
     if main:
         print(f"stage {args.stage}: {sum(p.numel() for p in params) / 1e6:.2f} M trained parameters, "
               f"{args.steps} steps of {args.batch}, {'from step ' + str(step) if step else 'from the start'}, in {out}")
+        if args.data:
+            print(f"{len(source)} samples; left out: {counted(source.left_out)}")
 
     log = Log(out / "log.jsonl", args) if main else None
     bar = tqdm(total=args.steps, initial=step, disable=not main or args.quiet, unit="step", smoothing=0.05)
@@ -918,7 +935,7 @@ def train(args, rank, world, device):
             lost = 0
         else:
             lost += 1
-            meter.skip([("gradient not finite", f"step {step}")])
+            meter.counts["lost steps"] += 1
             if lost > args.max_skipped:
                 raise ValueError(f"no finite gradient in {lost} steps in a row, the last with the samples {step * args.batch} to "
                                  f"{(step + 1) * args.batch - 1} of seed {args.seed}: lower --lr ({args.lr}) or look at these "
@@ -976,7 +993,10 @@ def arguments():
     add = parser.add_argument
     add("--stage", required=True, choices=list(STAGES))
     # what to read and write
-    add("--data", help="tar shards, folders or glob patterns, comma-separated; default: the synthetic world")
+    add("--data", help="tar shards, folders, JSONL files or glob patterns, comma-separated, each with =share or without; "
+                       "default: the synthetic world")
+    add("--short-caption", type=float, help="probability of a sample's short caption; default: of shards 0, of the world as "
+                                            "the stage likes them")
     add("--init", help="model folder to start from: parts that it lacks start from random weights. Default: weights/nano "
                        "for what is frozen, random weights for what this stage trains (but stage 2 trains on)")
     add("--fresh", action="store_true", help="random weights for what this stage trains, whatever --init holds of it")
@@ -1048,8 +1068,8 @@ def arguments():
     for key in ("steps", "batch", "accumulate", "log_every", "save_every"):
         if getattr(args, key) < 1:
             raise ValueError(f"--{key.replace('_', '-')} must be at least 1, not {getattr(args, key)}")
-    if args.lr <= 0 or args.min_lr < 0 or not 0 <= args.drop <= 1:
-        raise ValueError("--lr must be positive, --min-lr not negative and --drop between 0 and 1")
+    if args.lr <= 0 or args.min_lr < 0 or not 0 <= args.drop <= 1 or not 0 <= (args.short_caption or 0) <= 1:
+        raise ValueError("--lr must be positive, --min-lr not negative, --drop and --short-caption between 0 and 1")
     return args
 
 
