@@ -848,8 +848,8 @@ def test_condition_parity(tmp_path):
     """transformers' language model on [prompt, [IMG], queries], no position ids, gives the same condition."""
     reference = model_hf_vl()
     ours = model_ours_of(reference, tmp_path)
-    ours.add_generator(DiTConfig(in_channels=12, dim=48, n_layers=1, n_heads=4, n_kv_heads=4, ffn_dim=64, cond_dim=64),
-                       vocab_size=100, n_query=5)
+    dit = DiTConfig(in_channels=12, dim=48, n_layers=1, n_heads=4, n_kv_heads=4, ffn_dim=64, cond_dim=64)
+    ours.add_generator(replace(ours.config, dit=dit, n_query=5))
     ids, _ = model_ids([8, 8])
     with torch.no_grad():
         embeds = ours.llm.embed_tokens(F.pad(ids, (0, 1), value=97))
@@ -949,10 +949,10 @@ def test_losses():
     losses = model(ids, mask, labels=labels)
     logits = model.logits(ids, mask)
     expected = F.cross_entropy(logits[:, :-1].reshape(-1, 100), labels[:, 1:].reshape(-1))
-    assert set(losses) == {"text"} and gap(losses["text"].detach(), expected.detach()) < 1e-5
+    assert set(losses) == {"text"} and gap(losses["text"].mean().detach(), expected.detach()) < 1e-5
     without_images = dict(pixels=torch.zeros(0, 96), grid_thw=torch.zeros(0, 3, dtype=torch.long))
     assert torch.equal(model(ids, mask, labels=labels, **without_images)["text"], losses["text"])
-    assert model(ids, mask, labels=torch.full_like(labels, -100))["text"] == 0  # nothing to learn isn't NaN
+    assert model(ids, mask, labels=torch.full_like(labels, -100))["text"].shape == (0,)
 
     features = torch.randn(2, 64, 12, generator=torch.Generator().manual_seed(0))
     got = model(ids, mask, features=features, drop=0.0, generator=torch.Generator().manual_seed(1))
@@ -961,7 +961,7 @@ def test_losses():
     t = t / (t + 2.0 * (1 - t))  # the config's shift
     x0, x1 = torch.randn(2, 12, 8, 8, generator=gen), features.transpose(1, 2).reshape(2, 12, 8, 8)
     x_t = t.view(-1, 1, 1, 1) * x1 + (1 - t).view(-1, 1, 1, 1) * x0
-    error = (model.dit(x_t, t, model.condition(ids, mask)) - (x1 - x0)).square().mean()
+    error = (model.dit(x_t, t, model.condition(ids, mask)) - (x1 - x0)).square().flatten(1).mean(1)
     assert set(got) == {"flow"} and gap(got["flow"].detach(), error.detach()) < 1e-5
 
 
@@ -1063,8 +1063,8 @@ def test_add_generator():
         for vocab in (98, 104):
             model = model_tiny(dit=None, text=model_text_config(tie_word_embeddings=tied))
             before = model.llm.embed_tokens.weight.detach().clone()
-            model.add_generator(DiTConfig(in_channels=12, dim=48, n_layers=1, n_heads=4, n_kv_heads=4, ffn_dim=64,
-                                          cond_dim=64), vocab_size=vocab, n_query=4)
+            dit = DiTConfig(in_channels=12, dim=48, n_layers=1, n_heads=4, n_kv_heads=4, ffn_dim=64, cond_dim=64)
+            model.add_generator(replace(model.config, text=replace(model.config.text, vocab_size=vocab), dit=dit, n_query=4))
             rows, kept = model.llm.embed_tokens.weight.detach(), min(100, vocab - 3)
             assert torch.equal(rows[:kept], before[:kept]) and len(rows) == vocab
             assert gap(rows[model.config.img_token_id], before[:kept].mean(0)) < 1e-6
@@ -2369,7 +2369,7 @@ def test_train_stages_build_one_model_folder(train_folder):
         out = train_folder / "runs" / stage
         rows = train_log(out)
         assert [r["step"] for r in rows if "lr" in r] == [1, 2, 3] and all(r["grad"] > 0 for r in rows if "lr" in r)
-        assert (out / "latest").read_text() == "step-000003" and (out / "loss.png").is_file()
+        assert (out / "latest").read_text() == "step-000003" and (out / "curves.png").is_file()
         assert stage == "0" or (out / "preview-000003.png").is_file()
     probe = [r for r in train_log(train_folder / "runs" / "1") if "_true@0.05" in r]
     assert len(probe) == 1 and {"_shuffled@0.02", "_null@0.3"} < set(probe[0])
@@ -2397,7 +2397,7 @@ def test_train_optimises_exactly_what_learns(train_folder, name, monkeypatch, tm
     stage, args = train_build("--stage", name, "--init", train_folder, "--out", tmp_path)
     samples = data.Samples(data.World(0, stage.size), stage.size, 0, stage.captions)
     batch = stage.collate([samples[i] for i in range(8)])
-    sum(stage(batch).values()).backward()
+    sum(value for name, value in stage(batch).items() if name[0] != "_").backward()
     learns = {n for n, p in stage.named_parameters() if p.requires_grad}
     assert {n for n, p in stage.named_parameters() if p.grad is not None} == learns
     trained = {id(p) for p in stage.trained.parameters() if p.requires_grad}
@@ -2409,7 +2409,7 @@ def test_train_optimises_exactly_what_learns(train_folder, name, monkeypatch, tm
     given, muon = [], train.Muon
     monkeypatch.setattr(train, "Muon", lambda groups, **options: given.extend(groups) or muon(groups, **options))
     monkeypatch.setattr(train, "batches", lambda *_: [])
-    monkeypatch.setattr(train.STAGES[name], "collate", lambda self, samples: {})
+    monkeypatch.setattr(train.STAGES[name], "held_out", lambda self, samples: {})
     args.steps = 0                                                    # as far as the optimizer, without a step
     assert train.train(args, 0, 1, torch.device("cpu"))
     assert len(given) == (2 if args.optimizer == "muon" else 1)
@@ -2473,9 +2473,9 @@ def train_disturb(monkeypatch, at, action):
 
 
 def test_train_stopped_by_a_signal_goes_on_exactly(train_clip, monkeypatch, tmp_path, capsys):
-    """SIGTERM ends a run after its step, saved, with code 130; the same command goes on to the same bits."""
+    """SIGTERM ends a run after its step, saved, with code 0; the same command goes on to the same bits."""
     train_disturb(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert train_run(*TRAIN_CLIP, "--out", tmp_path) == 130
+    assert train_run(*TRAIN_CLIP, "--out", tmp_path) == 0
     assert (tmp_path / "latest").read_text() == "step-000003"
     assert "goes on from" in capsys.readouterr().out
     assert train_run(*TRAIN_CLIP, "--out", tmp_path) == 0
@@ -2789,9 +2789,9 @@ def test_train_stops_on_broken_numbers_and_data(train_folder, monkeypatch, tmp_p
     assert "16 samples; left out: none" in capsys.readouterr().out
     forward = lambda self, batch: {"l1": self.trained(batch["pixels"])[0].mean() * math.nan}
     monkeypatch.setattr(train.VaeStage, "forward", forward)
-    assert train_run(*flags, "--out", tmp_path / "c") == 2
+    assert train_run(*flags, "--out", tmp_path / "c", "--max-skipped", 2) == 2
     err = capsys.readouterr().err
-    assert "isn't finite" in err and len(err.splitlines()) == 1 and not (tmp_path / "c" / "latest").exists()
+    assert "no finite gradient in 3 steps in a row" in err and len(err.splitlines()) == 1 and not (tmp_path / "c" / "latest").exists()
 
 
 def test_train_mistake_in_a_process_of_its_own(tmp_path):
@@ -2814,7 +2814,7 @@ def test_imports_go_one_way():
         nodes = list(ast.walk(ast.parse((Path(train.__file__).parent / f"{name}.py").read_text("utf-8"))))
         found = {alias.name.split(".")[0] for n in nodes if isinstance(n, ast.Import) for alias in n.names}
         found |= {n.module.split(".")[0] for n in nodes if isinstance(n, ast.ImportFrom)}
-        extern = found - set(sys.stdlib_module_names)
+        extern = found - set(sys.stdlib_module_names) - {"wandb"}        # if the user has it, and only with --wandb
         assert extern - packages <= siblings, (name, extern)
         assert name not in ("flow", "dit") or extern == {"torch"}
 
