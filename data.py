@@ -176,7 +176,7 @@ def caption(scene, rng, long=None):
     """
     long = rng.random() < 0.33 if long is None else long
     colour, size, place_of = (True, True, True) if long else (rng.random() < 0.75, rng.random() < 0.35, rng.random() < 0.1)
-    words = {"small": pick(rng, ["small", "small", "little", "tiny"]), "large": pick(rng, ["large", "large", "big"])}
+    words = {size: pick(rng, options) for size, options in WORDS_OF_SIZE.items()}
     names = [noun(t, colour, size, words) for t in scene.things]
     kinds = list(dict.fromkeys(names))
     link = relation(*scene.things) if len(scene.things) == 2 and len(kinds) == 2 else None
@@ -203,6 +203,30 @@ def caption(scene, rng, long=None):
         forms = [f + " on " + g for f in forms for g in (ground, scene.background)] + [f"{ground} with {{}}"] * 5
     text = pick(rng, forms).format(body)
     return text[0].upper() + text[1:] + "." if rng.random() < 0.25 else text
+
+
+WORDS_OF_SIZE = {"small": ("small", "small", "little", "tiny"), "large": ("large", "large", "big")}    # as often as here
+PLACES = [f"in the {row} {column} corner" for row in ("top", "bottom") for column in ("left", "right")]
+PLACES += ["on the left", "on the right", "at the top", "at the bottom", "in the middle"]
+MENTION = re.compile(r"\b(?:an?|{}) (?:(?:{}) )?(?:(?:{}) )?(?:{})s?\b(?: (?:{}))?".format(*map("|".join, (
+    NUMBERS[2:], sum(WORDS_OF_SIZE.values(), ()), COLOURS, SHAPES, PLACES))))
+DIRECTIONS = {"left of": ("left", "right"), "right of": ("right", "left"), "above": ("above", "below"),
+              "below": ("below", "above"), "under": ("below", "above")}
+
+
+def things_told(text):
+    """The things that a caption of the world names, each with all that it says of it, in its order; [] for other texts.
+
+    "A red circle to the left of two stars" -> ["a red circle left", "two stars right"].
+    """
+    found = list(MENTION.finditer(text.lower()))
+    things = [mention[0] for mention in found]
+    if len(found) == 2:
+        between = text[found[0].end():found[1].start()]
+        for link, sides in DIRECTIONS.items():
+            if link in between:
+                return [f"{thing} {side}" for thing, side in zip(things, sides)]
+    return things
 
 
 def exchange_colours(text):
@@ -708,6 +732,7 @@ GENERATE = "Please generate image based on the following caption: {}"
 DESCRIBE = "Describe this image."
 RECONSTRUCT = "Please reconstruct the given image."
 REPEAT = "Repeat the caption."
+THING = "What is this?"
 # Qwen2.5's added tokens in the order of their ids, then the three of BLIP3-o: [IMG] is vocab_size - 3 at every size.
 SPECIAL = ("<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
            "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> "

@@ -236,7 +236,9 @@ class UnderstandingStage(Stage):
     belong together: exchanging two colours moved them by 2 % of what another prompt does, and the DiT learnt to draw bags
     of words. So the queries are taught here to pass everything on (`echo`): their states stand where a picture's tokens
     would, and the same language model answers questions and repeats the caption from them alone, as from gist tokens
-    (Mu et al., arXiv 2304.08467). A language model of 7B knows enough without; the paper has no such loss.
+    (Mu et al., arXiv 2304.08467). The first query alone must tell the first thing that the caption names, the second the
+    second: cross-attention in the DiT can then ask "who is red?" and hear "a circle". The paper has no such loss; it has a
+    language model of 7B.
     """
     talk = True
     questions = 4                   # in one conversation: the prompt is read once, so more questions cost little
@@ -260,8 +262,11 @@ class UnderstandingStage(Stage):
         batch |= look_at(batch["pixels"], looks, self.vision)
         captioned = [s for s in samples if s["caption"]]
         if self.echo and captioned:
-            batch["echo"] = self.conversations(map(self.retell, captioned), [self.trained.config.n_query] * len(captioned))
-            batch["echo"]["prompts"] = data.pad([data.prompt_ids(self.tokenizer, s["caption"]) for s in captioned])
+            turns, heard = zip(*[(turns, [(row, query) for query in queries])
+                                 for row, s in enumerate(captioned) for turns, queries in self.retold(s)])
+            batch["echo"] = self.conversations(turns, map(len, heard))
+            batch["echo"] |= {"heard": tuple(torch.tensor(sum(heard, [])).T),
+                              "prompts": data.pad([data.prompt_ids(self.tokenizer, s["caption"]) for s in captioned])}
         return batch
 
     def conversations(self, turns, pads):
@@ -284,18 +289,20 @@ class UnderstandingStage(Stage):
         text = sample["caption"]
         return [(data.GENERATE.format(text), "")] + [data.ask(scene, rng, text) for _ in range(self.questions)], False
 
-    def retell(self, sample):
-        """The turns of a conversation about what the queries heard of a caption."""
-        text, scene = sample["caption"], sample.get("scene")
+    def retold(self, sample):
+        """[(turns, queries)]: conversations about a caption with those who see what some queries heard of it, no more."""
+        text, scene, n = sample["caption"], sample.get("scene"), self.trained.config.n_query
         asked = [] if scene is None else [data.ask(scene, sample["rng"], text) for _ in range(self.questions)]
-        return asked + [(data.REPEAT, text)]
+        things = data.things_told(text)
+        alone = [([(data.THING, thing)], [i]) for i, thing in enumerate([*things, "nothing"][:n])] if things else []
+        return [(asked + [(data.REPEAT, text)], range(n)), *alone]
 
     def forward(self, batch):
         losses = {"text": self.trained(batch["ids"], batch["mask"], labels=batch["labels"], pixels=batch["patches"],
                                        grid_thw=batch["grid"])["text"]}
         if "echo" in batch:
             echo = batch["echo"]
-            heard = self.trained.condition(*echo["prompts"]).flatten(0, 1)                    # (B n_query, D)
+            heard = self.trained.condition(*echo["prompts"])[echo["heard"]]                   # (image placeholders, D)
             losses["echo"] = self.echo * self.trained(echo["ids"], echo["mask"], labels=echo["labels"], pixels=heard)["text"]
         return {name: mean_over_ranks(each) for name, each in losses.items()}
 
