@@ -535,9 +535,10 @@ def index_shards(paths):
         if not stale:
             return rows, shards
         parts, shards = list(rows.split(shards[:, 2].tolist())), shards.clone()
-        workers = min(16, os.cpu_count()) if len(stale) > 100 else 0
-        loader = torch.utils.data.DataLoader(Unread([paths[i] for i in stale]), batch_size=None, num_workers=workers,
-                                             collate_fn=tuple)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        loader = torch.utils.data.DataLoader(                        # its own generator: the run's noise stays as it is
+            Unread([paths[i] for i in stale]), batch_size=None, collate_fn=tuple, generator=torch.Generator(),
+            num_workers=min(16, cores) if cores > 1 and len(stale) > 100 else 0)
         bar = tqdm(loader, desc="indexing shards", leave=False, disable=None if len(stale) > 20 else True)
         for i, (table, left) in zip(stale, bar):
             if table is None:
