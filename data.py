@@ -628,8 +628,21 @@ class Shards:
             header = os.pread(file.fileno(), 512, at - 512)
         return f"{path}: {header[:100].rstrip(bytes(1)).decode('utf-8', 'replace')}"
 
+    def fingerprint(self):
+        """A short name of what lies where: it changes with every shard that is changed, added or left out."""
+        found = hashlib.sha256()
+        for path, rows in zip(self.paths, self.rows):
+            stamp = path.stat()
+            found.update(f"{path.name} {stamp.st_size} {stamp.st_mtime_ns} {len(rows)}\n".encode())
+        return found.hexdigest()[:16]
+
     def __getitem__(self, i):
         """{"image": PIL image, and what `read_texts` finds}; raises BadSample if picture or text can't be used."""
+        image, texts = self.read(i)
+        return {"image": load_image(io.BytesIO(image) if isinstance(image, bytes) else image), **texts}
+
+    def read(self, i):
+        """(the picture's bytes or path, what `read_texts` finds) of item i; raises BadSample if the texts can't be used."""
         path, row, _ = self.place(i)
         if path.is_dir():
             picture = Path(os.fsdecode(self.names[row[0]:row[0] + row[1]].numpy().tobytes()))
@@ -649,7 +662,7 @@ class Shards:
         texts = read_texts(text, record)
         if image == b"":
             raise BadSample("empty picture", "the picture has no bytes")
-        return {"image": load_image(io.BytesIO(image) if isinstance(image, bytes) else image), **texts}
+        return image, texts
 
 
 class Samples(torch.utils.data.Dataset):
@@ -701,10 +714,9 @@ class Samples(torch.utils.data.Dataset):
                 last = error
         else:
             raise ValueError(f"100 samples in a row can't be read; the last: {last} ({skipped[-1][1]})")
-        image = item["image"]
-        if isinstance(image, Image.Image):
-            image = np.asarray(crop_square(image, self.size))
-        return {**item, "image": image, "skipped": skipped, "rng": rng, "caption": self.choose(item, rng)}
+        if isinstance(item.get("image"), Image.Image):
+            item["image"] = np.asarray(crop_square(item["image"], self.size))
+        return {**item, "skipped": skipped, "rng": rng, "caption": self.choose(item, rng)}
 
 
 def open_source(spec, size=64, seed=0):

@@ -17,6 +17,7 @@ What is trained (everything else is frozen):
     decoder  SDXL UNet                              2   latent queries and DiT
 """
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -34,7 +35,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
@@ -87,8 +88,21 @@ class Stage(nn.Module):
 
         Of a row of broken items only the first stands at this sample's own position; the others are counted at theirs.
         """
-        pixels = data.to_pixels(np.stack([s["image"] for s in samples]))
-        return {"pixels": pixels, "skipped": [bad for s in samples for bad in s["skipped"][:1]]}
+        batch = {"skipped": [bad for s in samples for bad in s["skipped"][:1]]}
+        if "image" in samples[0]:
+            batch["pixels"] = data.to_pixels(np.stack([s["image"] for s in samples]))
+        if "frozen" in samples[0]:                                   # from --cache
+            batch["frozen"] = {key: torch.stack([s["frozen"][key] for s in samples]) for key in samples[0]["frozen"]}
+        return batch
+
+    def encode(self, pixels):
+        """What frozen encoders make of pixels (B, 3, H, W), {name: (B, ...)}: what --cache keeps."""
+        raise ValueError("--cache keeps what frozen encoders make of pictures: this stage has none")
+
+    @torch.no_grad()
+    def frozen(self, batch):
+        """`encode` of a batch, from the cache if it has been there."""
+        return batch["frozen"] if "frozen" in batch else self.encode(batch["pixels"])
 
     def held_out(self, samples):
         """The batch that preview and probe get."""
@@ -185,22 +199,25 @@ class DecoderStage(Stage):
 
     def __init__(self, init, args):
         super().__init__()
-        self.eva, vae = frozen(EvaClip.from_pretrained(init)), frozen(VAE.from_pretrained(init))
+        self.eva = frozen(EvaClip.from_pretrained(init, dtype=args.frozen_dtype))
+        vae = frozen(VAE.from_pretrained(init))
         self.size, self.noise, self.max_weight = self.eva.config.image_size, args.feature_noise, args.max_weight
         unet = UNet.from_pretrained(init) if holds(init, "unet") and not args.fresh else UNet(DECODER_PRESETS["nano"]["unet"])
         self.heavy = self.trained = unet.to(memory_format=torch.channels_last)
         self.decoder = PixelDecoder(self.trained, vae, EulerSchedule())
         with torch.no_grad():                                        # the negative of guidance: a picture of the mean colour
-            self.negative = self.eva.encode(torch.zeros(1, 3, self.size, self.size))
+            self.negative = self.eva.encode(torch.zeros(1, 3, self.size, self.size, dtype=args.frozen_dtype))
 
     def forward(self, batch):
-        with torch.no_grad():
-            features = self.eva.encode(batch["pixels"])
-            level = self.noise * torch.rand(len(features), 1, 1, device=features.device)
-            features = features + level * torch.randn_like(features)
-            latents = self.decoder.vae.encode(data.to_signed(batch["pixels"]))
-        return {"epsilon": self.decoder.loss(latents, features, negative=self.negative.to(features),
+        found = self.frozen(batch)
+        features = found["features"]
+        level = self.noise * torch.rand(len(features), 1, 1, device=features.device)
+        features = features + level * torch.randn_like(features)
+        return {"epsilon": self.decoder.loss(found["latents"], features, negative=self.negative.to(features),
                                              max_weight=self.max_weight)}
+
+    def encode(self, pixels):
+        return {"features": self.eva.encode(pixels), "latents": self.decoder.vae.encode(data.to_signed(pixels))}
 
     def export(self, folder):
         self.decoder.save_pretrained(folder, torch.float16)
@@ -335,14 +352,15 @@ class GenerationStage(Stage):
         super().__init__()
         self.tokenizer, self.drop = tokenizer_of(init), args.drop
         self.captions = False if args.stage == "2" else None
-        self.eva = frozen(EvaClip.from_pretrained(args.eva))
-        self.decoder = frozen(PixelDecoder.from_pretrained(args.eva)) if holds(args.eva, "unet") else None
+        self.eva = frozen(EvaClip.from_pretrained(args.eva, dtype=args.frozen_dtype))
+        self.decoder = frozen(PixelDecoder.from_pretrained(args.eva, dtype=args.frozen_dtype)) if holds(args.eva, "unet") else None
         self.size, self.reconstruct = self.eva.config.image_size, args.reconstruct
         stored = BLIP3o.from_pretrained(init, "meta").config
         go_on = not args.fresh and stored.draws and args.design in (None, design_of(stored))
         looks = {"visual"} if args.joint or args.reconstruct else set()
         drawn = {"regressor" if stored.mse_channels else "dit"} if go_on else set()
-        self.trained = BLIP3o.from_pretrained(init, parts={"llm"} | looks | heard(init) | drawn)
+        dtype = torch.float32 if args.joint else args.frozen_dtype
+        self.trained = BLIP3o.from_pretrained(init, dtype=dtype, parts={"llm"} | looks | heard(init) | drawn)
         if not go_on:
             self.trained.add_generator(self.new_config(stored, args))
         self.design, self.shift = design_of(self.trained.config), self.trained.config.shift
@@ -350,6 +368,7 @@ class GenerationStage(Stage):
             raise ValueError(f"design vae-fm makes a VAE's latents: {args.eva} has no diffusion-decoder (--eva names one)")
         for name, p in self.trained.named_parameters():
             p.requires_grad_(bool(args.joint) or name.startswith(("dit.", "regressor.", "latent_queries")))
+            p.data = p.data.float() if p.requires_grad else p.data
         for part in self.trained.dit, self.trained.llm:
             if part is not None:
                 part.checkpointing = args.checkpointing
@@ -376,11 +395,11 @@ class GenerationStage(Stage):
         common["dit"] = DiTConfig(**{**fields, **dit_fields(args.dit)})
         return replace(stored, **common, n_query=n_query, mse_channels=None, latents=args.design == "vae-fm")
 
-    def target(self, pixels):
+    def encode(self, pixels):
         """What the design makes of these pixels (B, 3, H, W): CLIP features (B, 64, C) or VAE latents (B, h w, C)."""
         if self.design == "vae-fm":
-            return self.decoder.vae.encode(data.to_signed(pixels)).flatten(2).transpose(1, 2)
-        return self.eva.encode(pixels)
+            return {"latents": self.decoder.vae.encode(data.to_signed(pixels)).flatten(2).transpose(1, 2)}
+        return {"features": self.eva.encode(pixels)}
 
     def collate(self, samples):
         talks = [self.talk and bool(not s["caption"] or s["rng"].random() < self.joint) for s in samples]
@@ -411,9 +430,8 @@ class GenerationStage(Stage):
     def forward(self, batch):
         losses = {}
         if "ids" in batch:
-            with torch.no_grad():
-                features = self.target(batch["pixels"])
-            found = self.trained(batch["ids"], batch["mask"], features=features, pixels=batch["patches"],
+            (target,) = self.frozen(batch).values()
+            found = self.trained(batch["ids"], batch["mask"], features=target, pixels=batch["patches"],
                                  grid_thw=batch["grid"], drop=batch["drop"], x0=batch["x0"], t=batch["t"])
             losses = {name: mean_over_ranks(each) for name, each in found.items()}
             if "flow" in found:                                      # for the log: sums and numbers of the bins of t
@@ -433,7 +451,7 @@ class GenerationStage(Stage):
             write_json(folder / "config.json", config)
 
     def probe(self, batch):
-        target, cond = self.target(batch["pixels"]), self.trained.condition(batch["ids"], batch["mask"])
+        (target,), cond = self.encode(batch["pixels"]).values(), self.trained.condition(batch["ids"], batch["mask"])
         made = self.made(cond)
         mean = target.mean((0, 1))
         a, b = (F.normalize(y.mean(1) - mean, dim=1) for y in (made, target))                             # (B, C)
@@ -562,6 +580,94 @@ def tokenizer_of(folder):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# What frozen encoders make of the pictures, computed once
+# ----------------------------------------------------------------------------------------------------------------------
+class FeatureCache:
+    """A source like data.Shards whose items hold what the stage's frozen encoders make of the picture, not the picture.
+
+    Computed before the first step, in order, by all processes together; a second run or epoch never runs the encoder, and no
+    picture is decoded again. Lies in folder/<name>, where the name is a hash of encoders, preprocessing and shards: it can't
+    be stale, and whatever changes makes a new one. Parts of 1024 items, each written whole: what was made before a crash
+    stays. Items whose picture can't be used raise the BadSample that the picture raised.
+    """
+    part = 1024
+
+    def __init__(self, folder, stage, source, args, rank, world, device):
+        if isinstance(source, data.World) or args.joint or args.reconstruct:
+            raise ValueError("--cache keeps features, not pictures, of --data: it goes with neither the endless synthetic "
+                             "world nor --joint and --reconstruct, which look at the pictures")
+        self.source, self.opened = source, {}
+        found = hashlib.sha256(f"{source.fingerprint()} {stage.size} square bicubic {args.design}".encode())
+        learns = set(stage.trained.parameters())
+        for name, p in stage.named_parameters():                     # a sample of every tensor of the frozen encoders
+            if p not in learns:
+                found.update(name.encode() + p.detach().flatten()[::max(1, p.numel() // 1024)].float().cpu().numpy().tobytes())
+        self.folder = Path(folder) / found.hexdigest()[:16]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        missing = [i for i in range(math.ceil(len(source) / self.part)) if not self.file(i).exists()]
+        for i in tqdm(missing[rank::world], desc=f"features into {self.folder}", disable=args.quiet or None):
+            self.make(i, stage, args, device)
+        if world > 1:
+            dist.barrier()
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["source"], name)                # parts, locate, name, left_out: as the source has them
+
+    def __len__(self):
+        return len(self.source)
+
+    def file(self, i):
+        """The file of part i."""
+        return self.folder / f"{i:06d}.safetensors"
+
+    @torch.no_grad()
+    def make(self, i, stage, args, device):
+        """Encode the items of part i."""
+        items = range(i * self.part, min((i + 1) * self.part, len(self.source)))
+        loader = torch.utils.data.DataLoader(Pictures(self.source, stage.size), args.batch, sampler=items,
+                                             num_workers=args.workers, collate_fn=list)
+        rows, bad = {}, {}
+        for at, batch in zip(range(items.start, items.stop, args.batch), loader):
+            bad |= {str(at + j): image for j, image in enumerate(batch) if isinstance(image, tuple)}
+            blank = np.zeros((stage.size, stage.size, 3), np.uint8)
+            pixels = data.to_pixels(np.stack([blank if isinstance(image, tuple) else image for image in batch]))
+            with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+                for key, value in stage.encode(pixels.to(device)).items():
+                    rows.setdefault(key, []).append(value.cpu().contiguous())
+        temporary = self.file(i).with_suffix(f".tmp{os.getpid()}")
+        save_file({key: torch.cat(parts) for key, parts in rows.items()}, temporary, {"bad": json.dumps(bad)})
+        os.replace(temporary, self.file(i))
+
+    def __getitem__(self, i):
+        """{"frozen": {name: tensor}, and the texts}; raises BadSample."""
+        _, texts = self.source.read(i)
+        part, row = divmod(i, self.part)
+        if part not in self.opened:
+            file = safe_open(self.file(part), framework="pt")
+            self.opened[part] = file, json.loads(file.metadata()["bad"])
+        file, bad = self.opened[part]
+        if str(i) in bad:
+            raise data.BadSample(*bad[str(i)])
+        return {"frozen": {key: file.get_slice(key)[row] for key in file.keys()}, **texts}
+
+
+class Pictures(torch.utils.data.Dataset):
+    """The items of a source as arrays (size, size, 3), or (cause, sentence) where one can't be used."""
+
+    def __init__(self, source, size):
+        self.source, self.size = source, size
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, i):
+        try:
+            return np.asarray(data.crop_square(self.source[i]["image"], self.size))
+        except data.BadSample as error:
+            return error.cause, str(error)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Averaged weights, and a run's state on disk
 # ----------------------------------------------------------------------------------------------------------------------
 class Muon(torch.optim.AdamW):
@@ -647,7 +753,8 @@ def save_state(out, step, ema, optimizer, args, counts, rank, device):
         temporary.mkdir(parents=True)
         save_file({n: p.detach().contiguous() for n, p in ema.params.items()}, temporary / "model.safetensors")
         save_file({n: p.contiguous() for n, p in ema.average.items()}, temporary / "ema.safetensors")
-        state = {"step": step, "updates": ema.updates, "counts": counts, "torch": torch.__version__, "args": vars(args)}
+        state = {"step": step, "updates": ema.updates, "counts": counts, "torch": torch.__version__,
+                 "args": {k: v for k, v in vars(args).items() if k != "frozen_dtype"}}
         (temporary / "state.json").write_text(json.dumps(state, indent=1))
 
     def add_moments():
@@ -808,7 +915,7 @@ class Log:
                 import wandb
             except ImportError:
                 raise ValueError("--wandb needs the package wandb: pip install wandb") from None
-            self.remote = wandb.init(project=args.wandb, config=vars(args), name=args.out, resume="allow")
+            self.remote = wandb.init(project=args.wandb, config={k: str(v) for k, v in vars(args).items()}, name=args.out, resume="allow")
 
     def note(self, row):
         """One more line. A full disk costs the line, not the run."""
@@ -894,7 +1001,8 @@ def train(args, rank, world, device):
     torch.manual_seed(args.seed)                                     # the same fresh weights on every rank
     stage = STAGES[args.stage](args.init, args).to(device)
     source = data.open_source(args.data, stage.size, args.seed)
-    samples = data.Samples(source, stage.size, args.seed, stage.captions, args.short_caption, stage.talk)
+    kept = FeatureCache(args.cache, stage, source, args, rank, world, device) if args.cache else source
+    samples = data.Samples(kept, stage.size, args.seed, stage.captions, args.short_caption, stage.talk)
     unseen = source if args.data else data.World(10 ** 6, stage.size)
     held_out = data.Samples(unseen, stage.size, 10 ** 6, stage.captions, args.short_caption, stage.talk)
     test = to_device(stage.held_out([held_out[i] for i in range(64)]), device)
@@ -973,11 +1081,11 @@ def checkpoint(out, step, stage, ema, optimizer, test, log, args, counts, rank, 
         stage.trained.eval()
         ema.swap()
         try:
-            found = {k: round(float(v), 4) for k, v in stage.probe(test).items()}
+            with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+                found, rows = {k: round(float(v), 4) for k, v in stage.probe(test).items()}, stage.preview(test)
             if found:
                 log.note({"step": step, **found})
                 tqdm.write(f"step {step}  " + "  ".join(f"{k[1:]} {v}" for k, v in found.items()))
-            rows = stage.preview(test)
             if rows:
                 save_grid(rows, out / f"preview-{step:06d}.png")
             if args.save:
@@ -994,6 +1102,80 @@ def checkpoint(out, step, stage, ema, optimizer, test, log, args, counts, rank, 
             dist.barrier()
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# --dry-run: what would it take?
+# ----------------------------------------------------------------------------------------------------------------------
+# What each stage trains, and what else it runs; in the order of the columns.
+PARTS = ("EVA-CLIP", "VAE", "UNet", "Qwen ViT", "LLM", "queries", "DiT")
+TRAINED = {"clip": {"EVA-CLIP"}, "vae": {"VAE"}, "decoder": {"UNet"}, "0": {"Qwen ViT", "LLM", "queries"},
+           "1": {"queries", "DiT"}, "2": {"queries", "DiT"}}
+FROZEN = {"decoder": {"EVA-CLIP", "VAE"}, "1": {"EVA-CLIP", "LLM"}, "2": {"EVA-CLIP", "LLM"}}
+PROMPT = 160                        # tokens of a long caption in its template
+
+
+def used(stage, design=None, joint=0.0, reconstruct=0.0):
+    """(names of PARTS that are trained, names that run frozen) in a stage."""
+    trained, kept = set(TRAINED[stage]), set(FROZEN.get(stage, ()))
+    if joint:
+        trained |= {"Qwen ViT", "LLM"}
+    elif reconstruct:
+        kept |= {"Qwen ViT"}
+    if design == "vae-fm":
+        kept = kept - {"EVA-CLIP"} | {"VAE"}
+    return trained, kept - trained
+
+
+def dry_run(args, world):
+    """Print which parts learn in which stage, and for args.stage parameters, memory and work at the sizes of model.PRESETS.
+
+    Estimates: activations are 34 bf16 numbers a token, layer and unit of width (17 that a layer keeps, attention's and the
+    MLP's wider ones), or one with --checkpointing; two operations a parameter and token forward, four backward, of which
+    frozen weights need two, and those that no gradient passes none.
+    """
+    rows = [(name, *used(name)) for name in STAGES] + [
+        (f"1 --design {design}", *used("1", design)) for design in ("clip-mse", "vae-fm")] + [("1 --joint", *used("1", joint=0.5))]
+    print("| stage | " + " | ".join(PARTS) + " |\n|" + "---|" * (len(PARTS) + 1))
+    for name, trained, kept in rows:
+        cells = ["**trained**" if p in trained else "frozen" if p in kept else "" for p in PARTS]
+        if name.endswith("clip-mse"):
+            cells[-1] = "**linear map**"
+        print(f"| `{name}` | " + " | ".join(cells) + " |")
+    trained, kept = used(args.stage, args.design, args.joint, args.reconstruct)
+    print(f"\nstage {args.stage}, batch {args.batch} on {world} process{'es' if world > 1 else ''}, {args.steps} steps\n")
+    print("| size | trained | frozen | weights and optimizer | activations | TFLOP a sample | days on this many GPUs |")
+    print("|---|---|---|---|---|---|---|")
+    for size in PRESETS:
+        with torch.device("meta"):
+            model = BLIP3o(preset(size, **({"vocab_size": VOCABULARY} if size == "nano" else {})))
+            sizes = DECODER_PRESETS["nano" if size == "nano" else "official"]
+            eva, unet, vae = EvaClip(sizes["clip"]), UNet(sizes["unet"]), VAE(sizes["vae"])
+        modules = dict(zip(PARTS, (eva, vae, unet, model.visual, model.llm, None, model.dit)))
+        n = {name: m.numel() if torch.is_tensor(m) else sum(p.numel() for p in m.parameters())
+             for name, m in {**modules, "queries": model.latent_queries}.items()}
+        learns, idle = sum(n[p] for p in trained), sum(n[p] for p in kept)
+        moments = 8 / (world if args.zero else 1)                    # two of AdamW; Muon's matrices have one
+        weights = learns * (4 + 4 + 4 + moments) + idle * 2          # fp32 weights, gradients, averages; frozen ones in bf16
+        picture = (eva.config.image_size // eva.config.patch_size) ** 2
+        tokens = {"EVA-CLIP": picture, "DiT": 64, "LLM": model.config.n_query, "Qwen ViT": picture, "UNet": unet.config.sample_size ** 2,
+                  "VAE": unet.config.sample_size ** 2, "queries": 0}
+        if args.stage == "0" or args.joint:
+            tokens["LLM"] += PROMPT
+        layers = {"EVA-CLIP": (eva.config.layers, eva.config.width), "DiT": (model.config.dit.n_layers, model.config.dit.dim),
+                  "LLM": (model.config.text.num_hidden_layers, model.config.text.hidden_size),
+                  "Qwen ViT": (model.config.vision.depth, model.config.vision.hidden_size)}
+        kept_numbers = 2 if args.checkpointing else 34
+        passed = trained | ({"LLM"} if "queries" in trained else set())                      # gradients go through these
+        micro = args.batch / world / args.accumulate
+        activations = sum(micro * tokens[p] * layers[p][0] * layers[p][1] * 2 * kept_numbers for p in passed if p in layers)
+        work = sum(n[p] * tokens[p] * (6 if p in trained else 4 if p in passed else 2) for p in trained | kept)
+        work += 2 * n["LLM"] * PROMPT if "LLM" in kept else 0        # the prompt: forward only
+        days = work * args.batch * args.steps / (world * args.tflops * 1e12 * args.mfu) / 86400
+        print(f"| {size} | {learns:,} | {idle:,} | {weights / 2 ** 30:.1f} GiB | {activations / 2 ** 30:.1f} GiB | "
+              f"{work / 1e12:.3g} | {days:.2g} |")
+    print(f"\nMemory for each process, pictures of 448 px at the released sizes, {PROMPT} tokens of prompt; days "
+          f"at {args.mfu:.0%} of {args.tflops:g} TFLOP/s. UNet and VAE: weights and optimizer only.")
+
+
 def arguments():
     """The command line; what the recipe of the stage leaves open is filled in here."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1004,6 +1186,7 @@ def arguments():
                        "default: the synthetic world")
     add("--short-caption", type=float, help="probability of a sample's short caption; default: of shards 0, of the world as "
                                             "the stage likes them")
+    add("--cache", help="folder for what frozen encoders make of --data: computed once, then never again")
     add("--init", help="model folder to start from: parts that it lacks start from random weights. Default: weights/nano "
                        "for what is frozen, random weights for what this stage trains (but stage 2 trains on)")
     add("--fresh", action="store_true", help="random weights for what this stage trains, whatever --init holds of it")
@@ -1049,6 +1232,10 @@ def arguments():
     add("--save-every", type=int, default=500)
     add("--wandb", help="project of Weights & Biases that gets the log, too (needs the package wandb)")
     add("--quiet", action="store_true", help="no progress bar")
+    add("--dry-run", action="store_true", help="train nothing: print what learns, and what memory and time it would take")
+    add("--world", type=int, help="--dry-run: number of GPUs")
+    add("--tflops", type=float, default=989, help="--dry-run: peak of a GPU in bf16, in TFLOP/s (989: H100)")
+    add("--mfu", type=float, default=0.4, help="--dry-run: share of that peak that is reached")
     args = parser.parse_args()
     if args.paper and args.stage not in PAPER:
         raise ValueError(f"the paper doesn't train stage {args.stage}: --paper goes with stages 1 and 2")
@@ -1057,6 +1244,10 @@ def arguments():
             setattr(args, key, value)
     args.out = args.out or f"runs/{args.stage}"
     args.warmup = min(args.warmup, args.steps // 2)
+    args.cuda = torch.cuda.is_available() if args.device == "auto" else args.device == "cuda"
+    if args.cuda and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but torch finds no CUDA device here: use --device cpu")
+    args.frozen_dtype = torch.bfloat16 if args.cuda else torch.float32                        # what doesn't learn on a GPU: half
     args.shift = args.shift or (1.0 if args.paper else 5.0)
     args.queries = args.queries or (64 if args.paper else None)
     args.echo = args.echo if args.echo is not None else float(not args.joint)
@@ -1085,11 +1276,11 @@ def main():
     try:
         args = arguments()
         world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        if args.dry_run:
+            return dry_run(args, args.world or world)
         if args.batch % (world * args.accumulate):
             raise ValueError(f"--batch {args.batch} must divide by processes ({world}) x --accumulate ({args.accumulate})")
-        cuda = torch.cuda.is_available() if args.device == "auto" else args.device == "cuda"
-        if cuda and not torch.cuda.is_available():
-            raise ValueError("--device cuda, but torch finds no CUDA device here: use --device cpu")
+        cuda = args.cuda
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(device)
