@@ -435,7 +435,7 @@ def scan(path):
     Returns rows (n, 6) int64, offset and size of the picture, the .txt and the .json (offset -1: there is none), and how
     many members are left out for each cause of LEFT_OUT. ValueError if it isn't a tar archive.
     """
-    rows, left = [], dict.fromkeys(LEFT_OUT, 0)
+    rows, left, links = [], dict.fromkeys(LEFT_OUT, 0), set()
     if path.suffix == ".jsonl":
         with open(path, "rb") as file:
             at = 0
@@ -453,14 +453,15 @@ def scan(path):
                     if kind in found and member.isfile():
                         found[kind][stem] = member.offset_data, member.size
                     elif kind == "picture":                          # a link could lead anywhere
-                        left["link"] += 1
+                        links.add(stem)
         except tarfile.TarError as error:
             raise ValueError(f"{path} isn't a readable tar shard: {error}") from None
         none = (-1, 0)
         rows = [(*where, *found["txt"].get(stem, none), *found["json"].get(stem, none))
                 for stem, where in found["picture"].items() if stem in found["txt"] or stem in found["json"]]
         left["no caption"] = len(found["picture"]) - len(rows)
-        left["no picture"] = len((found["txt"].keys() | found["json"].keys()) - found["picture"].keys())
+        left["no picture"] = len((found["txt"].keys() | found["json"].keys()) - found["picture"].keys() - links)
+        left["link"] = len(links)
     return np.array(rows, np.int64).reshape(-1, 6), np.array(list(left.values()))
 
 

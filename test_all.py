@@ -24,6 +24,7 @@ import zlib
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -2046,6 +2047,397 @@ def test_samples_are_a_pure_function_of_seed_and_position(data_members, tmp_path
     assert first["scene"] == later["scene"] == data.make_scene(0, 41) and first["caption"] == later["caption"]
     assert first["rng"].random() == later["rng"].random() and first["skipped"] == []
     assert first["scene"].background in first["caption"].lower()      # long captions tell everything
+
+
+def data_source(spec):
+    """The captions of all items of a source, in its order."""
+    source = data.open_source(str(spec))
+    return [source[i]["caption"] for i in range(len(source))]
+
+
+def data_colours(path, prefix, n):
+    """A shard of n pairs whose captions are prefix-0, prefix-1, ...; returns its path."""
+    picture = data_bytes(data_plain("red", (8, 8)))
+    return data_tar(path, {f"{prefix}-{i:03d}.{suffix}": content for i in range(n)
+                           for suffix, content in (("png", picture), ("txt", f"{prefix}-{i}"))})
+
+
+def test_sources_are_mixed_in_exact_shares(tmp_path):
+    """Each source gets its share of every prefix of the run to within one sample, and its own samples one after another."""
+    for name, n in ("a", 7), ("b", 5), ("c", 3), ("d", 4):
+        data_colours(tmp_path / f"{name}.tar", name, n)
+    a, b, c, d = (tmp_path / f"{name}.tar" for name in "abcd")
+    source = data.open_source(f"{a},{b}=0.1,{c}=1/3,{d}")
+    shares = [1 - Fraction(1, 10) - Fraction(1, 3), Fraction(1, 10), Fraction(1, 3)]           # rest, b, c
+    seen = [0, 0, 0]
+    for p in range(3000):
+        number, k = source.locate(p)
+        assert k == seen[number]                                     # no sample of a source is left out or used twice
+        seen[number] += 1
+        assert seen[1] == (p + 1) // 10 and all(abs(n - (p + 1) * w) < 2 for n, w in zip(seen, shares))
+    for p in (10 ** 10 + 9, 3 * 10 ** 17 + 9):                       # floats would have lost the last digits here
+        assert source.locate(p) == (1, p // 10) and sum(source.locate(p + j)[0] == 1 for j in range(1000)) == 100
+        before = [source.locate(next(q for q in range(p, p + 99) if source.locate(q)[0] == n))[1] for n in range(3)]
+        assert sum(before) in range(p - 2, p + 3)                    # so many samples of all sources came before
+    samples = data.Samples(source, 8, seed=3)
+    names = [samples[p]["caption"] for p in range(300)]
+    parts = {part: [n for n in names if n[0] in part] for part in ("ad", "b", "c")}
+    assert [len(p) for p in parts.values()] == [170, 30, 100]
+    for part, size in ("ad", 11), ("b", 5), ("c", 3):                # every epoch of each source holds all of it once
+        epochs = [tuple(parts[part][i:i + size]) for i in range(0, len(parts[part]) - size + 1, size)]
+        assert all(len(set(epoch)) == size for epoch in epochs) and len(set(epochs)) > 2
+    whole = data.open_source(f"{a}=0.75,{b}=0.25")
+    assert [whole.locate(p)[0] for p in range(8)] == [0, 0, 0, 1] * 2
+
+    plain, order = data.Samples(data.open_source(str(a)), 8, seed=5), [np.random.default_rng((5, e)).permutation(7) for e in (0, 1)]
+    assert [plain.index(p) for p in range(14)] == [*order[0], *order[1]]                       # one source: as it ever was
+    os.rename(a, tmp_path / "x=0.5")
+    assert len(data.open_source(str(tmp_path / "x=0.5"))) == 7       # a file that is called so
+    for spec in (f"{b}=0.5,{c}=0.6", f"{b}=0.5,{c}=0.4", f"{b}=1,{c}", f"{b}=0,{c}", f"{b}=-1,{c}"):
+        with pytest.raises(ValueError, match="their sum 1"):
+            data.open_source(spec)
+    with pytest.raises(ValueError, match="no shard or folder at .*=half"):
+        data.open_source(f"{b}=half,{c}")
+
+
+def test_sources_of_json_and_several_captions(tmp_path):
+    """JSONL and key.json: captions long and short, LLaVA's conversations; --short-caption draws between them."""
+    for name in "ab":
+        data_plain("red", (8, 8)).save(tmp_path / f"{name}.png")
+    turns = [{"from": "system", "value": "Be kind."}, {"from": "human", "value": "<image>\nWhat is it?"},
+             {"from": "gpt", "value": "Red."}, {"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes."}]
+    lines = [{"image": "a.png", "caption": "one"}, {"image": str(tmp_path / "b.png"), "conversations": turns},
+             {"image": "b.png", "captions": ["long one", "longer", "short"]}]
+    (tmp_path / "x.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
+    source = data.open_source(str(tmp_path / "x.jsonl"))
+    assert len(source) == 3 and source[0]["caption"] == "one" and source[0]["image"].size == (8, 8)
+    talk = {"turns": [("<image>\nWhat is it?", "Red."), ("Sure?", "Yes.")]}
+    assert {k: v for k, v in source[1].items() if k != "image"} == talk
+    spoken = data.Samples(source, 8, talk=True)
+    assert {s["caption"] for s in map(spoken.__getitem__, range(99))} == {"one", None, "long one", "longer"}
+    silent = data.Samples(source, 8)
+    bad = next(p for p in range(3) if silent.index(p) == 1)
+    assert silent[bad]["skipped"] == [("no caption", f"{tmp_path / 'x.jsonl'}, sample 2")]
+
+    record = {"caption": "long", "short_caption": "short"}
+    tar = data_tar(tmp_path / "x.tar", {"k.png": (tmp_path / "a.png").read_bytes(), "k.json": json.dumps(record)})
+    (tmp_path / "folder").mkdir()
+    shutil.copy(tmp_path / "a.png", tmp_path / "folder" / "k.png")
+    (tmp_path / "folder" / "k.json").write_text(json.dumps(record))
+    for path in tar, tmp_path / "folder":
+        source = data.open_source(str(path))
+        for short, least, most in (None, 0, 0), (0.0, 0, 0), (0.1, 60, 140), (1.0, 1000, 1000):
+            samples = data.Samples(source, 8, seed=1, short=short)
+            n = Counter(samples.choose(source[0], np.random.default_rng((1, p, 1))) for p in range(1000))
+            assert least <= n["short"] <= most and n["short"] + n["long"] == 1000
+            assert samples[4]["caption"] == samples.choose(source[0], np.random.default_rng((1, 4, 1)))
+    both = data_tar(tmp_path / "y.tar", {"k.png": (tmp_path / "a.png").read_bytes(), "k.txt": "first", "k.json": json.dumps(record)})
+    assert data.open_source(str(both))[0]["captions"] == ["first", "long", "short"]
+    drawn = {data.Samples(data.open_source(str(both)), 8)[p]["caption"] for p in range(30)}
+    assert drawn == {"first", "long"}                                # several long ones: each in its turn
+    for p in range(20):                                              # the world's captions: all long, all short
+        for short in (0, 1):
+            rng = np.random.default_rng((0, p, 1))
+            rng.random()
+            assert data.Samples(data.World(0, 16), 16, short=short)[p]["caption"] == data.caption(data.make_scene(0, p), rng, not short)
+
+    stage = SimpleNamespace(questions=1)
+    look = lambda turns: train.UnderstandingStage.task(stage, {"rng": None, "turns": turns})
+    assert look(talk["turns"]) == ([("What is it?", "Red."), ("Sure?", "Yes.")], True)
+    assert look([("Who?", "Me.")]) == ([("Who?", "Me.")], False)
+
+
+def test_index_is_built_once_and_never_trusted_blindly(tmp_path, monkeypatch, capsys):
+    """A second start reads no shard; a changed one alone is read again; a broken index or a full disk costs only time."""
+    monkeypatch.setattr(data, "INDEX", tmp_path / "deep" / "index")
+    for s in range(5):
+        data_colours(tmp_path / f"{s}.tar", f"s{s}", 3)
+    (tmp_path / "lines.jsonl").write_text('{"image": "none.png", "caption": "x"}\n')
+    reads, scan = [], data.scan
+    monkeypatch.setattr(data, "scan", lambda path: reads.append(path.name) or scan(path))
+    spec, everything = f"{tmp_path}/*.tar,{tmp_path}/lines.jsonl", [f"s{s}-{i}" for s in range(5) for i in range(3)]
+
+    def start():
+        reads.clear()
+        source = data.open_source(spec)
+        assert [source[i]["caption"] for i in range(len(source) - 1)] == everything
+        return list(reads)
+    names = [f"{s}.tar" for s in range(5)] + ["lines.jsonl"]
+    assert start() == names and start() == []
+    file, = (tmp_path / "deep" / "index").glob("*.safetensors")
+    stamp = os.stat(tmp_path / "2.tar")
+    data_colours(tmp_path / "2.tar", "s2", 4)                        # one sample more, then the old one with a new time
+    everything.insert(9, "s2-3")
+    assert start() == ["2.tar"] and start() == []
+    os.utime(tmp_path / "2.tar", ns=(stamp.st_atime_ns, stamp.st_mtime_ns - 1))
+    assert start() == ["2.tar"]
+    whole = file.read_bytes()
+    for broken in (b"", whole[:-9], b"x" * 99, whole[:-400] + bytes([whole[-400] ^ 1]) + whole[-399:]):
+        file.write_bytes(broken)
+        assert start() == names and start() == [] and file.read_bytes() == whole
+    assert capsys.readouterr() == ("", "")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(data, "save_file", full)
+    file.unlink()
+    assert start() == names
+    assert re.fullmatch(r"the index of 6 shards can't be kept in .*: \[Errno 28\] No space left on device\n", capsys.readouterr().err)
+    monkeypatch.setattr(data, "INDEX", tmp_path / "0.tar" / "index")  # nor can there be a folder, or a lock
+    assert start() == names and len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_index_of_a_thousand_shards_starts_in_two_seconds(tmp_path, monkeypatch):
+    """Once indexed: from nothing to the first batch of 64. The rows stay in the file's own pages, shared by all workers."""
+    monkeypatch.setattr(data, "INDEX", tmp_path / "index")
+    shard = data_colours(tmp_path / "0000.tar", "x", 4).read_bytes()
+    for s in range(1, 1000):
+        (tmp_path / f"{s:04d}.tar").write_bytes(shard)
+    assert len(data.open_source(f"{tmp_path}/*.tar")) == 4000
+    start = time.perf_counter()
+    source = data.open_source(f"{tmp_path}/*.tar")
+    samples = data.Samples(source, 64)
+    assert len([samples[p] for p in range(64)]) == 64 and len(source) == 4000
+    assert time.perf_counter() - start < 2
+    if Path("/proc/self/maps").exists():
+        file, = (tmp_path / "index").glob("*.safetensors")
+        mapped = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if str(file) in line]
+        assert all(any(int(a, 16) <= rows.data_ptr() < int(b, 16) for a, b in mapped) for rows in source.rows)
+
+
+def data_bomb(side):
+    """A PNG that claims side x side pixels."""
+    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)) + \
+        chunk(b"IDAT", zlib.compress(bytes(999))) + chunk(b"IEND", b"")
+
+
+def data_corrupt(folder):
+    """A shard and a JSONL file with 60 corrupt samples and 52 good ones, ten of them odd. Returns what --data takes and
+    how many samples are bad for which cause: (found while reading, found while indexing)."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
+    jpeg, png, exif = data_bytes(noise, "JPEG"), data_bytes(noise), Image.Exif()
+    exif[274] = 6
+    frames = [data_plain(c) for c in ("red", "blue")]
+    kinds = {"broken picture": [(jpeg[:len(jpeg) // (2 + i)], "t") for i in range(8)] + [(png[:-900], "t")] * 4,
+             "empty picture": [(b"", "t")] * 6, "not a picture": [(b"plain text", "t"), (b"%PDF-1.4", "t")] * 3,
+             "too many pixels": [(data_bomb(20000), "t")] * 2, "not UTF-8": [(jpeg, b"\xff\xfe\x00t")] * 5,
+             "empty caption": [(jpeg, " \n")] * 5, "broken JSON": [(jpeg, None, "{"), (jpeg, None, "[1]"), (jpeg, "t", '{"captions": "x"}'),
+                                                                   (jpeg, None, "[" * 99999)],
+             "no caption": [(jpeg, None, "{}")], "broken conversation": [(jpeg, None, '{"conversations": [{"from": "gpt", "value": "x"}]}')],
+             None: [(data_bytes(noise.convert("CMYK"), "JPEG"), "cmyk"), (png, "png called jpg"),
+                    (data_bytes(Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(40, 30) * 50)), "16 bits"),
+                    (data_bytes(noise.quantize(9)), "palette"), (data_bytes(noise, "JPEG", exif=exif), "turned"),
+                    (data_bytes(frames[0], "GIF", save_all=True, append_images=frames[1:]), "gif"),
+                    (data_bytes(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True), "webp"),
+                    (data_bytes(frames[0], "PNG", save_all=True, append_images=frames[1:]), "apng"),
+                    (data_bytes(noise.convert("L")), "grey"), (data_bytes(noise.convert("1")), "black")]}
+    samples = [(cause, *sample) for cause, some in kinds.items() for sample in some]
+    samples += [(None, jpeg, f"good {i}") for i in range(40)]
+    left = {"no caption": 5, "no picture": 3, "link": 4}
+    with tarfile.open(folder / "x.tar", "w") as tar:
+        def add(name, content, **about):
+            info = tarfile.TarInfo(name)
+            info.size = len(content) if not about else 0
+            for key, value in about.items():
+                setattr(info, key, value)
+            tar.addfile(info, io.BytesIO(content))
+        for n in np.random.default_rng(1).permutation(len(samples)):
+            _, picture, *texts = samples[n]
+            prefix = ("", "/etc/", "../../")[n % 3]                  # absolute names, and names that lead out
+            for suffix, content in zip(("txt", "json"), texts):      # texts stand before or behind their picture
+                if content is not None and n % 2:
+                    add(f"{prefix}{n:03d}.{suffix}", content if isinstance(content, bytes) else content.encode())
+            add(f"{prefix}{n:03d}.jpg", picture)
+            for suffix, content in zip(("txt", "json"), texts):
+                if content is not None and not n % 2:
+                    add(f"{prefix}{n:03d}.{suffix}", content if isinstance(content, bytes) else content.encode())
+        for i in range(left["no caption"]):
+            add(f"mute{i}.png", png)
+        for i in range(left["no picture"]):
+            add(f"blind{i}.txt", b"x")
+        for i in range(left["link"]):
+            add(f"link{i}.jpg", b"", type=tarfile.SYMTYPE if i % 2 else tarfile.LNKTYPE, linkname="/etc/passwd" if i % 2 else "001.jpg")
+            add(f"link{i}.txt", b"a caption")
+    data_plain("green").save(folder / "there.png")
+    lines = ['{"image": "there.png", "caption": "a line"}', '{"image": "there.png"', '{"image": "gone.png", "caption": "x"}', "null",
+             '{"image": "gone.png", "caption": "y"}', '{"image": "there.png", "caption": "half a \\ud83d"}', '{"caption": "z"}',
+             '{"image": "there.png", "caption": "last"}']
+    (folder / "x.jsonl").write_text("\n".join(lines))
+    causes = Counter({cause: len(some) for cause, some in kinds.items() if cause})
+    causes.update({"broken JSON": 2, "no picture": 3, "not UTF-8": 1})
+    assert sum(causes.values()) + sum(left.values()) == 60
+    return f"{folder}/x.tar,{folder}/x.jsonl", causes, left
+
+
+@pytest.mark.filterwarnings("ignore")                               # PIL's, of broken pictures
+def test_corrupt_samples_are_skipped_and_counted_by_cause(tmp_path):
+    """60 corrupt samples among 52 good ones: nothing crashes, each is counted once an epoch, the good ones keep their places,
+    and all is the same for any number of ranks and workers."""
+    spec, causes, left = data_corrupt(tmp_path)
+    source = data.open_source(spec)
+    assert source.left_out == left and len(source) == 52 + sum(causes.values())
+    alone, verdicts = {}, {}
+    for i in range(len(source)):
+        try:
+            alone[i] = source[i]["caption"]
+        except data.BadSample as error:
+            verdicts[i] = error.cause
+            assert "\n" not in str(error)
+    assert Counter(verdicts.values()) == causes
+    pixels = {text: np.asarray(source[i]["image"]) for i, text in alone.items()}
+    assert pixels["turned"].shape == (30, 40, 3) and pixels["cmyk"].shape == (40, 30, 3)
+    assert all((pixels[kind] == (255, 0, 0)).all() for kind in ("gif", "webp", "apng"))             # the first frame
+    assert (pixels["16 bits"][..., 0].ravel() == np.arange(1200) * 50 // 256).all()
+
+    samples, n = data.Samples(source, 16, seed=2), len(source)
+    rows = [samples[p] for p in range(2 * n)]
+    for p, row in enumerate(rows):
+        item = samples.index(p)
+        if item in alone:
+            assert row["caption"] == alone[item] and row["skipped"] == []
+        else:
+            ahead = len(row["skipped"])
+            assert row["caption"] == alone[samples.index(p, ahead)] and row["skipped"][0] == (verdicts[item], source.name(item))
+    assert Counter(row["skipped"][0][0] for row in rows[:n] if row["skipped"]) == causes
+    assert any(row["skipped"][:1] == [("broken JSON", f"{tmp_path / 'x.jsonl'}, sample 2")] for row in rows)
+    assert any(row["skipped"] and re.fullmatch(rf"{tmp_path / 'x.tar'}: /etc/\d+.jpg", row["skipped"][0][1]) for row in rows)
+    for ranks, workers in (1, 2), (2, 0), (4, 1):
+        parts = [list(torch.utils.data.DataLoader(data.Samples(source, 16, seed=2), num_workers=workers, collate_fn=list,
+                                                  batch_sampler=[range(s + rank, s + 8, ranks) for s in range(0, 64, 8)]))
+                 for rank in range(ranks)]
+        for step in range(8):
+            batch = [parts[p % ranks][step][p // ranks] for p in range(8)]
+            for row, plain in zip(batch, rows[8 * step:8 * step + 8]):
+                assert (row["caption"], row["skipped"]) == (plain["caption"], plain["skipped"])
+                assert (row["image"] == plain["image"]).all()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_train_counts_corrupt_samples_by_cause(tmp_path, capsys):
+    """A run of one epoch logs every cause with its number; what was incomplete from the start is told at the start."""
+    spec, causes, left = data_corrupt(tmp_path)
+    flags = ("--stage", "vae", "--data", spec, "--steps", 10, "--batch", 10)
+    assert train_run(*flags, "--max-bad", 1, "--out", tmp_path / "run") == 0
+    assert f"100 samples; left out: 5 no caption, 3 no picture, 4 link" in capsys.readouterr().out
+    logged = [row["skipped"] for row in train_log(tmp_path / "run") if "lr" in row]
+    assert logged[-1] == causes and sum(logged[0].values()) < sum(logged[5].values())
+    assert train_run(*flags, "--max-bad", 0.3, "--out", tmp_path / "strict") == 2
+    err = capsys.readouterr().err.splitlines()
+    assert "broken samples in" in err[0] and 3 < len(err) <= 21 and all(str(tmp_path) in line for line in err[1:])
+    assert train_run(*flags, "--out", tmp_path / "run", "--short-caption", 0.5) == 2      # another run than the one there
+    assert train_run(*flags, "--out", tmp_path / "new", "--short-caption", 1.5) == 2
+    assert "--short-caption None, not 0.5" in (err := capsys.readouterr().err) and "between 0 and 1" in err
+
+
+def test_reading_equals_webdataset(tmp_path):
+    """The two readers that `eval.py speed` races make the same pixels of the same shard."""
+    pytest.importorskip("webdataset")
+    row = scores.race_data(SimpleNamespace(out=tmp_path, rounds=1), n=4, shape=(60, 80), size=32)
+    assert row["apart"] == 0 and min(row["images_per_s"]) > 0 and not (tmp_path / "speed.tar").exists()
+
+
+def data_pictures(folder, names):
+    """Files of noise, one for each name, one of them broken and one too narrow to be seen."""
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        shape = (3, 900, 3) if name == "narrow.png" else (32, 40, 3)
+        noise = np.random.default_rng(zlib.crc32(name.encode())).integers(0, 256, shape, dtype=np.uint8)
+        (folder / name).write_bytes(b"no picture" if name == "broken.jpg" else
+                                    data_bytes(Image.fromarray(noise), "JPEG" if name.endswith("jpg") else "PNG"))
+    return folder
+
+
+class Killed(BaseException):
+    """Stands for a kill -9: nothing catches it."""
+
+
+def test_captions_become_shards_however_often_killed(sample_folder, tmp_path, monkeypatch, capsys):
+    """Killed at any batch, any write and any rename, half a line written: the shards end as those of the unbroken run."""
+    monkeypatch.setattr(sample, "SHARD", 5)
+    monkeypatch.setattr(sample, "BATCH", 2)
+    names = [f"{i:02d}.{'jpg' if i % 2 else 'png'}" for i in range(11)] + ["broken.jpg", "narrow.png"]
+    pictures = data_pictures(tmp_path / "in", names)
+    asked = []
+
+    def ask(pipe, conversations, most, *_, **__):                    # tells pictures apart by their bytes
+        asked.append(len(conversations))
+        if most == 5:                                                # a caption that was cut off
+            return ["It is a red cat. It is"] * len(conversations)
+        return [f"{turns[0][0][-9:]} {np.asarray(images[0][0]).sum()}" for turns, images in conversations]
+    monkeypatch.setattr(sample.Pipeline, "ask", ask)
+    run = lambda out: sample.main(["--caption", str(pictures), "--ckpt", sample_folder, "--out", str(tmp_path / out)])
+    shards = lambda out: {path.name: path.read_bytes() for path in (tmp_path / out).glob("*.tar*")}
+    assert run("whole") == 0 and len(asked) == 12
+    assert "11 pictures with captions in 3 shards; skipped: 1 not a picture, 1 too narrow" in capsys.readouterr().err
+    assert sorted(shards("whole")) == ["00000.tar", "00001.tar", "00002.tar"]
+
+    real, left = {"fsync": os.fsync, "replace": os.replace}, [0]
+
+    def counted(name, *args):
+        left[0] -= 1
+        if left[0] == 0:
+            raise Killed
+        return real[name](*args)
+    for name in real:
+        monkeypatch.setattr(os, name, partial(counted, name))
+    for moment in range(1, 99):
+        left[0] = moment
+        try:
+            assert run(f"killed{moment}") == 0
+            break
+        except Killed:
+            left[0] = 0
+        with open(tmp_path / f"killed{moment}" / "captions.jsonl", "ab") as log:
+            log.write(b'{"image": "../in/0')
+        assert run(f"killed{moment}") == 0 and shards(f"killed{moment}") == shards("whole"), moment
+    assert moment > 12
+
+    left[0] = 0
+    asked.clear()
+    assert run("whole") == 0 and asked == []                         # all is done: nothing is asked or written again
+    data_pictures(pictures, [f"later{i}.png" for i in range(6)])     # the last shard grows, and one more comes
+    assert run("whole") == 0 and sum(asked) == 12
+    texts = data_source(tmp_path / "whole" / "*.tar")
+    assert len(texts) == len(set(texts)) == 17 and len(shards("whole")) == 4
+    source = data.open_source(str(tmp_path / "whole" / "*.tar"))
+    for i, name in enumerate(names[:11]):
+        total = np.asarray(data.load_image(pictures / name)).sum()
+        assert source[i]["captions"] == [f"{question[-9:]} {total}" for question in (sample.LONG, sample.SHORT)]
+    with tarfile.open(tmp_path / "whole" / "00000.tar") as tar:
+        assert tar.extractfile("000000001.jpg").read() == (pictures / "01.jpg").read_bytes()
+        assert json.load(tar.extractfile("000000001.json"))["source"] == "01.jpg"
+    assert sample.main(["--caption", str(pictures / "00.png"), "--ckpt", sample_folder, "--out", str(tmp_path / "cut"),
+                        "--max-new-tokens", "5"]) == 0
+    assert data_source(tmp_path / "cut" / "*.tar") == ["It is a red cat."]
+    capsys.readouterr()
+    for message, args in {"made with": ["--instruction", "Say it."], "no picture": ["--caption", str(tmp_path / "none")],
+                          "takes no --prompt": ["--prompt", "a"]}.items():
+        command = ["--caption", str(pictures), "--ckpt", sample_folder, "--out", str(tmp_path / "whole"), *args]
+        assert sample.main(command) == 2 and message in (err := capsys.readouterr().err) and len(err.splitlines()) == 1
+
+
+def test_train_on_captions_of_a_killed_process(sample_folder, tmp_path):
+    """kill -9 of the real `sample.py --caption`; the same line finishes it, and train.py learns from what it wrote."""
+    pictures = data_pictures(tmp_path / "in", [f"{i:02d}.png" for i in range(48)])
+    command = ["--caption", str(pictures), "--ckpt", sample_folder, "--max-new-tokens", "8", "--out"]
+    log = tmp_path / "out" / "captions.jsonl"
+    process = subprocess.Popen([sys.executable, sample.__file__, *command, tmp_path / "out"], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (log.exists() and log.stat().st_size):
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    done = log.read_bytes().count(b"\n")
+    assert sample.main([*command, str(tmp_path / "out")]) == sample.main([*command, str(tmp_path / "whole")]) == 0
+    lines = {out: [json.loads(line) for line in (tmp_path / out / "captions.jsonl").read_text().splitlines()]
+             for out in ("out", "whole")}
+    assert 16 <= done <= 48 and lines["out"] == lines["whole"] and len(lines["out"]) == 48
+    told = [line["caption"] for line in lines["out"] if "skipped" not in line]
+    assert len(told) > 40 and data_source(tmp_path / "out" / "*.tar") == told
+    assert train_run("--stage", "clip", "--data", tmp_path / "out" / "*.tar", "--steps", 2, "--batch", 4,
+                     "--short-caption", 0.1, "--out", tmp_path / "run") == 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
