@@ -3135,6 +3135,255 @@ def test_train_losses_fall(train_folder, tmp_path, name, steps, least):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Designs, joint training, what the queries pass on
+# ----------------------------------------------------------------------------------------------------------------------
+TRAIN_DESIGNS = {"clip-fm": {"dit", "queries"}, "clip-mse": {"regressor", "queries"}, "vae-fm": {"dit", "queries"}}
+
+
+@pytest.mark.parametrize("design", TRAIN_DESIGNS)
+def test_train_designs_make_folders_that_draw(train_folder, tmp_path, design):
+    """Each design of section 3.3, jointly with understanding and frozen: what learns moves, and the folder draws."""
+    shutil.copytree(train_folder, tmp_path / "m")
+    before = load_file(tmp_path / "m" / "model.safetensors")
+    for joint in 0, 0.5:
+        assert train_run("--stage", "1", "--design", design, "--init", train_folder, "--fresh", "--save", tmp_path / "m",
+                         "--out", tmp_path / str(joint), "--steps", 2, "--batch", 8, "--joint", joint) == 0
+        after = load_file(tmp_path / "m" / "model.safetensors")
+        moved = {model.component(k) for k in after if k not in before or not torch.equal(after[k], before[k])}
+        assert moved == TRAIN_DESIGNS[design] | ({"llm", "visual"} if joint else set())
+        assert ("regressor" in moved) != any(model.component(k) == "dit" for k in after)       # one generator at a time
+        pipe = sample.Pipeline(tmp_path / "m")
+        assert train.design_of(pipe.model.config) == design
+        a, b, again = (pipe.images(["a red circle"], [seed], 2, 2.0, 2, 1.0) for seed in (0, 1, 0))
+        assert a.shape == (1, 3, 32, 32) and torch.equal(a, again) and not torch.equal(a, b)
+        row = [r for r in train_log(tmp_path / str(joint)) if "lr" in r][-1]
+        assert ("mse" in row) == (design == "clip-mse") and ("text" in row) == bool(joint)
+    if design == "clip-mse":                                          # section 3.3, Finding 2: no noise, no variety
+        assert torch.equal(*(pipe.features(["a red circle"], [seed]) for seed in (0, 1)))
+
+
+def test_train_stage_2_goes_on_with_the_design_it_finds(train_folder, tmp_path):
+    """Without --design, stage 2 trains on what stage 1 made; --dit, --queries and --shift make a generator of other sizes."""
+    assert train_run("--stage", "1", "--init", train_folder, "--fresh", "--save", tmp_path / "m", "--out", tmp_path / "1", "--steps", 1,
+                     "--batch", 4, "--dit", "dim=48,n_heads=4,rope=2d", "--queries", 5, "--shift", 2, "--eva", train_folder) == 0
+    config = BLIP3o.from_pretrained(tmp_path / "m", "meta").config
+    assert (config.dit.dim, config.dit.rope, config.n_query, config.shift) == (48, "2d", 5, 2.0)
+    stage, _ = train_build("--stage", "2", "--init", tmp_path / "m", "--eva", train_folder)
+    assert stage.trained.config == config and gap(stage.trained.latent_queries.half().detach(), load_file(
+        tmp_path / "m" / "model.safetensors")["model.latent_queries"]) == 0
+    with pytest.raises(ValueError, match="dim, n_layers.*not 'width=3'"):
+        train.dit_fields("dim=4,width=3")
+
+
+def test_train_targets_of_the_designs(train_folder):
+    """"mse" is the error of one linear map a query; "flow" of vae-fm is that of the VAE's scaled latents."""
+    for design in "clip-mse", "vae-fm":
+        stage, _ = train_build("--stage", "1", "--design", design, "--init", train_folder, "--fresh")
+        samples = data.Samples(data.World(0, stage.size), stage.size)
+        batch = stage.collate([samples[i] for i in range(3)])
+        with torch.no_grad():
+            cond = stage.trained.condition(batch["ids"], batch["mask"])
+            if design == "clip-mse":
+                weight, bias = stage.trained.regressor.weight, stage.trained.regressor.bias
+                error = (cond @ weight.T + bias - stage.eva.encode(batch["pixels"])).square().mean()
+            else:
+                x1 = stage.decoder.vae.encode(data.to_signed(batch["pixels"]))
+                t = batch["t"].view(-1, 1, 1, 1)
+                cond = cond * ~batch["drop"].view(-1, 1, 1)
+                v = stage.trained.dit(t * x1 + (1 - t) * batch["x0"], batch["t"], cond)
+                error = (v - (x1 - batch["x0"])).square().mean()
+            losses = stage(batch)
+        assert gap(losses["mse" if design == "clip-mse" else "flow"], error) < 1e-5
+
+
+def test_train_reconstruct_shows_the_picture(train_folder):
+    """--reconstruct: the official prompt with the picture inside, whose condition depends on the picture; the rest as ever."""
+    stage, _ = train_build("--stage", "1", "--init", train_folder, "--fresh", "--reconstruct", 0.5)
+    samples = data.Samples(data.World(0, stage.size), stage.size)
+    batch = stage.collate([samples[i] for i in range(16)])
+    looks = (batch["ids"] == stage.trained.config.image_token_id).any(1)
+    assert 0 < looks.sum() < 16 and len(batch["grid"]) == looks.sum()
+    rows = [ids[mask] for ids, mask in zip(batch["ids"], batch["mask"])]
+    told = [stage.tokenizer.bpe.decode(row.tolist(), skip_special_tokens=False) for row in rows]
+    assert all((f"<|vision_end|>\n{data.RECONSTRUCT}<|im_end|>" in text) == bool(look) for text, look in zip(told, looks))
+    one, other = (stage.trained.condition(batch["ids"], batch["mask"], patches, batch["grid"])
+                  for patches in (batch["patches"], batch["patches"].flip(0)))
+    assert [bool((a != b).any()) for a, b in zip(one, other)] == looks.tolist()
+    sum(v for k, v in stage(batch).items() if k[0] != "_").backward()
+    assert stage.trained.visual.blocks[0].attn.qkv.weight.grad is None        # it looks, but doesn't learn
+
+
+def test_train_echo_hears_only_what_the_queries_pass_on(train_folder):
+    """Stage 0: the conversations about a caption see query states, not the caption; the first query alone tells the first
+    thing; gradients reach the queries and every layer of the language model."""
+    stage, _ = train_build("--stage", "0", "--init", train_folder)
+    samples = data.Samples(data.World(0, stage.size), stage.size)
+    batch = stage.collate([samples[i] for i in range(4)])
+    echo, n = batch["echo"], stage.trained.config.n_query
+    rows = [stage.tokenizer.bpe.decode(ids[m].tolist(), skip_special_tokens=False) for ids, m in zip(echo["ids"], echo["mask"])]
+    row, query = (x.tolist() for x in echo["heard"])
+    at = 0
+    for i in range(4):
+        text = samples[i]["caption"]
+        assert rows[at].count("<|image_pad|>") == n and rows[at].count(text) == 1 and rows[at].endswith(f"{text}<|im_end|>\n")
+        things = [*data.things_told(text), "nothing"][:n]
+        for k, thing in enumerate(things):
+            alone = rows[at + 1 + k]
+            assert alone.count("<|image_pad|>") == 1 and f"{data.THING}<|im_end|>" in alone and f"\n{thing}<|im_end|>" in alone
+        first = row.index(i)
+        assert query[first:first + n + len(things)] == [*range(n), *range(len(things))]
+        at += 1 + len(things)
+    assert at == len(rows)
+    found = stage(batch)
+    assert set(found) == {"text", "echo"}
+    found["echo"].backward()
+    assert stage.trained.latent_queries.grad.abs().sum() > 0
+    assert all(layer.self_attn.q_proj.weight.grad.abs().sum() > 0 for layer in stage.trained.llm.layers)
+    assert "echo" not in train_build("--stage", "0", "--init", train_folder, "--echo", 0)[0].collate([samples[0]])
+
+
+def test_data_things_told_and_colours_exchanged():
+    """What captions name, thing by thing; exchanging two colours is its own inverse and touches nothing else."""
+    assert data.things_told("A tiny red circle to the left of two stars.") == ["a tiny red circle left", "two stars right"]
+    assert data.things_told("a black background with an orange star at the top, a square and a circle") == [
+        "an orange star at the top", "a square", "a circle"]
+    assert data.things_told("a photograph of Paris") == []
+    swap = data.exchange_colours
+    assert swap("An orange star above a red circle") == "A red star above an orange circle"
+    assert swap("two red stars") is None and swap("a red star and a red circle") is None
+    exchanged = 0
+    for i in range(300):
+        scene, rng = data.make_scene(0, i), np.random.default_rng(i)
+        text = data.caption(scene, rng)
+        assert sum(map(len, data.things_told(text))) <= len(text) + 8 * len(scene.things)
+        assert 1 <= len(data.things_told(text)) <= len(scene.things)
+        if other := swap(text):
+            exchanged += 1
+            assert swap(other) == text != other and sorted(other.replace("an ", "a ")) == sorted(text.replace("an ", "a "))
+    assert exchanged > 20
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop's other promises
+# ----------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("stage", [("1",), ("1", "--design", "vae-fm"), ("1", "--design", "clip-mse"), ("decoder",)])
+def test_train_cached_features_change_nothing(train_folder, tmp_path, stage, monkeypatch):
+    """A run from --cache ends in the bits of a live run, broken pictures included; the second one never encodes."""
+    flags = ("--stage", *stage, "--init", train_folder, "--fresh", "--data", train_shards(tmp_path), "--steps", 5, "--batch", 4,
+             "--max-bad", 1, "--save-every", 5)
+    assert train_run(*flags, "--out", tmp_path / "live") == 0
+    monkeypatch.setattr(train.FeatureCache, "part", 7)                # several parts, the last one short
+    assert train_run(*flags, "--out", tmp_path / "first", "--cache", tmp_path / "c") == 0
+    assert len(list((tmp_path / "c").glob("*/*.safetensors"))) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(train.FeatureCache, "make", None)               # would be called for whatever isn't there
+        assert train_run(*flags, "--out", tmp_path / "second", "--cache", tmp_path / "c") == 0
+    name = {"clip-mse": "mse", "decoder": "epsilon"}.get(stage[-1], "flow")
+    live, first, second = ([(r[name], r.get("skipped")) for r in train_log(tmp_path / out) if "lr" in r]
+                           for out in ("live", "first", "second"))
+    assert first == second and len(live) == 5 and live[-1][1] == {"broken picture": live[-1][1]["broken picture"]}
+    for (a, bad), (b, worse) in zip(live, first):
+        assert a == pytest.approx(b, rel=1e-5) and bad == worse
+    (tmp_path / "000.tar").touch()                                    # a changed shard: another cache
+    assert train_run(*flags, "--out", tmp_path / "third", "--cache", tmp_path / "c") == 0
+    assert len(list((tmp_path / "c").glob("*"))) == 2
+
+
+def test_train_checkpointing_and_zero_change_no_weight(train_folder, tmp_path):
+    """--checkpointing computes the same gradients, frozen and jointly."""
+    for joint in 0, 0.5:
+        runs = []
+        for flags in (), ("--checkpointing",):
+            runs.append(tmp_path / f"{joint}{len(flags)}")
+            assert train_run("--stage", "1", "--init", train_folder, "--fresh", "--joint", joint, "--steps", 2, "--batch", 8,
+                             "--out", runs[-1], *flags) == 0
+        assert train_apart(*runs) < 1e-6
+
+
+@slow
+def test_train_ranks_see_the_same_samples_and_losses(tmp_path):
+    """Stage 1 on 1, 2 and 4 processes, the last with the optimizer's moments shared out: the same losses for 20 steps, and a
+    run that began on 4 goes on alone."""
+    logs = []
+    for n, flags in (1, ()), (2, ()), (4, ("--zero",)):
+        command = [train.__file__, "--stage", "1", "--steps", 20, "--batch", 16, "--log-every", 1, "--quiet", *flags,
+                   "--save-every", 10, "--out", tmp_path / str(n)]
+        done = train_process("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *command)
+        assert done.returncode == 0, done.stderr
+        logs.append([r["flow"] for r in train_log(tmp_path / str(n)) if "lr" in r])
+    for losses in zip(*logs):
+        assert max(losses) - min(losses) < 1e-5 * max(losses)
+    assert len(list((tmp_path / "4" / "step-000010").glob("optimizer-*.safetensors"))) == 4
+    shutil.copytree(tmp_path / "4", tmp_path / "on")
+    (tmp_path / "on" / "latest").write_text("step-000010")
+    done = train_process(*command[:-5], "--out", tmp_path / "on")
+    assert done.returncode == 0 and "from step 10" in done.stdout, done.stderr
+    alone = [r for r in train_log(tmp_path / "on") if "lr" in r][20:]
+    assert [r["step"] for r in alone] == list(range(11, 21))
+    assert all(r["flow"] == pytest.approx(b, rel=1e-5) for r, b in zip(alone, logs[0][10:]))
+
+
+@slow
+def test_train_thirty_kills_change_nothing(train_clip, tmp_path):
+    """A run killed (-9) thirty times at random moments, writing included, ends in the bits of the unbroken one."""
+    rng = np.random.default_rng(0)
+    command = [train.__file__, "--stage", "1", "--steps", "45", "--batch", "4", "--save-every", "1", "--log-every", "1", "--quiet", "--out"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = train_process(*command, tmp_path / "whole")
+    assert done.returncode == 0, done.stderr
+    kills = 0
+    while kills < 30:
+        process = subprocess.Popen([sys.executable, *command, tmp_path / "killed"], stdout=subprocess.PIPE, env=env)
+        process.stdout.readline()                                     # it stands in the loop now
+        time.sleep(rng.uniform(0.05, 0.5))
+        if process.poll() is not None:
+            break
+        process.kill()
+        process.wait()
+        kills += 1
+        if (tmp_path / "killed" / "latest").exists():                 # never half a state
+            folder = tmp_path / "killed" / (tmp_path / "killed" / "latest").read_text()
+            assert {f.name for f in folder.iterdir()} == {"model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"}
+            train_weights(tmp_path / "killed")
+    assert kills >= 20
+    assert train_process(*command, tmp_path / "killed").returncode == 0
+    assert train_same(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_train_steps_without_a_finite_gradient(train_folder, monkeypatch, tmp_path, capsys):
+    """One such step is passed over and counted, weights untouched by it; --resume refuses where there is nothing."""
+    seen, forward = [], train.VaeStage.forward
+
+    def sick(self, batch):
+        seen.append(1)
+        losses = forward(self, batch)
+        return {k: v * (math.nan if len(seen) == 2 else 1) for k, v in losses.items()}
+    monkeypatch.setattr(train.VaeStage, "forward", sick)
+    assert train_run("--stage", "vae", "--steps", 4, "--batch", 4, "--save-every", 2, "--out", tmp_path / "a") == 0
+    assert [r for r in train_log(tmp_path / "a") if "lr" in r][-1]["skipped"] == {"lost steps": 1}
+    assert all(v.isfinite().all() for v in train_weights(tmp_path / "a").values())
+    assert json.loads((tmp_path / "a" / "step-000004" / "state.json").read_text())["counts"] == {"lost steps": 1}
+    capsys.readouterr()
+    assert train_run("--stage", "vae", "--out", tmp_path / "b", "--resume") == 2
+    assert capsys.readouterr().err == f"train.py: --resume: there is no run in {tmp_path / 'b'} to go on with\n"
+
+
+def test_train_dry_run_counts_as_the_facts_do(capsys):
+    """--dry-run, without reading or writing anything: the released sizes' parameters, and work that grows with the model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", "--stage", "1", "--paper", "--dry-run", "--world", "32", "--device", "cpu"])
+        patch.setattr(train, "train", None)
+        train.main()
+    out = capsys.readouterr().out
+    assert "| 4b | 1,362,388,896 |" in out and "| 8b | 1,365,239,712 |" in out and "150000 steps" in out
+    rows = dict(line.strip("|").split("|", 1) for line in out.splitlines() if line.startswith("|"))
+    for stage, (trained, kept) in {name: train.used(name) for name in TRAIN_STAGES}.items():
+        cells = rows[f" `{stage}` "].split("|")
+        assert {p for p, c in zip(train.PARTS, cells) if "trained" in c} == trained
+        assert {p for p, c in zip(train.PARTS, cells) if "frozen" in c} == kept
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Mistakes
 # ----------------------------------------------------------------------------------------------------------------------
 def test_train_mistakes_are_one_sentence(train_folder, train_clip, monkeypatch, tmp_path, capsys):
