@@ -3327,7 +3327,7 @@ def test_train_ranks_see_the_same_samples_and_losses(tmp_path):
 def test_train_thirty_kills_change_nothing(train_clip, tmp_path):
     """A run killed (-9) thirty times at random moments, writing included, ends in the bits of the unbroken one."""
     rng = np.random.default_rng(0)
-    command = [train.__file__, "--stage", "1", "--steps", "45", "--batch", "4", "--save-every", "1", "--log-every", "1", "--quiet", "--out"]
+    command = [train.__file__, "--stage", "vae", "--steps", "160", "--batch", "2", "--save-every", "2", "--quiet", "--out"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = train_process(*command, tmp_path / "whole")
     assert done.returncode == 0, done.stderr
@@ -3335,7 +3335,7 @@ def test_train_thirty_kills_change_nothing(train_clip, tmp_path):
     while kills < 30:
         process = subprocess.Popen([sys.executable, *command, tmp_path / "killed"], stdout=subprocess.PIPE, env=env)
         process.stdout.readline()                                     # it stands in the loop now
-        time.sleep(rng.uniform(0.05, 0.5))
+        time.sleep(rng.uniform(0.05, 0.4))
         if process.poll() is not None:
             break
         process.kill()
