@@ -18,7 +18,6 @@ needed. Generation is scored on the six skills of GenEval (arXiv 2310.11513) wit
 import argparse
 import ast
 import base64
-import binascii
 import csv
 import hashlib
 import io
@@ -744,9 +743,9 @@ def run_score(args):
     """The published figures, with intervals, from the file that the official scorer wrote; several files: joined."""
     need = {"geneval": ("tag", "prompt", "correct"), "wise": ("prompt_id", "consistency", "realism", "aesthetic_quality")}
     rows = [row for file in args.results for row in read_records(file, need[args.bench])]
+    table = {"geneval": score_geneval, "wise": score_wise}[args.bench](rows)
     if args.bench == "geneval" and len(rows) != 4 * 553:
         print(f"eval.py: published scores are of 2212 pictures, this one of {len(rows)}", file=sys.stderr)
-    table = {"geneval": score_geneval, "wise": score_wise}[args.bench](rows)
     show(f"{args.bench}, {len(rows)} results", table)
     save(args, {"table": table}, f"score-{args.bench}")
 
@@ -782,6 +781,8 @@ def read_table(path):
         if len(cells) != len(header):
             raise ValueError(f"row {number} of {path} has {len(cells)} columns instead of {len(header)}: is the file cut short?")
         rows.append({name: cell for name, cell in zip(header, cells) if cell != ""})
+    if not rows:
+        raise ValueError(f"{path} has a header, but no rows")
     return rows
 
 
@@ -809,8 +810,8 @@ def read_questions(path, task, images=None):
                 cell = cells.get(cell, cell) if len(cell) <= 64 else cell
                 try:
                     pictures.append(base64.b64decode(cell, validate=True))
-                    Image.open(io.BytesIO(pictures[-1]))             # reads the header only
-                except (binascii.Error, OSError, ValueError):
+                    data.load_image(io.BytesIO(pictures[-1]))        # a broken one is found before the work begins
+                except ValueError:                                   # binascii's is one, too
                     raise ValueError(f"{where}: its image is no picture in base64") from None
             else:
                 pictures.append(Path(images or path.parent) / cell)
@@ -848,8 +849,8 @@ def pick_option(answer, options):
     letters = "".join(options)
     if first := re.match(rf"\(?([{letters}])(?:[).:,]|$)", answer):
         return first[1]
-    named = set(re.findall(rf"(?<![\w'])([{letters}])(?![\w'])(?!(?<=A) [a-z])", answer))         # "A cat" names no option
-    if len(named) == 1:
+    named = set(re.findall(rf"(?<![\w'])([{letters}])(?![\w'])", answer))
+    if len(named) == 1 and not (named == {"A"} and re.search(r"\bA [a-z]", answer)):              # "A cat" names no option
         return named.pop()
     said = answer.lower().removesuffix(".")
     equal = [letter for letter, text in options.items() if text.lower() == said]
