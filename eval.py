@@ -378,16 +378,16 @@ def read_text(path):
 
 
 def read_records(path, need=()):
-    """The objects of a .jsonl file (one a line), or of a .json file: a list, or {key: object}, then with the field "key".
+    """The objects of a .jsonl file (one a line) or a .json file: a list, or {key: object}, then with the field "key".
 
-    Raises ValueError naming the line or entry where the file is cut short or broken, or lacks a field of `need`.
+    Raises ValueError naming the line or entry that is cut short or broken, or lacks a field of `need`.
     """
     text, whole, rows = read_text(path), Path(path).suffix == ".json", []
     for number, line in enumerate([text] if whole else text.split("\n"), 1):
         try:
             rows += [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number + error.lineno - 1}, is cut short or no JSON ({error.msg})") from None
+            raise ValueError(f"{path}, line {number + error.lineno - 1}, is cut short or no JSON: {error.msg}") from None
     if whole:
         rows = [{"key": key, **row} for key, row in rows[0].items()] if isinstance(rows[0], dict) else rows[0]
     for number, row in enumerate(rows, 1):
@@ -396,12 +396,13 @@ def read_records(path, need=()):
     return rows
 
 
-def find_pictures(folder):
-    """The picture files below a folder, by name; ValueError where there is none."""
-    found = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in data.PICTURES and p.name[0] != ".")
+def read_pictures(folder, batch=BATCH):
+    """The pictures below a folder, by name: lists of (file, PIL picture), a batch each. ValueError where there is none."""
+    found = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in data.PICTURES)
     if not found:
         raise ValueError(f"no picture ({', '.join(data.PICTURES)}) in {folder}")
-    return found
+    for i in tqdm(range(0, len(found), batch), disable=None):
+        yield [(file, data.load_image(file)) for file in found[i:i + batch]]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -607,68 +608,63 @@ def run_reconstruction(args):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Benchmarks of drawing: prompts as they are published, pictures as their scorers want them
+# Benchmarks of drawing: prompts as they are published, pictures as their scorers want them, scores as they are published
 # ----------------------------------------------------------------------------------------------------------------------
 BENCHES = ("geneval", "dpg", "wise", "mjhq")
+# WISE: first and last prompt_id of a category, and its weight in the overall score.
+WISE = {"cultural": (1, 400, 0.4), "time": (401, 567, 0.167), "space": (568, 700, 0.133), "biology": (701, 800, 0.1),
+        "physics": (801, 900, 0.1), "chemistry": (901, 1000, 0.1)}
 
 
 def read_prompts(bench, path, seed=0):
     """A benchmark's prompts -> its picture files in order, [{"file", "prompt", "seeds", "entry"}].
 
-    geneval: a jsonl; 00000/samples/0000.png to 0003.png for each line, beside metadata.jsonl (the line). dpg: a folder of
-    txt files; NAME.png, four pictures as 2 x 2. wise: a json or a folder of them; PROMPT_ID.png. mjhq: meta_data.json;
-    CATEGORY/KEY.png. A picture's seed counts all pictures of the file, so that no two share one.
+    geneval: a jsonl; for line i, I/samples/0000.png to 0003.png beside I/metadata.jsonl, the line. dpg: a folder of txt
+    files; NAME.png, four pictures as 2 x 2. wise: a json or a folder of them; PROMPT_ID.png. mjhq: meta_data.json;
+    CATEGORY/KEY.png. Seeds count all pictures of a prompt file, so that no two share one.
     """
-    path, drafts = Path(path), []                                    # drafts: (prompt, file, pictures in it, entry)
+    path = Path(path)
     if bench == "geneval":
-        for i, entry in enumerate(read_records(path, ("tag", "include", "prompt"))):
-            drafts += [(entry["prompt"], f"{i:05}/samples/{k:04}.png", 1, entry) for k in range(4)]
+        jobs = [(f"{i:05}/samples/{k:04}.png", entry["prompt"], entry)
+                for i, entry in enumerate(read_records(path, ("tag", "include", "prompt"))) for k in range(4)]
     elif bench == "dpg":
-        drafts = [(read_text(p).strip(), f"{p.stem}.png", 4, None) for p in sorted(path.glob("*.txt"))]
+        jobs = [(f"{file.stem}.png", read_text(file), None) for file in sorted(path.glob("*.txt"))]
     elif bench == "wise":
-        for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
-            drafts += [(e["Prompt"], f"{e['prompt_id']}.png", 1, None) for e in read_records(file, ("prompt_id", "Prompt"))]
+        jobs = [(f"{e['prompt_id']}.png", e["Prompt"], None) for file in
+                (sorted(path.glob("*.json")) if path.is_dir() else [path]) for e in read_records(file, ("prompt_id", "Prompt"))]
     else:
-        drafts = [(e["prompt"], f"{e['category']}/{e['key']}.png", 1, None)
-                  for e in read_records(path, ("key", "category", "prompt"))]
-    if not drafts:
+        jobs = [(f"{e['category']}/{e['key']}.png", e["prompt"], None)
+                for e in read_records(path, ("key", "category", "prompt"))]
+    n, files = 4 if bench == "dpg" else 1, Counter(file for file, _, _ in jobs)
+    if not jobs:
         raise ValueError(f"no prompts of {bench} in {path}")
-    jobs, taken = [], set()
-    for prompt, file, n, entry in drafts:
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"the prompt of {file} in {path} is empty")
-        if file in taken:
-            raise ValueError(f"two prompts in {path} are for {file}")
-        taken.add(file)
-        start = seed * 10 ** 6 + len(jobs) * n
-        jobs.append({"file": file, "prompt": prompt.strip(), "seeds": list(range(start, start + n)), "entry": entry})
-    return jobs
+    for file, prompt, _ in jobs:
+        if files[file] > 1 or not str(prompt).strip():
+            raise ValueError(f"{path}: the prompt of {file} is {'there twice' if files[file] > 1 else 'empty'}")
+    return [{"file": file, "prompt": str(prompt).strip(), "entry": entry, "seeds": [seed * 10 ** 6 + i * n + k for k in range(n)]}
+            for i, (file, prompt, entry) in enumerate(jobs)]
 
 
 def run_generate(args):
     """A benchmark's pictures in the layout of its scorer, in OUT/BENCH. The same line goes on where a run stopped; under
     torchrun (or with RANK and WORLD_SIZE set by hand) each process draws its share.
 
-    A picture depends on its place in the prompt file and on --seed: not on batches, processes or what was there before.
+    A picture depends on its place in the prompt file and on --seed: not on batches, processes or what was drawn before.
     """
     jobs, folder = read_prompts(args.bench, args.prompts, args.seed), Path(args.out) / args.bench
-    rank, world, local = (int(os.environ.get(name, value)) for name, value in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    pipe = Pipeline(args.ckpt, f"cuda:{local}" if args.device == "auto" and torch.cuda.is_available() else args.device,
-                    args.dtype)
-    digest = hashlib.sha256(json.dumps(jobs).encode()).hexdigest()[:16]
-    about, note = {"ckpt": args.ckpt, "seed": args.seed, "prompts": digest, "sampling": pipe.sampling}, folder.with_suffix(".json")
-    if folder.exists() and not note.exists():
-        raise ValueError(f"{folder} is there already, and not from this command: choose another --out")
-    if note.exists() and json.loads(read_text(note)) != about:
-        raise ValueError(f"{note} names other settings for the pictures that are there: choose another --out")
+    rank, world, local = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = f"cuda:{local}" if args.device == "auto" and torch.cuda.is_available() else args.device
+    pipe, note = Pipeline(args.ckpt, device, args.dtype), folder.with_suffix(".json")
+    about = {"ckpt": args.ckpt, "seed": args.seed, "prompts": fingerprint(jobs), "sampling": pipe.sampling}
+    if folder.exists() and (not note.exists() or json.loads(read_text(note)) != about):
+        raise ValueError(f"{folder} holds pictures of other settings than these (see {note}): choose another --out")
     write_whole(note, json.dumps(about, indent=1) + "\n")
     n, mine = len(jobs[0]["seeds"]), jobs[rank::world]
     todo = [job for job in mine if not (folder / job["file"]).exists()]
     step = max(1, BATCH // n)
     for i in tqdm(range(0, len(todo), step), disable=None):
         batch = todo[i:i + step]
-        drawn = to_uint8(pipe.images([j["prompt"] for j in batch for _ in j["seeds"]], [s for j in batch for s in j["seeds"]]))
+        drawn = to_uint8(pipe.images([j["prompt"] for j in batch for _ in range(n)], [s for j in batch for s in j["seeds"]]))
         pipe.negatives.clear()                                       # one for each seed: they would fill the memory
         for job, cells in zip(batch, drawn.reshape(len(batch), n, *drawn.shape[1:])):
             if job["entry"]:
@@ -678,12 +674,9 @@ def run_generate(args):
     print(f"{len(todo)} new files, {len(mine) - len(todo)} were there: {folder}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# From the official scorers' outputs to the published figures
-# ----------------------------------------------------------------------------------------------------------------------
-# WISE: first and last prompt_id of a category, and its weight in the overall score.
-WISE = {"cultural": (1, 400, 0.4), "time": (401, 567, 0.167), "space": (568, 700, 0.133), "biology": (701, 800, 0.1),
-        "physics": (801, 900, 0.1), "chemistry": (901, 1000, 0.1)}
+def fingerprint(content):
+    """16 hex digits that tell contents (objects or bytes) apart."""
+    return hashlib.sha256(content if isinstance(content, bytes) else json.dumps(content).encode()).hexdigest()[:16]
 
 
 def score_geneval(rows):
@@ -694,11 +687,10 @@ def score_geneval(rows):
     prompts = defaultdict(list)
     for row in rows:
         prompts[str(row.get("metadata", row["prompt"]))].append(row["correct"])
-    fewest, most = (f(map(len, prompts.values())) for f in (min, max))
-    if fewest != most:
-        raise ValueError(f"some prompts have {most} results and others {fewest}: let the scorer finish")
-    if strange := {row["tag"] for row in rows} - set(data.SKILLS):
-        raise ValueError(f"{', '.join(map(str, strange))} is no skill of GenEval")
+    if len(set(map(len, prompts.values()))) > 1:
+        raise ValueError("some prompts have fewer results than others: let the scorer finish")
+    if strange := {str(row["tag"]) for row in rows} - set(data.SKILLS):
+        raise ValueError(f"{', '.join(strange)} is no skill of GenEval")
     return {**by_skill([row["tag"] for row in rows], [bool(row["correct"]) for row in rows]),
             "prompts": share(any(p) for p in prompts.values())}
 
@@ -711,32 +703,24 @@ def wise_overall(means):
 def score_wise(rows):
     """Lines of WISE's gpt_eval.py -> {category or "overall": {"score", "low", "high", "n"}}, normal 95 % intervals.
 
-    WiScore = (0.7 consistency + 0.2 realism + 0.1 aesthetic quality) / 2. Raises ValueError where a result is missing, twice
-    there, or no number from 0 to 2 (the judge's 999 means that its answer could not be read).
+    WiScore = (0.7 consistency + 0.2 realism + 0.1 aesthetic quality) / 2. Raises ValueError where a result is missing, or
+    no number from 0 to 2 (999: the judge's answer could not be read).
     """
-    marks = {}
+    marks, errors = {}, {}
     for row in rows:
         values = [row[key] for key in ("consistency", "realism", "aesthetic_quality")]
         if not all(isinstance(v, (int, float)) and 0 <= v <= 2 for v in values):
             raise ValueError(f"the marks of prompt {row['prompt_id']} are {values}, not numbers from 0 to 2: judge it again")
-        if row["prompt_id"] in marks:
-            raise ValueError(f"prompt {row['prompt_id']} has two results")
         marks[row["prompt_id"]] = float(np.dot((0.35, 0.1, 0.05), values))
     if absent := [i for i in range(1, 1001) if i not in marks]:
-        raise ValueError(f"{len(absent)} of the 1000 prompts have no result (the first: {absent[0]}): let the scorer finish")
-    table, spread = {}, 0
-    for name, (first, last, weight) in WISE.items():
-        values = np.array([marks[i] for i in range(first, last + 1)])
-        error = values.std(ddof=1) / math.sqrt(len(values))
-        spread += (weight * error) ** 2
-        table[name] = interval(values.mean(), error, len(values))
-    table["overall"] = interval(wise_overall({name: row["score"] for name, row in table.items()}), math.sqrt(spread), 1000)
-    return table
-
-
-def interval(mean, error, n):
-    """A mean of n and its standard error -> {"score", "low", "high", "n"} with the normal 95 % interval."""
-    return {"score": float(mean), "low": float(mean - 1.959964 * error), "high": float(mean + 1.959964 * error), "n": n}
+        raise ValueError(f"{len(absent)} of 1000 prompts have no result (the first: {absent[0]}): let the scorer finish")
+    parts = {name: np.array([marks[i] for i in range(first, last + 1)]) for name, (first, last, _) in WISE.items()}
+    means = {name: float(values.mean()) for name, values in parts.items()}
+    errors = {name: values.std(ddof=1) / math.sqrt(len(values)) for name, values in parts.items()}
+    means["overall"] = wise_overall(means)
+    errors["overall"] = math.sqrt(sum((WISE[name][2] * error) ** 2 for name, error in errors.items()))
+    return {name: {"score": mean, "low": mean - 1.959964 * errors[name], "high": mean + 1.959964 * errors[name],
+                   "n": len(parts.get(name, marks))} for name, mean in means.items()}
 
 
 def run_score(args):
@@ -753,10 +737,10 @@ def run_score(args):
 # ----------------------------------------------------------------------------------------------------------------------
 # Benchmarks of looking: questions as they are published, answers by their rules
 # ----------------------------------------------------------------------------------------------------------------------
+TASKS = {"choice": 128, "mme": 16, "pope": 128, "vqav2": 128, "textvqa": 128, "mmvet": 1024}   # longest answer in tokens
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
-THINK = ("First please perform reasoning, and think step by step to provide best answer to the following question: \n\n")
-TASKS = {"choice": 128, "mme": 16, "pope": 128, "vqav2": 128, "textvqa": 128, "mmvet": 1024}        # tokens of an answer at most
+THINK = "First please perform reasoning, and think step by step to provide best answer to the following question: \n\n"
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 OFFICIAL_PIXELS = {"min_pixels": 256 * 28 * 28, "max_pixels": 1605632}      # of the official run of lmms-eval
@@ -764,129 +748,117 @@ OFFICIAL_PIXELS = {"min_pixels": 256 * 28 * 28, "max_pixels": 1605632}      # of
 
 def as_list(cell):
     """A table's cell as a list: "['a', 'b']" has two entries, anything else is one."""
-    if isinstance(cell, str) and cell.startswith("["):
+    if isinstance(cell, str) and cell[0] == "[":
         try:
             return list(ast.literal_eval(cell))
         except (ValueError, SyntaxError):
-            return [cell]
+            pass
     return cell if isinstance(cell, list) else [cell]
 
 
 def read_table(path):
-    """The rows of a TSV file as dicts without empty cells; ValueError where a row has another length than the header."""
+    """The rows of a TSV file as dicts without empty cells; ValueError where one has not as many cells as the header."""
     csv.field_size_limit(2 ** 31 - 1)                                # a cell can be a picture
-    lines = csv.reader(io.StringIO(read_text(path), newline=""), delimiter="\t")
-    header, rows = next(lines), []
+    header, *lines = csv.reader(io.StringIO(read_text(path), newline=""), delimiter="\t")
     for number, cells in enumerate(lines, 1):
         if len(cells) != len(header):
-            raise ValueError(f"row {number} of {path} has {len(cells)} columns instead of {len(header)}: is the file cut short?")
-        rows.append({name: cell for name, cell in zip(header, cells) if cell != ""})
-    if not rows:
+            raise ValueError(f"row {number} of {path} has {len(cells)} columns instead of {len(header)}: is it cut short?")
+    if not lines:
         raise ValueError(f"{path} has a header, but no rows")
-    return rows
+    return [{name: cell for name, cell in zip(header, cells) if cell} for cells in lines]
 
 
-def read_questions(path, task, images=None):
-    """[{"index", "pictures": [bytes or path], "question", "options": {letter: text}, "answers", "category", "group"}].
+def read_questions(path, task=None, images=None):
+    """(task, [{"index", "pictures": [bytes or path], "question", "hint", "options": {letter: text}, "answers", "category",
+    "group"}]) of a file. task None is "choice" where there are options, else "vqav2".
 
     .tsv: the layout of VLMEvalKit, pictures in base64, a short one being the index of the row whose picture is meant.
     .jsonl (or .json): question or text, answer, answers or label, and image, a file in the folder `images` (the data's if
     None). group: what the two questions of MME about one picture have in common.
     """
-    path, table, found = Path(path), Path(path).suffix == ".tsv", []
+    table, found = Path(path).suffix == ".tsv", []
     rows = read_table(path) if table else read_records(path)
     cells = {str(row.get("index")): row.get("image") for row in rows}
     for number, row in enumerate(rows, 1):
-        where = f"row {number} of {path}"
+        where, pictures = f"row {number} of {path}", []
 
         def field(*names):
-            value = next((row[name] for name in names if row.get(name) not in (None, "")), None)
-            if value is None:
+            values = [row[name] for name in names if row.get(name) not in (None, "")]
+            if not values:
                 raise ValueError(f"{where} has no {' or '.join(names)}")
-            return value
-        pictures = []
+            return values[0]
         for cell in as_list(field("image", "image_path", "imagename")):
             if table and "image" in row:
-                cell = cells.get(cell, cell) if len(cell) <= 64 else cell
                 try:
-                    pictures.append(base64.b64decode(cell, validate=True))
+                    pictures.append(base64.b64decode(cells.get(cell, cell), validate=True))
                     data.load_image(io.BytesIO(pictures[-1]))        # a broken one is found before the work begins
                 except ValueError:                                   # binascii's is one, too
                     raise ValueError(f"{where}: its image is no picture in base64") from None
             else:
-                pictures.append(Path(images or path.parent) / cell)
+                pictures.append(Path(images or Path(path).parent) / cell)
                 if not pictures[-1].is_file():
                     raise ValueError(f"{where}: there is no picture {pictures[-1]}")
         answers = [a["answer"] if isinstance(a, dict) else str(a) for a in as_list(field("answers", "answer", "label"))]
         options = {name: str(row[name]) for name in sorted(row) if re.fullmatch("[A-Z]", name)}
         if options and answers[0] not in options:
             raise ValueError(f"{where}: the answer {answers[0]!r} is none of its options {', '.join(options)}")
-        category = str(row.get("category", task))
+        category = str(row.get("category", "all"))
         found.append({"index": str(row.get("index", row.get("question_id", row.get("key", number)))), "pictures": pictures,
-                      "hint": row.get("hint"), "question": str(field("question", "text")), "options": options,
-                      "answers": answers, "category": category,
-                      "group": (category, str(row.get("image_path", pictures[0])))})
+                      "question": str(field("question", "text")), "hint": row.get("hint"), "options": options,
+                      "answers": answers, "category": category, "group": (category, row.get("image_path", pictures[0]))})
     if len({q["index"] for q in found}) < len(found):
         raise ValueError(f"two rows of {path} have the same index")
-    return found
+    return task or ("choice" if any(q["options"] for q in found) else "vqav2"), found
 
 
-def ask_officially(task, q):
-    """The text that goes to the model with the pictures of a question, as the official evaluation words it."""
+def official_text(task, q):
+    """The text that goes to the model with the pictures of a question, worded as in the official evaluation."""
     text = re.sub(r"<image(?: \d+)?>", "", q["question"]).strip()
     if task == "choice":
-        lines = [q["hint"]] if q["hint"] else []
-        lines += [text, *(f"{letter}. {option}" for letter, option in q["options"].items())]
+        lines = [*filter(None, [q["hint"], text]), *(f"{letter}. {option}" for letter, option in q["options"].items())]
         return "\n".join([*lines, LETTER if q["options"] else SHORT])
-    if task == "mme":
-        return re.sub(r"\s*Please answer yes or no\.", "", text) + f"\n{SHORT}"
-    return {"pope": f"{text}\n{SHORT}", "textvqa": f"{text.capitalize()}\n{SHORT}", "mmvet": THINK + text, "vqav2": text}[task]
+    bare = re.sub(r"\s*Please answer yes or no\.", "", text) if task == "mme" else text
+    return {"mme": f"{bare}\n{SHORT}", "pope": f"{text}\n{SHORT}", "textvqa": f"{text.capitalize()}\n{SHORT}",
+            "mmvet": THINK + text, "vqav2": text}[task]
 
 
 def pick_option(answer, options):
     """The letter that an answer chooses: at its beginning, alone in it, or through the option's words; else None."""
-    answer = answer.strip()
-    letters = "".join(options)
-    if first := re.match(rf"\(?([{letters}])(?:[).:,]|$)", answer):
+    letters, said = "".join(options), answer.strip().lower().removesuffix(".")
+    if first := re.match(rf"\(?([{letters}])(?:[).:,]|$)", answer.strip()):
         return first[1]
     named = set(re.findall(rf"(?<![\w'])([{letters}])(?![\w'])", answer))
     if len(named) == 1 and not (named == {"A"} and re.search(r"\bA [a-z]", answer)):              # "A cat" names no option
         return named.pop()
-    said = answer.lower().removesuffix(".")
-    equal = [letter for letter, text in options.items() if text.lower() == said]
-    inside = [letter for letter, text in options.items() if re.search(rf"(?<!\w){re.escape(text.lower())}(?!\w)", said)]
+    inside = [k for k, text in options.items() if re.search(rf"(?<!\w){re.escape(text.lower())}(?!\w)", said)]
+    equal = [k for k in inside if options[k].lower() == said]
     return equal[0] if equal else inside[0] if len(inside) == 1 else None
 
 
-def mme_word(answer):
-    """MME's reading of an answer: "yes" or "no" within its first four characters, else "other"."""
-    start = answer.strip().lower()[:4]
-    return "yes" if "yes" in start else "no" if "no" in start else "other"
-
-
-def pope_word(answer):
-    """POPE's reading: "no" if the first sentence has the word no or not, else "yes"."""
-    words = answer.split(".")[0].replace(",", "").split(" ")
-    return "no" if {"No", "no", "not"} & set(words) else "yes"
+def yes_or_no(task, answer):
+    """MME's reading: "yes" or "no" within the first four characters, else "other". POPE's: "no" if the first sentence has
+    the word no or not, else "yes"."""
+    if task == "pope":
+        return "no" if {"No", "no", "not"} & set(answer.split(".")[0].replace(",", "").split(" ")) else "yes"
+    return next((word for word in ("yes", "no") if word in answer.strip().lower()[:4]), "other")
 
 
 # The contractions that VQA's evaluation restores: each may have lost one of its apostrophes.
 CONTRACTIONS = {word[:i] + word[i + 1:]: word for word in (
-    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's "
-    "how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've o'clock "
-    "oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd "
-    "someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's "
-    "they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd "
-    "where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all "
-    "y'all'll y'all'd've you'd you'd've you'll you're you've").split() for i, c in enumerate(word) if c == "'"}
+    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've "
+    "he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've "
+    "o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's "
+    "someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're "
+    "there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've "
+    "when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't "
+    "wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"
+).split() for i, letter in enumerate(word) if letter == "'"}
 DIGITS = dict(zip("none zero one two three four five six seven eight nine ten".split(), map(str, (0, *range(11)))))
 
 
 def vqa_normal(text):
-    """An answer in the normal form of VQA's evaluation: lower case, no articles, numbers as digits, punctuation gone.
-
-    A punctuation mark becomes a space, or nothing where it stands beside a space or the text has a number like 1,000.
-    """
+    """An answer in the normal form of VQA's evaluation: lower case, no articles, numbers as digits, punctuation gone (to
+    nothing where it stands beside a space or the text has a number like 1,000, else to a space)."""
     text = text.replace("\n", " ").replace("\t", " ").strip()
     out, comma = text, re.search(r"\d,\d", text)
     for mark in ";/[]\"{}()=+\\_-><@`,?!":
@@ -906,120 +878,95 @@ def vqa_score(answer, truths):
     return sum(min(1, (truths.count(said) - (truth == said)) / 3) for truth in truths) / len(truths)
 
 
-def mark(task, q, answer):
-    """(what an answer says, its score from 0 to 1) by the task's rule; (answer, None) where only a judge can tell."""
-    if task == "mmvet":
-        return answer, None
+def grade(task, q, answer):
+    """(what an answer says, its score from 0 to 1) by the task's rule."""
     if task == "choice" and q["options"]:
         said = pick_option(answer, q["options"])
         return said, float(said == q["answers"][0])
     if task in ("mme", "pope"):
-        said = mme_word(answer) if task == "mme" else pope_word(answer)
+        said = yes_or_no(task, answer)
         return said, float(said == q["answers"][0].lower())
     return vqa_normal(answer), vqa_score(answer, q["answers"])
 
 
-def pope_table(said, truths):
-    """Lists of "yes" and "no" -> accuracy with its interval, F1, precision, recall and the share of yes."""
-    pairs = Counter(zip(said, truths))
-    true, false, missed = pairs["yes", "yes"], pairs["yes", "no"], pairs["no", "yes"]
-    return {**share(s == t for s, t in zip(said, truths)), "F1": 2 * true / max(1, 2 * true + false + missed),
-            "precision": true / max(1, true + false), "recall": true / max(1, true + missed),
-            "yes": said.count("yes") / len(said)}
-
-
-def mme_table(questions, right):
-    """MME's accuracy, accuracy+ (both questions of a picture right) and points (their sum, in per cent) per category."""
-    table = {}
-    for category in dict.fromkeys(q["category"] for q in questions):
-        groups = defaultdict(list)
-        for q, r in zip(questions, right):
-            if q["category"] == category:
-                groups[q["group"]].append(r)
-        if any(len(pair) != 2 for pair in groups.values()):
-            raise ValueError(f"MME asks two questions about each picture; those of {category} don't come in pairs")
-        both = share(all(pair) for pair in groups.values())
-        row = share(r for pair in groups.values() for r in pair)
-        table[category] = {**row, "plus": both["score"], "points": 100 * (row["score"] + both["score"])}
-    for name, members in (("perception", PERCEPTION), ("cognition", COGNITION)):
-        if all(m in table for m in members):
-            table[name] = {"points": sum(table[m]["points"] for m in members)}
-    return table
-
-
 def tabulate(task, questions, answers):
-    """Questions and answers -> the table of a task: a row for each category and one for all.
+    """Questions and answers -> the table of a task: a row for each category, then one for all.
 
     "baseline" is what always giving the commonest answer of each category would score: more than a model gets without
-    looking, since it knows the answers' frequencies.
+    looking, since it knows the answers' frequencies. POPE adds F1, precision, recall and the share of yes; MME accuracy+
+    (both questions of a picture right) and points (accuracy and accuracy+ in per cent, summed).
     """
-    marks = [mark(task, q, a) for q, a in zip(questions, answers)]
-    rows = defaultdict(list)
+    graded, rows, table = [grade(task, q, a) for q, a in zip(questions, answers)], defaultdict(list), {}
     for i, q in enumerate(questions):
         rows[q["category"]].append(i)
-    if task == "mme":
-        return mme_table(questions, [score == 1 for _, score in marks])
-    if len(rows) > 1:
-        rows["overall"] = range(len(questions))
-    if task == "pope":
-        return {name: pope_table([marks[i][0] for i in mine], [questions[i]["answers"][0].lower() for i in mine])
-                for name, mine in rows.items()}
     common = {name: Counter(a for i in mine for a in questions[i]["answers"]).most_common(1)[0][0]
               for name, mine in rows.items()}
-    blind = [mark(task, q, common[q["category"]])[1] for q in questions]
-    return {name: {**share(marks[i][1] for i in mine), "baseline": sum(blind[i] for i in mine) / len(mine)}
-            for name, mine in rows.items()}
+    blind = [grade(task, q, common[q["category"]])[1] for q in questions]
+    if len(rows) > 1:
+        rows["overall"] = range(len(questions))
+    for name, mine in rows.items():
+        table[name] = {**share(graded[i][1] for i in mine), "baseline": sum(blind[i] for i in mine) / len(mine)}
+        if task == "pope":
+            pairs = Counter((graded[i][0], questions[i]["answers"][0].lower()) for i in mine)
+            true, false, missed = pairs["yes", "yes"], pairs["yes", "no"], pairs["no", "yes"]
+            table[name].update({"F1": 2 * true / max(1, 2 * true + false + missed), "precision": true / max(1, true + false),
+                                "recall": true / max(1, true + missed), "yes": (true + false) / len(mine)})
+        if task == "mme":
+            groups = defaultdict(list)
+            for i in mine:
+                groups[questions[i]["group"]].append(graded[i][1])
+            if any(len(pair) != 2 for pair in groups.values()):
+                raise ValueError(f"MME asks two questions about each picture; those of {name} don't come in pairs")
+            plus = sum(all(pair) for pair in groups.values()) / len(groups)
+            table[name].update({"plus": plus, "points": 100 * (table[name]["score"] + plus)})
+    for name, members in (("perception", PERCEPTION), ("cognition", COGNITION)):
+        if task == "mme" and set(members) <= set(table):
+            table[name] = {"points": sum(table[m]["points"] for m in members)}
+    return table
 
 
 def answer_file(args):
     """`understanding --data`: answer the file's questions, into OUT/NAME.jsonl, then score them, into OUT/NAME.json.
 
-    The same line goes on where a run stopped. With --official, pictures go through JPEG and are scaled as in the official
-    run of lmms-eval; prompts are worded as there in any case.
+    The same line goes on where a run stopped. Prompts are worded as in the official run; with --official, pictures go
+    through JPEG and are scaled as there, too.
     """
     path = Path(args.data)
-    task = args.task or ("choice" if path.suffix == ".tsv" and "A" in read_table(path)[0] else "vqav2")
-    questions = read_questions(path, task, args.images)
-    file, about = Path(args.out) / f"{path.stem}.jsonl", {"ckpt": args.ckpt, "task": task, "official": args.official,
-                                                         "data": hashlib.sha256(path.read_bytes()).hexdigest()[:16]}
-    done = {}
+    (task, questions), file, done = read_questions(path, args.task, args.images), Path(args.out) / f"{path.stem}.jsonl", {}
+    about = {"ckpt": args.ckpt, "task": task, "official": args.official, "data": fingerprint(path.read_bytes())}
     if file.exists():
-        lines = file.read_text("utf-8").split("\n")[:-1]             # what a killed run left of a line is not among them
-        try:
-            before, *told = map(json.loads, lines or [json.dumps(about)])
-        except json.JSONDecodeError:
+        try:                                                         # what a killed run left of its last line doesn't count
+            before, *told = map(json.loads, file.read_text("utf-8").split("\n")[:-1])
+        except ValueError:
             raise ValueError(f"{file} is broken: remove it, or choose another --out") from None
         if before != about:
             raise ValueError(f"{file} holds answers of another run ({before}): choose another --out")
         done = {line["index"]: line["prediction"] for line in told}
-    todo = [q for q in questions if q["index"] not in done]
-    pipe = Pipeline(args.ckpt, args.device, args.dtype)
+    pipe, todo = Pipeline(args.ckpt, args.device, args.dtype), [q for q in questions if q["index"] not in done]
     pipe.limits = OFFICIAL_PIXELS if args.official else {}
-    write_whole(file, "".join(json.dumps(line) + "\n" for line in [about] + [
-        {"index": q["index"], "prediction": done[q["index"]]} for q in questions if q["index"] in done]))
+    lines = [about, *({"index": index, "prediction": answer} for index, answer in done.items())]
+    write_whole(file, "".join(json.dumps(line) + "\n" for line in lines))
     with open(file, "a", encoding="utf-8") as log:
         for i in tqdm(range(0, len(todo), BATCH), disable=None):
-            batch, conversations = todo[i:i + BATCH], []
-            for q in batch:
-                pictures = [data.load_image(io.BytesIO(p) if isinstance(p, bytes) else p) for p in q["pictures"]]
-                if args.official:
-                    pictures = [Image.fromarray(jpeg(np.asarray(picture))) for picture in pictures]
-                conversations.append(([(ask_officially(task, q), None)], [pictures]))
-            for q, answer in zip(batch, pipe.ask(conversations, TASKS[task])):
+            conversations = []
+            for q in todo[i:i + BATCH]:
+                shown = [data.load_image(io.BytesIO(p) if isinstance(p, bytes) else p) for p in q["pictures"]]
+                shown = [Image.fromarray(jpeg(np.asarray(p))) for p in shown] if args.official else shown
+                conversations.append(([(official_text(task, q), None)], [shown]))
+            for q, answer in zip(todo[i:], pipe.ask(conversations, TASKS[task])):
                 done[q["index"]] = answer
                 log.write(json.dumps({"index": q["index"], "prediction": answer}) + "\n")
             log.flush()
+    if task == "mmvet":                                              # only its judge can score these
+        named = {f"v1_{index}" if index.isdigit() else index: answer for index, answer in done.items()}
+        write_whole(file.with_suffix(".json"), json.dumps(named, indent=1) + "\n")
+        return print(f"{file.with_suffix('.json')} is for MM-Vet's judge")
     answers = [done[q["index"]] for q in questions]
-    if task == "mmvet":
-        names = [f"v1_{q['index']}" if q["index"].isdigit() else q["index"] for q in questions]
-        write_whole(file.with_suffix(".json"), json.dumps(dict(zip(names, answers)), indent=1) + "\n")
-        print(f"{file.with_suffix('.json')} is for MM-Vet's judge")
-        return
     table = tabulate(task, questions, answers)
     show(f"{path.name}, {len(questions)} questions, as {task}", table)
     save(args, {"table": table, "task": task, "answers": [
-        {"index": q["index"], "asked": ask_officially(task, q), "answer": a, "read": mark(task, q, a)[0],
-         "score": mark(task, q, a)[1], "expected": q["answers"]} for q, a in zip(questions, answers)]}, path.stem)
+        {"index": q["index"], "asked": official_text(task, q), "answer": answer, "expected": q["answers"],
+         **dict(zip(("read", "score"), grade(task, q, answer)))} for q, answer in zip(questions, answers)]}, path.stem)
 
 
 def write_questions(args):
@@ -1049,15 +996,11 @@ def ssim(a, b):
     Gaussian windows of 11 x 11, standard deviation 1.5, only where they lie within the picture.
     """
     bell = torch.exp(-(torch.arange(11.0, dtype=torch.float64) - 5) ** 2 / (2 * 1.5 ** 2))
-    window = torch.outer(bell, bell)[None, None] / bell.sum() ** 2                            # (1, 1, 11, 11)
-
-    def mean(x):
-        return F.conv2d(x.flatten(0, 1)[:, None].double(), window)                            # (B * 3, 1, H - 10, W - 10)
-    ma, mb = mean(a), mean(b)
-    va, vb, cov = mean(a.double() ** 2) - ma ** 2, mean(b.double() ** 2) - mb ** 2, mean(a.double() * b.double()) - ma * mb
+    window, (a, b) = torch.outer(bell, bell)[None, None] / bell.sum() ** 2, (x.double().flatten(0, 1)[:, None] for x in (a, b))
+    ma, mb, aa, bb, ab = (F.conv2d(x, window) for x in (a, b, a * a, b * b, a * b))           # (B * 3, 1, H - 10, W - 10)
     c1, c2 = 0.01 ** 2, 0.03 ** 2
-    value = (2 * ma * mb + c1) * (2 * cov + c2) / ((ma ** 2 + mb ** 2 + c1) * (va + vb + c2))
-    return value.mean((1, 2, 3)).view(len(a), -1).mean(1)
+    value = (2 * ma * mb + c1) * (2 * (ab - ma * mb) + c2) / ((ma ** 2 + mb ** 2 + c1) * (aa - ma ** 2 + bb - mb ** 2 + c2))
+    return value.mean((1, 2, 3)).view(-1, 3).mean(1)
 
 
 def frechet(x, y):
@@ -1071,14 +1014,13 @@ def frechet(x, y):
 
 def mmd(x, y):
     """Unbiased squared maximum mean discrepancy of two sets of features (N, C), (M, C), KID's kernel (x.y / C + 1)^3."""
-    x, y, (n, C), m = np.float64(x), np.float64(y), x.shape, len(y)
-
     def total(a, b):                                                 # in blocks: 30,000 pictures would take 7 GB at once
-        return sum((((a[i:i + 1024] @ b.T) / C + 1) ** 3).sum() for i in range(0, len(a), 1024))
+        return sum((((a[i:i + 1024] @ b.T) / a.shape[1] + 1) ** 3).sum() for i in range(0, len(a), 1024))
 
-    def same(a):
-        return ((((a * a).sum(1)) / C + 1) ** 3).sum()
-    return float((total(x, x) - same(x)) / (n * (n - 1)) + (total(y, y) - same(y)) / (m * (m - 1)) - 2 * total(x, y) / (n * m))
+    def within(a):                                                   # without the pairs of a picture with itself
+        return (total(a, a) - (((a * a).mean(1) + 1) ** 3).sum()) / (len(a) * (len(a) - 1))
+    x, y = np.float64(x), np.float64(y)
+    return float(within(x) + within(y) - 2 * total(x, y) / (len(x) * len(y)))
 
 
 @torch.no_grad()
@@ -1094,47 +1036,42 @@ def run_fid(args):
 
     Beside it the noise floor: the same between random halves of A, which differ by chance alone.
     """
-    pipe, sets = Pipeline(args.ckpt, args.device, args.dtype), []
-    for folder in (args.a, args.b):
-        files = find_pictures(folder)
-        if len(files) < 4:
-            raise ValueError(f"{folder} holds {len(files)} pictures: the distance of two sets needs four or more")
-        sets.append(np.concatenate([clip_features(pipe, [data.load_image(f) for f in files[i:i + BATCH]]).mean(1).numpy()
-                                    for i in tqdm(range(0, len(files), BATCH), disable=None)]))
-    if min(map(len, sets)) < 5000:
-        print(f"eval.py: with {min(map(len, sets))} pictures, fewer than 5,000, the Frechet distance is far too large and not "
-              "comparable with others; the MMD is unbiased, but noisy", file=sys.stderr)
-    order = np.random.default_rng(args.seed).permutation(len(sets[0]))
-    halves = sets[0][order[::2]], sets[0][order[1::2]]
-    table = {name: {"Frechet": frechet(x, y), "MMD": mmd(x, y), "n": f"{len(x)} and {len(y)}"}
-             for name, (x, y) in (("A and B", sets), ("noise floor, halves of A", halves))}
+    pipe = Pipeline(args.ckpt, args.device, args.dtype)
+    a, b = (np.concatenate([clip_features(pipe, [p for _, p in batch]).mean(1).numpy() for batch in read_pictures(folder)])
+            for folder in (args.a, args.b))
+    if (fewest := min(len(a), len(b))) < 4:
+        raise ValueError(f"one folder holds {fewest} pictures: the distance of two sets needs four or more")
+    if fewest < 5000:
+        print(f"eval.py: {fewest} pictures are fewer than 5,000: the Frechet distance comes out far too large and compares "
+              "with none of other numbers of pictures; the MMD is unbiased, but noisy", file=sys.stderr)
+    order = np.random.default_rng(args.seed).permutation(len(a))
+    table = {name: {"Frechet": frechet(x, y), "MMD": mmd(x, y), "n": f"{len(x)} and {len(y)}"} for name, x, y in
+             (("A and B", a, b), ("noise floor, halves of A", a[order[::2]], a[order[1::2]]))}
     show(f"distances of {args.a} and {args.b} in features of this model's CLIP tower (not Inception)", table)
     save(args, {"table": table})
 
 
-@torch.no_grad()
 def reconstruct_files(args):
     """`reconstruction --images DIR`: PSNR, SSIM and cosine of CLIP features between pictures (middle squares) and what the
     decoder makes of their 64 features."""
-    pipe, files, rows = Pipeline(args.ckpt, args.device, args.dtype), find_pictures(args.images), []
-    for i in tqdm(range(0, len(files), BATCH), disable=None):
-        pictures = [data.load_image(f) for f in files[i:i + BATCH]]
-        made = pipe.reconstruct(pictures, range(i, i + len(pictures)))                         # (B, 3, H, W)
-        truth = torch.stack([torch.from_numpy(np.array(data.crop_square(p, made.shape[-1]))) for p in pictures])
-        truth = truth.permute(0, 3, 1, 2) / 255
-        before, after = (clip_features(pipe, ps) for ps in (pictures, [Image.fromarray(m) for m in to_uint8(made)]))
-        cosine = F.cosine_similarity(before, after, dim=-1).mean(1)                            # (B,)
-        rows += zip(*(x.tolist() for x in (psnr(made, truth), ssim(made, truth), cosine)))
-    names = ("dB", "SSIM", "cosine")
-    table = {f"{len(rows)} pictures": dict(zip(names, np.mean(rows, 0).tolist()))}
+    pipe, found, names = Pipeline(args.ckpt, args.device, args.dtype), {}, ("dB", "SSIM", "cosine")
+    for batch in read_pictures(args.images):
+        files, pictures = zip(*batch)
+        made = pipe.reconstruct(pictures, range(len(found), len(found) + len(files)))          # (B, 3, H, W)
+        truth = np.stack([data.crop_square(p, made.shape[-1]) for p in pictures])
+        truth = torch.from_numpy(truth).permute(0, 3, 1, 2) / 255
+        before, after = (clip_features(pipe, ps) for ps in (pictures, map(Image.fromarray, to_uint8(made))))
+        values = psnr(made, truth), ssim(made, truth), F.cosine_similarity(before, after, dim=-1).mean(1)
+        found.update((str(file), row) for file, row in zip(files, torch.stack([v.double() for v in values], 1).tolist()))
+    table = {f"{len(found)} pictures": dict(zip(names, np.mean(list(found.values()), 0).tolist()))}
     show(f"{args.images}: pictures and their reconstructions", table)
-    save(args, {"table": table, "pictures": {str(f): dict(zip(names, row)) for f, row in zip(files, rows)}})
+    save(args, {"table": table, "pictures": {file: dict(zip(names, row)) for file, row in found.items()}})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What people prefer
 # ----------------------------------------------------------------------------------------------------------------------
-# The two questions of the paper's study (section 5), in our words.
+# The two questions of the paper's study, in our words.
 ASKED = {"quality": "Which picture looks better: appeal, layout, clarity, shapes, cleanliness?",
          "alignment": "Which picture shows better what the text says?"}
 PAGE = Path(__file__).parent / "assets" / "compare.html"
@@ -1157,8 +1094,7 @@ def data_url(path, most=768):
 def sign_test(wins, losses):
     """Two-sided p-value of `wins` against `losses` where both are equally likely (exact binomial; ties left out)."""
     n = wins + losses
-    tail = sum(math.comb(n, k) for k in range(max(wins, losses), n + 1))
-    return min(1.0, 2 * tail / 2 ** n)
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(max(wins, losses), n + 1)) / 2 ** n)
 
 
 def run_compare(args):
@@ -1171,16 +1107,13 @@ def run_compare(args):
         return count_votes(args)
     if len(args.folders) != 2 or not args.prompts:
         raise ValueError("compare takes two folders of pictures and --prompts, or --votes")
-    jobs, pairs = read_prompts(args.bench, args.prompts), []
-    for number, job in enumerate(jobs):
-        files = [Path(folder) / job["file"] for folder in args.folders]
-        if absent := [f for f in files if not f.is_file()]:
-            raise ValueError(f"there is no picture {absent[0]}")
-        left, right = map(data_url, files if a_is_left(args.seed, number) else files[::-1])
+    pairs = []
+    for number, job in enumerate(read_prompts(args.bench, args.prompts)):
+        urls = [data_url(Path(folder) / job["file"]) for folder in args.folders]
+        left, right = urls if a_is_left(args.seed, number) else urls[::-1]
         pairs.append({"id": number, "prompt": job["prompt"], "left": left, "right": right})
     pairs = [pairs[i] for i in np.random.default_rng(args.seed).permutation(len(pairs))]
-    digest = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
-    study = {"id": digest, "seed": args.seed, "a": args.folders[0], "b": args.folders[1], "asked": ASKED, "pairs": pairs}
+    study = {"id": fingerprint(pairs), "seed": args.seed, **dict(zip("ab", args.folders)), "asked": ASKED, "pairs": pairs}
     file = Path(args.out) / "compare.html"
     write_whole(file, read_text(PAGE).replace("/*STUDY*/", json.dumps(study).replace("<", "\\u003c")))
     print(file)
@@ -1188,86 +1121,74 @@ def run_compare(args):
 
 def count_votes(args):
     """`compare --votes FILE ...`: wins of A and B, the share that A won (ties left out) with its interval, the p-value."""
-    ballots = []
+    tallies, study = {name: Counter() for name in ASKED}, None
     for file in args.votes:
         try:
-            ballots.append(json.loads(read_text(file)))
-            sides = [side for vote in ballots[-1]["votes"].values() for side in vote.values()]
-            ballots[-1]["seed"], ballots[-1]["id"], ballots[-1]["a"], ballots[-1]["b"]
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{file} is cut short, or no export of a comparison page") from None
-        if set(sides) - {"left", "right", "alike"} or ballots[-1]["id"] != ballots[0]["id"]:
-            raise ValueError(f"{file} is of another page than {args.votes[0]}, or has other votes than left, right and alike")
-    table = {}
-    for name in ASKED:
-        tally = Counter()
-        for ballot in ballots:
+            ballot = json.loads(read_text(file))
+            study = study or ballot
             for number, vote in ballot["votes"].items():
-                if side := vote.get(name):
-                    first = a_is_left(ballot["seed"], int(number))
-                    tally["alike" if side == "alike" else "A" if (side == "left") == first else "B"] += 1
-        if tally["A"] + tally["B"]:
-            table[name] = {**share([True] * tally["A"] + [False] * tally["B"]), "A": tally["A"], "B": tally["B"],
-                           "alike": tally["alike"], "p": sign_test(tally["A"], tally["B"])}
+                sides = ("left", "right") if a_is_left(ballot["seed"], int(number)) else ("right", "left")
+                for name, side in vote.items():
+                    tallies[name][{sides[0]: "A", sides[1]: "B", "alike": "alike"}[side]] += 1
+            other, a, b = ballot["id"] != study["id"], ballot["a"], ballot["b"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{file} is cut short, or no export of a comparison page") from None
+        if other:
+            raise ValueError(f"{file} is of another page than {args.votes[0]}")
+    table = {name: {**share([True] * t["A"] + [False] * t["B"]), "A": t["A"], "B": t["B"], "alike": t["alike"],
+                    "p": sign_test(t["A"], t["B"])} for name, t in tallies.items() if t["A"] + t["B"]}
     if not table:
-        raise ValueError(f"no votes for either side in {', '.join(map(str, args.votes))}")
-    show(f"how often A = {ballots[0]['a']} beat B = {ballots[0]['b']}, {len(ballots)} people", table)
+        raise ValueError(f"no votes for either side in {', '.join(args.votes)}")
+    show(f"how often A = {a} beat B = {b}, {len(args.votes)} people", table)
     save(args, {"table": table})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Was the test trained on?
 # ----------------------------------------------------------------------------------------------------------------------
+def captions(spec, n):
+    """The captions of training data: of --train, or the first n of the synthetic world's training pictures."""
+    if spec is None:
+        samples = data.Samples(data.World(0))
+        yield from (samples[i]["caption"] for i in range(n))
+    else:
+        yield from (data.Shards.read(text).decode("utf-8", "replace") for _, text in data.open_source(spec).items)
+
+
 def shingles(text):
     """(normalised text, its set of word pairs, the ends included): case and punctuation don't count."""
     words = re.findall(r"\w+", text.lower())
     return " ".join(words), set(zip(["^", *words], [*words, "$"]))
 
 
-def captions(spec, n):
-    """The captions of training data: of --train, or the first n of the synthetic world's training pictures."""
-    if spec is None:
-        samples = data.Samples(data.World(0))
-        yield from (samples[i]["caption"] for i in range(n))
-        return
-    for _, text in data.open_source(spec).items:
-        yield data.Shards.read(text).decode("utf-8", "replace")
-
-
 def find_leaks(prompts, texts, least):
-    """For each prompt: (Jaccard similarity of its word pairs with the nearest training caption, that caption).
-
-    An exact repetition has similarity 1 and the same words. Below `least`: (0, None). Prompts are indexed by word pairs,
-    captions stream by.
-    """
-    known = [shingles(p) for p in prompts]
-    where, best = defaultdict(list), [(0.0, None)] * len(prompts)
+    """For each prompt (Jaccard similarity of its word pairs with the nearest training caption, that caption, are they the
+    same words?); (0, None, False) where nothing reaches `least`. Prompts are indexed by word pairs, captions stream by."""
+    known, where, best = [shingles(p) for p in prompts], defaultdict(list), [(0.0, None, False)] * len(prompts)
     for i, (_, pairs) in enumerate(known):
         for pair in pairs:
             where[pair].append(i)
     for text in texts:
         words, pairs = shingles(text)
         for i, common in Counter(i for pair in pairs for i in where.get(pair, ())).items():
-            similarity = common / (len(pairs) + len(known[i][1]) - common)
-            if similarity >= least and (similarity > best[i][0] or words == known[i][0]):
-                best[i] = similarity, text.strip()
+            found = common / (len(pairs) + len(known[i][1]) - common), text.strip(), words == known[i][0]
+            if found[0] >= least and found[::2] > best[i][::2]:
+                best[i] = found
     return best
 
 
 def run_leakage(args):
-    """Which evaluation prompts stand in the training captions, word for word or nearly (word pairs, Jaccard)?"""
-    if args.prompts:
-        prompts = list(dict.fromkeys(job["prompt"] for job in read_prompts(args.bench, args.prompts)))
-    else:
-        prompts = list(dict.fromkeys(e["prompt"] for e in data.skill_prompts(553)))
+    """Which evaluation prompts stand in the training captions, word for word or nearly (word pairs, Jaccard)? Without
+    --prompts: those of `alignment`."""
+    jobs = read_prompts(args.bench, args.prompts) if args.prompts else data.skill_prompts()
     if not 0 < args.near <= 1:
         raise ValueError(f"--near lies between 0 and 1, not {args.near}")
+    prompts = list(dict.fromkeys(job["prompt"] for job in jobs))
     best = find_leaks(prompts, tqdm(captions(args.train, args.n), disable=None), args.near)
-    same = [text is not None and shingles(text)[0] == shingles(p)[0] for p, (_, text) in zip(prompts, best)]
-    table = {"word for word": share(same), f"similar to {args.near:.2f}, those included": share(s > 0 for s, _ in best)}
+    table = {"word for word": share(same for _, _, same in best), f"{args.near:.2f} alike or more": share(s > 0 for s, _, _ in best)}
     show(f"{len(prompts)} different prompts found in the captions of {args.train or 'the synthetic world'}", table)
-    save(args, {"table": table, "found": [{"prompt": p, "similarity": s, "exact": e, "caption": text}
-                                          for p, (s, text), e in zip(prompts, best, same) if text is not None]})
+    save(args, {"table": table, "found": [{"prompt": p, "similarity": s, "exact": same, "caption": text}
+                                          for p, (s, text, same) in zip(prompts, best) if text is not None]})
 
 
 # ----------------------------------------------------------------------------------------------------------------------

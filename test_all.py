@@ -4005,19 +4005,20 @@ def test_mme_by_hand(eval_reader, monkeypatch, tmp_path):
     assert table["count"]["score"] == 0.75 and table["count"]["plus"] == 0.5 and table["count"]["points"] == 125
     assert table["scene"]["points"] == 50 and table["cognition"]["points"] == 200
     assert table["perception"]["points"] == 9 * 50 + 125
-    assert [scores.mme_word(a) for a in ("yes", "No, it", " nope", "The", "It is yes", "Yes.")] == [
+    assert [scores.yes_or_no("mme", a) for a in ("yes", "No, it", " nope", "The", "It is yes", "Yes.")] == [
         "yes", "no", "no", "other", "other", "yes"]
 
 
 def test_pope_by_hand():
     """3 true yes, 1 false yes, 2 missed, 4 true no: precision 3/4, recall 3/5, F1 2/3; POPE's reading of sentences."""
-    said, truths = ["yes"] * 4 + ["no"] * 6, ["yes"] * 3 + ["no"] + ["yes"] * 2 + ["no"] * 4
-    table = scores.pope_table(said, truths)
-    assert table["score"] == 0.7 and table["F1"] == pytest.approx(2 / 3) and table["yes"] == 0.4
-    assert table["precision"] == 0.75 and table["recall"] == 0.6
+    said, truths = ["Yes"] * 4 + ["No."] * 6, ["yes"] * 3 + ["no"] + ["yes"] * 2 + ["no"] * 4
+    questions = [{"category": "random", "answers": [truth], "options": {}} for truth in truths]
+    row = scores.tabulate("pope", questions, said)["random"]
+    assert row["score"] == 0.7 and row["F1"] == pytest.approx(2 / 3) and row["yes"] == 0.4
+    assert row["precision"] == 0.75 and row["recall"] == 0.6 and row["baseline"] == 0.5
     read = {"Yes, there is.": "yes", "No": "no", "There is not one. Yes": "no", "I see no dog": "no", "a dog": "yes",
             "Yes. No.": "yes", "No, sir": "no", "nothing": "yes"}
-    assert {a: scores.pope_word(a) for a in read} == read
+    assert {a: scores.yes_or_no("pope", a) for a in read} == read
 
 
 def test_vqa_by_hand():
@@ -4043,7 +4044,7 @@ def test_questions_of_other_layouts(eval_reader, tmp_path):
     file = eval_lines(tmp_path / "vqa.jsonl", [{"question_id": 77, "image": "a.jpg", "question": "Blue?", "answers": people}])
     assert eval_understanding(file, tmp_path / "out") == 0
     results = json.loads((tmp_path / "out/vqa.json").read_text())
-    assert results["table"]["vqav2"]["score"] == 1 and results["answers"][0]["asked"] == "Blue?"
+    assert results["table"]["all"]["score"] == 1 and results["answers"][0]["asked"] == "Blue?"
     rows = [{"index": 0, "image": eval_base64(), "question": "what does it SAY?", "answer": str(["yes"] * 2 + ["no"] * 8)}]
     assert eval_understanding(eval_tsv(tmp_path / "text.tsv", rows), tmp_path / "out", "--task", "textvqa") == 0
     results = json.loads((tmp_path / "out/text.json").read_text())
@@ -4223,11 +4224,11 @@ def test_leaks_equal_brute_force(tmp_path):
         words = ["^", *re.sub(r"[^a-z ]", "", text.lower()).split(), "$"]
         return {*zip(words, words[1:])}
     found = scores.find_leaks(prompts, texts, 0.5)
-    for prompt, (similarity, text) in zip(prompts, found):
+    for prompt, (similarity, text, _) in zip(prompts, found):
         best = max(len(pairs(prompt) & pairs(t)) / len(pairs(prompt) | pairs(t)) for t in texts)
         assert similarity == pytest.approx(best if best >= 0.5 else 0)
         assert text is None or len(pairs(prompt) & pairs(text)) / len(pairs(prompt) | pairs(text)) == pytest.approx(best)
-    assert found[-1] == (0, None) and found[-2][0] == 1
+    assert found[-1] == (0, None, False) and found[-2][0] == 1 and found[-2][2]
     for i, text in enumerate(("A photo of a circle.", "a photo of two big stars")):
         Image.new("RGB", (9, 9)).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text(text)
@@ -4266,12 +4267,12 @@ def test_benchmark_mistakes_are_sentences(eval_painter, tmp_path, capsys):
         ("generate --prompts", file("12.jsonl", entry.replace("a red dog", " ")), "is empty"),
         ("generate --bench dpg --prompts", str(tmp_path), "no prompts of dpg"),
         ("generate --bench wise --prompts", file("13.json", '[{"prompt_id": 1, "Prompt": "a"}, {"prompt_id": 1, "Prompt": "b"}]'),
-         "two prompts"),
+         "there twice"),
         ("generate --bench mjhq --prompts", file("14.json", '{"a": {"prompt"'), "cut short"),
         ("score geneval --results", file("15.jsonl", f"{geneval}\n{geneval[:-4]}"), "line 2, is cut short"),
         ("score geneval --results", file("16.jsonl", f"{geneval}\n{geneval}\n" + geneval.replace('"p"', '"q"')), "let the scorer finish"),
         ("score wise --results", file("17.jsonl", wise), "judge it again"),
-        ("score wise --results", file("18.jsonl", wise.replace("999", "1")), "999 of the 1000"),
+        ("score wise --results", file("18.jsonl", wise.replace("999", "1")), "999 of 1000"),
         ("compare --votes", file("19.json", '{"id": 3, "votes"'), "cut short"),
         ("compare --votes", file("20.json", '{"id": 1, "seed": 0, "a": "", "b": "", "votes": {}}'), "no votes"),
         ("compare --prompts", file("21.jsonl", entry), "two folders"),
