@@ -272,7 +272,8 @@ def by_skill(tags, verdicts):
     "overall" is GenEval's unweighted mean of the skills. Its interval is Wilson's with the number of trials that gives
     a mean of unequal groups the same variance; pictures count as independent, also those of one prompt.
     """
-    table = {skill: share(v for tag, v in zip(tags, verdicts) if tag == skill) for skill in data.SKILLS if skill in tags}
+    skills = [skill for skill in data.SKILLS if skill in tags]
+    table = {skill: share(v for tag, v in zip(tags, verdicts) if tag == skill) for skill in skills}
     rows = list(table.values())
     score = sum(r["score"] for r in rows) / len(rows)
     trials = len(rows) ** 2 / sum(1 / r["n"] for r in rows)
@@ -387,7 +388,8 @@ def read_records(path, need=()):
         try:
             rows += [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number + error.lineno - 1}, is cut short or no JSON: {error.msg}") from None
+            at = number + error.lineno - 1
+            raise ValueError(f"{path}, line {at}, is cut short or no JSON ({error.msg})") from None
     if whole:
         rows = [{"key": key, **row} for key, row in rows[0].items()] if isinstance(rows[0], dict) else rows[0]
     for number, row in enumerate(rows, 1):
@@ -397,7 +399,7 @@ def read_records(path, need=()):
 
 
 def read_pictures(folder, batch=BATCH):
-    """The pictures below a folder, by name: lists of (file, PIL picture), a batch each. ValueError where there is none."""
+    """The pictures below a folder, by name, in lists of (file, PIL picture); ValueError where there is none."""
     found = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in data.PICTURES)
     if not found:
         raise ValueError(f"no picture ({', '.join(data.PICTURES)}) in {folder}")
@@ -581,8 +583,10 @@ def run_understanding(args):
 
 @torch.no_grad()
 def run_reconstruction(args):
-    """Both ceilings: what the VAE alone keeps of a picture, and what CLIP features and the decoder keep; of scenes, or of
-    the pictures in --images (see reconstruct_files)."""
+    """Both ceilings: what the VAE alone keeps of a picture, and what CLIP features and the decoder keep.
+
+    With --images, of the pictures in a folder: see reconstruct_files.
+    """
     if args.images:
         return reconstruct_files(args)
     pipe = Pipeline(args.ckpt, args.device, args.dtype)
@@ -608,7 +612,7 @@ def run_reconstruction(args):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Benchmarks of drawing: prompts as they are published, pictures as their scorers want them, scores as they are published
+# Benchmarks of drawing: prompts as published, pictures as their scorers want them, scores as published
 # ----------------------------------------------------------------------------------------------------------------------
 BENCHES = ("geneval", "dpg", "wise", "mjhq")
 # WISE: first and last prompt_id of a category, and its weight in the overall score.
@@ -630,8 +634,9 @@ def read_prompts(bench, path, seed=0):
     elif bench == "dpg":
         jobs = [(f"{file.stem}.png", read_text(file), None) for file in sorted(path.glob("*.txt"))]
     elif bench == "wise":
-        jobs = [(f"{e['prompt_id']}.png", e["Prompt"], None) for file in
-                (sorted(path.glob("*.json")) if path.is_dir() else [path]) for e in read_records(file, ("prompt_id", "Prompt"))]
+        parts = sorted(path.glob("*.json")) if path.is_dir() else [path]
+        jobs = [(f"{e['prompt_id']}.png", e["Prompt"], None)
+                for file in parts for e in read_records(file, ("prompt_id", "Prompt"))]
     else:
         jobs = [(f"{e['category']}/{e['key']}.png", e["prompt"], None)
                 for e in read_records(path, ("key", "category", "prompt"))]
@@ -641,15 +646,15 @@ def read_prompts(bench, path, seed=0):
     for file, prompt, _ in jobs:
         if files[file] > 1 or not str(prompt).strip():
             raise ValueError(f"{path}: the prompt of {file} is {'there twice' if files[file] > 1 else 'empty'}")
-    return [{"file": file, "prompt": str(prompt).strip(), "entry": entry, "seeds": [seed * 10 ** 6 + i * n + k for k in range(n)]}
-            for i, (file, prompt, entry) in enumerate(jobs)]
+    return [{"file": file, "prompt": str(prompt).strip(), "entry": entry,
+             "seeds": [seed * 10 ** 6 + i * n + k for k in range(n)]} for i, (file, prompt, entry) in enumerate(jobs)]
 
 
 def run_generate(args):
-    """A benchmark's pictures in the layout of its scorer, in OUT/BENCH. The same line goes on where a run stopped; under
-    torchrun (or with RANK and WORLD_SIZE set by hand) each process draws its share.
+    """A benchmark's pictures in the layout of its scorer, in OUT/BENCH.
 
-    A picture depends on its place in the prompt file and on --seed: not on batches, processes or what was drawn before.
+    The same line goes on where a run stopped; under torchrun (or with RANK and WORLD_SIZE set) each process draws its
+    share. A picture depends on its place in the prompt file and on --seed: not on batches, processes or what was there.
     """
     jobs, folder = read_prompts(args.bench, args.prompts, args.seed), Path(args.out) / args.bench
     rank, world, local = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -664,7 +669,8 @@ def run_generate(args):
     step = max(1, BATCH // n)
     for i in tqdm(range(0, len(todo), step), disable=None):
         batch = todo[i:i + step]
-        drawn = to_uint8(pipe.images([j["prompt"] for j in batch for _ in range(n)], [s for j in batch for s in j["seeds"]]))
+        seeds = [seed for job in batch for seed in job["seeds"]]
+        drawn = to_uint8(pipe.images([job["prompt"] for job in batch for _ in range(n)], seeds))
         pipe.negatives.clear()                                       # one for each seed: they would fill the memory
         for job, cells in zip(batch, drawn.reshape(len(batch), n, *drawn.shape[1:])):
             if job["entry"]:
@@ -695,29 +701,24 @@ def score_geneval(rows):
             "prompts": share(any(p) for p in prompts.values())}
 
 
-def wise_overall(means):
-    """{category: mean WiScore} -> WISE's weighted sum."""
-    return sum(means[name] * weight for name, (_, _, weight) in WISE.items())
-
-
 def score_wise(rows):
     """Lines of WISE's gpt_eval.py -> {category or "overall": {"score", "low", "high", "n"}}, normal 95 % intervals.
 
-    WiScore = (0.7 consistency + 0.2 realism + 0.1 aesthetic quality) / 2. Raises ValueError where a result is missing, or
-    no number from 0 to 2 (999: the judge's answer could not be read).
+    WiScore = (0.7 consistency + 0.2 realism + 0.1 aesthetic quality) / 2. Raises ValueError where a result is missing,
+    or no number from 0 to 2 (999: the judge's answer could not be read).
     """
-    marks, errors = {}, {}
+    marks = {}
     for row in rows:
         values = [row[key] for key in ("consistency", "realism", "aesthetic_quality")]
         if not all(isinstance(v, (int, float)) and 0 <= v <= 2 for v in values):
-            raise ValueError(f"the marks of prompt {row['prompt_id']} are {values}, not numbers from 0 to 2: judge it again")
+            raise ValueError(f"prompt {row['prompt_id']} has the marks {values}, not numbers from 0 to 2: judge again")
         marks[row["prompt_id"]] = float(np.dot((0.35, 0.1, 0.05), values))
     if absent := [i for i in range(1, 1001) if i not in marks]:
-        raise ValueError(f"{len(absent)} of 1000 prompts have no result (the first: {absent[0]}): let the scorer finish")
+        raise ValueError(f"{len(absent)} of 1000 prompts have no result (first: {absent[0]}): let the scorer finish")
     parts = {name: np.array([marks[i] for i in range(first, last + 1)]) for name, (first, last, _) in WISE.items()}
     means = {name: float(values.mean()) for name, values in parts.items()}
     errors = {name: values.std(ddof=1) / math.sqrt(len(values)) for name, values in parts.items()}
-    means["overall"] = wise_overall(means)
+    means["overall"] = sum(WISE[name][2] * mean for name, mean in means.items())
     errors["overall"] = math.sqrt(sum((WISE[name][2] * error) ** 2 for name, error in errors.items()))
     return {name: {"score": mean, "low": mean - 1.959964 * errors[name], "high": mean + 1.959964 * errors[name],
                    "n": len(parts.get(name, marks))} for name, mean in means.items()}
@@ -725,7 +726,8 @@ def score_wise(rows):
 
 def run_score(args):
     """The published figures, with intervals, from the file that the official scorer wrote; several files: joined."""
-    need = {"geneval": ("tag", "prompt", "correct"), "wise": ("prompt_id", "consistency", "realism", "aesthetic_quality")}
+    need = {"geneval": ("tag", "prompt", "correct"),
+            "wise": ("prompt_id", "consistency", "realism", "aesthetic_quality")}
     rows = [row for file in args.results for row in read_records(file, need[args.bench])]
     table = {"geneval": score_geneval, "wise": score_wise}[args.bench](rows)
     if args.bench == "geneval" and len(rows) != 4 * 553:
@@ -737,7 +739,7 @@ def run_score(args):
 # ----------------------------------------------------------------------------------------------------------------------
 # Benchmarks of looking: questions as they are published, answers by their rules
 # ----------------------------------------------------------------------------------------------------------------------
-TASKS = {"choice": 128, "mme": 16, "pope": 128, "vqav2": 128, "textvqa": 128, "mmvet": 1024}   # longest answer in tokens
+TASKS = {"choice": 128, "mme": 16, "pope": 128, "vqav2": 128, "textvqa": 128, "mmvet": 1024}  # most tokens of an answer
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
 THINK = "First please perform reasoning, and think step by step to provide best answer to the following question: \n\n"
@@ -762,19 +764,19 @@ def read_table(path):
     header, *lines = csv.reader(io.StringIO(read_text(path), newline=""), delimiter="\t")
     for number, cells in enumerate(lines, 1):
         if len(cells) != len(header):
-            raise ValueError(f"row {number} of {path} has {len(cells)} columns instead of {len(header)}: is it cut short?")
+            raise ValueError(f"row {number} of {path} has {len(cells)} cells, not {len(header)}: is the file cut short?")
     if not lines:
         raise ValueError(f"{path} has a header, but no rows")
     return [{name: cell for name, cell in zip(header, cells) if cell} for cells in lines]
 
 
 def read_questions(path, task=None, images=None):
-    """(task, [{"index", "pictures": [bytes or path], "question", "hint", "options": {letter: text}, "answers", "category",
-    "group"}]) of a file. task None is "choice" where there are options, else "vqav2".
+    """A file's (task, [{"index", "pictures": [bytes or path], "question", "hint", "options": {letter: text}, "answers",
+    "category", "group"}]). task None is "choice" where there are options, else "vqav2".
 
     .tsv: the layout of VLMEvalKit, pictures in base64, a short one being the index of the row whose picture is meant.
-    .jsonl (or .json): question or text, answer, answers or label, and image, a file in the folder `images` (the data's if
-    None). group: what the two questions of MME about one picture have in common.
+    .jsonl (or .json): question or text, answer, answers or label, and image, a file in the folder `images` (the data's
+    if None). group: what the two questions of MME about one picture have in common.
     """
     table, found = Path(path).suffix == ".tsv", []
     rows = read_table(path) if table else read_records(path)
@@ -802,10 +804,11 @@ def read_questions(path, task=None, images=None):
         options = {name: str(row[name]) for name in sorted(row) if re.fullmatch("[A-Z]", name)}
         if options and answers[0] not in options:
             raise ValueError(f"{where}: the answer {answers[0]!r} is none of its options {', '.join(options)}")
+        index = next((row[name] for name in ("index", "question_id", "key") if name in row), number)
         category = str(row.get("category", "all"))
-        found.append({"index": str(row.get("index", row.get("question_id", row.get("key", number)))), "pictures": pictures,
-                      "question": str(field("question", "text")), "hint": row.get("hint"), "options": options,
-                      "answers": answers, "category": category, "group": (category, row.get("image_path", pictures[0]))})
+        found.append({"index": str(index), "pictures": pictures, "question": str(field("question", "text")),
+                      "hint": row.get("hint"), "options": options, "answers": answers, "category": category,
+                      "group": (category, row.get("image_path", pictures[0]))})
     if len({q["index"] for q in found}) < len(found):
         raise ValueError(f"two rows of {path} have the same index")
     return task or ("choice" if any(q["options"] for q in found) else "vqav2"), found
@@ -828,7 +831,7 @@ def pick_option(answer, options):
     if first := re.match(rf"\(?([{letters}])(?:[).:,]|$)", answer.strip()):
         return first[1]
     named = set(re.findall(rf"(?<![\w'])([{letters}])(?![\w'])", answer))
-    if len(named) == 1 and not (named == {"A"} and re.search(r"\bA [a-z]", answer)):              # "A cat" names no option
+    if len(named) == 1 and not (named == {"A"} and re.search(r"\bA [a-z]", answer)):         # "A cat" names no option
         return named.pop()
     inside = [k for k, text in options.items() if re.search(rf"(?<!\w){re.escape(text.lower())}(?!\w)", said)]
     equal = [k for k in inside if options[k].lower() == said]
@@ -836,8 +839,8 @@ def pick_option(answer, options):
 
 
 def yes_or_no(task, answer):
-    """MME's reading: "yes" or "no" within the first four characters, else "other". POPE's: "no" if the first sentence has
-    the word no or not, else "yes"."""
+    """MME's reading: "yes" or "no" within the first four characters, else "other". POPE's: "no" if the first sentence
+    has the word no or not, else "yes"."""
     if task == "pope":
         return "no" if {"No", "no", "not"} & set(answer.split(".")[0].replace(",", "").split(" ")) else "yes"
     return next((word for word in ("yes", "no") if word in answer.strip().lower()[:4]), "other")
@@ -845,20 +848,20 @@ def yes_or_no(task, answer):
 
 # The contractions that VQA's evaluation restores: each may have lost one of its apostrophes.
 CONTRACTIONS = {word[:i] + word[i + 1:]: word for word in (
-    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've "
-    "he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've "
-    "o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's "
-    "someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're "
-    "there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've "
-    "when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't "
-    "wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"
+    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd "
+    "he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't "
+    "needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've "
+    "somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll "
+    "that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've "
+    "weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll "
+    "why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"
 ).split() for i, letter in enumerate(word) if letter == "'"}
 DIGITS = dict(zip("none zero one two three four five six seven eight nine ten".split(), map(str, (0, *range(11)))))
 
 
 def vqa_normal(text):
-    """An answer in the normal form of VQA's evaluation: lower case, no articles, numbers as digits, punctuation gone (to
-    nothing where it stands beside a space or the text has a number like 1,000, else to a space)."""
+    """An answer in the normal form of VQA's evaluation: lower case, no articles, numbers as digits, no punctuation
+    (it becomes nothing where it stands beside a space or the text has a number like 1,000, else a space)."""
     text = text.replace("\n", " ").replace("\t", " ").strip()
     out, comma = text, re.search(r"\d,\d", text)
     for mark in ";/[]\"{}()=+\\_-><@`,?!":
@@ -893,8 +896,8 @@ def tabulate(task, questions, answers):
     """Questions and answers -> the table of a task: a row for each category, then one for all.
 
     "baseline" is what always giving the commonest answer of each category would score: more than a model gets without
-    looking, since it knows the answers' frequencies. POPE adds F1, precision, recall and the share of yes; MME accuracy+
-    (both questions of a picture right) and points (accuracy and accuracy+ in per cent, summed).
+    looking, since it knows the answers' frequencies. POPE adds F1, precision, recall and the share of yes; MME adds
+    accuracy+ (both questions of a picture right) and points (accuracy and accuracy+ in per cent, summed).
     """
     graded, rows, table = [grade(task, q, a) for q, a in zip(questions, answers)], defaultdict(list), {}
     for i, q in enumerate(questions):
@@ -909,8 +912,9 @@ def tabulate(task, questions, answers):
         if task == "pope":
             pairs = Counter((graded[i][0], questions[i]["answers"][0].lower()) for i in mine)
             true, false, missed = pairs["yes", "yes"], pairs["yes", "no"], pairs["no", "yes"]
-            table[name].update({"F1": 2 * true / max(1, 2 * true + false + missed), "precision": true / max(1, true + false),
-                                "recall": true / max(1, true + missed), "yes": (true + false) / len(mine)})
+            table[name].update({
+                "F1": 2 * true / max(1, 2 * true + false + missed), "precision": true / max(1, true + false),
+                "recall": true / max(1, true + missed), "yes": (true + false) / len(mine)})
         if task == "mme":
             groups = defaultdict(list)
             for i in mine:
@@ -931,11 +935,11 @@ def answer_file(args):
     The same line goes on where a run stopped. Prompts are worded as in the official run; with --official, pictures go
     through JPEG and are scaled as there, too.
     """
-    path = Path(args.data)
-    (task, questions), file, done = read_questions(path, args.task, args.images), Path(args.out) / f"{path.stem}.jsonl", {}
+    path, done = Path(args.data), {}
+    (task, questions), file = read_questions(path, args.task, args.images), Path(args.out) / f"{path.stem}.jsonl"
     about = {"ckpt": args.ckpt, "task": task, "official": args.official, "data": fingerprint(path.read_bytes())}
     if file.exists():
-        try:                                                         # what a killed run left of its last line doesn't count
+        try:                                                         # the rest of a killed run's last line is dropped
             before, *told = map(json.loads, file.read_text("utf-8").split("\n")[:-1])
         except ValueError:
             raise ValueError(f"{file} is broken: remove it, or choose another --out") from None
@@ -991,30 +995,31 @@ def psnr(a, b):
 
 
 def ssim(a, b):
-    """Structural similarity (Wang et al. 2004) of two batches (B, 3, H, W) in [0, 1] -> (B,), averaged over the channels.
+    """Structural similarity (Wang et al. 2004) of two batches (B, 3, H, W) in [0, 1] -> (B,), the channels' mean.
 
     Gaussian windows of 11 x 11, standard deviation 1.5, only where they lie within the picture.
     """
     bell = torch.exp(-(torch.arange(11.0, dtype=torch.float64) - 5) ** 2 / (2 * 1.5 ** 2))
-    window, (a, b) = torch.outer(bell, bell)[None, None] / bell.sum() ** 2, (x.double().flatten(0, 1)[:, None] for x in (a, b))
-    ma, mb, aa, bb, ab = (F.conv2d(x, window) for x in (a, b, a * a, b * b, a * b))           # (B * 3, 1, H - 10, W - 10)
-    c1, c2 = 0.01 ** 2, 0.03 ** 2
-    value = (2 * ma * mb + c1) * (2 * (ab - ma * mb) + c2) / ((ma ** 2 + mb ** 2 + c1) * (aa - ma ** 2 + bb - mb ** 2 + c2))
-    return value.mean((1, 2, 3)).view(-1, 3).mean(1)
+    window = torch.outer(bell, bell)[None, None] / bell.sum() ** 2                           # (1, 1, 11, 11)
+    a, b = (x.double().flatten(0, 1)[:, None] for x in (a, b))                               # (B * 3, 1, H, W)
+    ma, mb, aa, bb, ab = (F.conv2d(x, window) for x in (a, b, a * a, b * b, a * b))   # each (B * 3, 1, H - 10, W - 10)
+    light = (2 * ma * mb + 0.01 ** 2) / (ma ** 2 + mb ** 2 + 0.01 ** 2)
+    shape = (2 * (ab - ma * mb) + 0.03 ** 2) / (aa - ma ** 2 + bb - mb ** 2 + 0.03 ** 2)
+    return (light * shape).mean((1, 2, 3)).view(-1, 3).mean(1)
 
 
 def frechet(x, y):
-    """Frechet distance of the normal distributions with the moments of two sets of features (N, C), (M, C), in float64."""
+    """Frechet distance of the normal distributions with the moments of two sets of features (N, C), (M, C)."""
     (mx, cx), (my, cy) = ((z.mean(0), np.atleast_2d(np.cov(z, rowvar=False))) for z in (np.float64(x), np.float64(y)))
     values, vectors = np.linalg.eigh(cx)
-    root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T      # the trace of sqrt(cx cy) is that of sqrt(root cy root)
+    root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T      # trace sqrt(cx cy) = trace sqrt(root cy root)
     both = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cy @ root), 0)).sum()
     return float(((mx - my) ** 2).sum() + np.trace(cx) + np.trace(cy) - 2 * both)
 
 
 def mmd(x, y):
-    """Unbiased squared maximum mean discrepancy of two sets of features (N, C), (M, C), KID's kernel (x.y / C + 1)^3."""
-    def total(a, b):                                                 # in blocks: 30,000 pictures would take 7 GB at once
+    """Unbiased squared maximum mean discrepancy of features (N, C) and (M, C), with KID's kernel (x.y / C + 1)^3."""
+    def total(a, b):                                                 # in blocks: 30,000 pictures would take 7 GB
         return sum((((a[i:i + 1024] @ b.T) / a.shape[1] + 1) ** 3).sum() for i in range(0, len(a), 1024))
 
     def within(a):                                                   # without the pairs of a picture with itself
@@ -1032,18 +1037,18 @@ def clip_features(pipe, pictures):
 
 def run_fid(args):
     """How far two folders of pictures are apart: Frechet distance and unbiased MMD of features of the model's own CLIP
-    tower, averaged over each picture. NOT the Inception FID of papers: compare only numbers of this command and one tower.
+    tower, averaged over each picture. NOT the Inception FID of papers: compare only numbers of one tower.
 
     Beside it the noise floor: the same between random halves of A, which differ by chance alone.
     """
     pipe = Pipeline(args.ckpt, args.device, args.dtype)
-    a, b = (np.concatenate([clip_features(pipe, [p for _, p in batch]).mean(1).numpy() for batch in read_pictures(folder)])
-            for folder in (args.a, args.b))
+    a, b = (np.concatenate([clip_features(pipe, [p for _, p in batch]).mean(1).numpy()
+                            for batch in read_pictures(folder)]) for folder in (args.a, args.b))
     if (fewest := min(len(a), len(b))) < 4:
         raise ValueError(f"one folder holds {fewest} pictures: the distance of two sets needs four or more")
     if fewest < 5000:
-        print(f"eval.py: {fewest} pictures are fewer than 5,000: the Frechet distance comes out far too large and compares "
-              "with none of other numbers of pictures; the MMD is unbiased, but noisy", file=sys.stderr)
+        print(f"eval.py: {fewest} pictures are fewer than 5,000: the Frechet distance comes out far too large, and is "
+              "comparable only at the same number; the MMD is unbiased, but noisy", file=sys.stderr)
     order = np.random.default_rng(args.seed).permutation(len(a))
     table = {name: {"Frechet": frechet(x, y), "MMD": mmd(x, y), "n": f"{len(x)} and {len(y)}"} for name, x, y in
              (("A and B", a, b), ("noise floor, halves of A", a[order[::2]], a[order[1::2]]))}
@@ -1052,8 +1057,8 @@ def run_fid(args):
 
 
 def reconstruct_files(args):
-    """`reconstruction --images DIR`: PSNR, SSIM and cosine of CLIP features between pictures (middle squares) and what the
-    decoder makes of their 64 features."""
+    """`reconstruction --images DIR`: PSNR, SSIM and cosine of CLIP features between pictures (middle squares) and what
+    the decoder makes of their 64 features."""
     pipe, found, names = Pipeline(args.ckpt, args.device, args.dtype), {}, ("dB", "SSIM", "cosine")
     for batch in read_pictures(args.images):
         files, pictures = zip(*batch)
@@ -1062,7 +1067,7 @@ def reconstruct_files(args):
         truth = torch.from_numpy(truth).permute(0, 3, 1, 2) / 255
         before, after = (clip_features(pipe, ps) for ps in (pictures, map(Image.fromarray, to_uint8(made))))
         values = psnr(made, truth), ssim(made, truth), F.cosine_similarity(before, after, dim=-1).mean(1)
-        found.update((str(file), row) for file, row in zip(files, torch.stack([v.double() for v in values], 1).tolist()))
+        found.update((str(file), row) for file, *row in zip(files, *(v.tolist() for v in values)))
     table = {f"{len(found)} pictures": dict(zip(names, np.mean(list(found.values()), 0).tolist()))}
     show(f"{args.images}: pictures and their reconstructions", table)
     save(args, {"table": table, "pictures": {file: dict(zip(names, row)) for file, row in found.items()}})
@@ -1100,8 +1105,8 @@ def sign_test(wins, losses):
 def run_compare(args):
     """A blind comparison by people: A and B, two folders of `generate` for one prompt file, become OUT/compare.html.
 
-    One page without network: pairs in random order, sides by coin, two questions, votes kept in the browser and exported
-    as JSON. With --votes, the exported files of all people: how often A won, with the two-sided p-value of a sign test.
+    One page without network: pairs in random order, sides by coin, two questions, votes kept in the browser and
+    exported as JSON. With --votes, everybody's exported files: how often A won, with a sign test's two-sided p-value.
     """
     if args.votes:
         return count_votes(args)
@@ -1113,14 +1118,15 @@ def run_compare(args):
         left, right = urls if a_is_left(args.seed, number) else urls[::-1]
         pairs.append({"id": number, "prompt": job["prompt"], "left": left, "right": right})
     pairs = [pairs[i] for i in np.random.default_rng(args.seed).permutation(len(pairs))]
-    study = {"id": fingerprint(pairs), "seed": args.seed, **dict(zip("ab", args.folders)), "asked": ASKED, "pairs": pairs}
+    a, b = args.folders
+    study = {"id": fingerprint(pairs), "seed": args.seed, "a": a, "b": b, "asked": ASKED, "pairs": pairs}
     file = Path(args.out) / "compare.html"
     write_whole(file, read_text(PAGE).replace("/*STUDY*/", json.dumps(study).replace("<", "\\u003c")))
     print(file)
 
 
 def count_votes(args):
-    """`compare --votes FILE ...`: wins of A and B, the share that A won (ties left out) with its interval, the p-value."""
+    """`compare --votes FILE ...`: wins of A and B, the share that A won (ties left out), interval, p-value."""
     tallies, study = {name: Counter() for name in ASKED}, None
     for file in args.votes:
         try:
@@ -1162,8 +1168,8 @@ def shingles(text):
 
 
 def find_leaks(prompts, texts, least):
-    """For each prompt (Jaccard similarity of its word pairs with the nearest training caption, that caption, are they the
-    same words?); (0, None, False) where nothing reaches `least`. Prompts are indexed by word pairs, captions stream by."""
+    """For each prompt (Jaccard similarity of its word pairs with the nearest training caption, that caption, are all
+    words the same?); (0, None, False) below `least`. Prompts are indexed by word pairs, captions stream by."""
     known, where, best = [shingles(p) for p in prompts], defaultdict(list), [(0.0, None, False)] * len(prompts)
     for i, (_, pairs) in enumerate(known):
         for pair in pairs:
@@ -1185,7 +1191,8 @@ def run_leakage(args):
         raise ValueError(f"--near lies between 0 and 1, not {args.near}")
     prompts = list(dict.fromkeys(job["prompt"] for job in jobs))
     best = find_leaks(prompts, tqdm(captions(args.train, args.n), disable=None), args.near)
-    table = {"word for word": share(same for _, _, same in best), f"{args.near:.2f} alike or more": share(s > 0 for s, _, _ in best)}
+    table = {"word for word": share(same for _, _, same in best),
+             f"{args.near:.2f} alike or more": share(s > 0 for s, _, _ in best)}
     show(f"{len(prompts)} different prompts found in the captions of {args.train or 'the synthetic world'}", table)
     save(args, {"table": table, "found": [{"prompt": p, "similarity": s, "exact": same, "caption": text}
                                           for p, (s, text, same) in zip(prompts, best) if text is not None]})
@@ -1318,8 +1325,9 @@ def parse(argv):
     parser = Parser("eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands, add = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS)), {}
     for name, seed, counts in (("judge", 1, {"n": 1000, "size": 64}), ("alignment", 0, {"n-prompts": 553, "images": 4}),
-                               ("understanding", 1, {"n": 600}), ("reconstruction", 1, {"n": 200}), ("speed", 0, {"rounds": 5}),
-                               ("generate", 0, {}), ("score", 0, {}), ("fid", 0, {}), ("compare", 0, {}), ("leakage", 0, {"n": 20000})):
+                               ("understanding", 1, {"n": 600}), ("reconstruction", 1, {"n": 200}),
+                               ("speed", 0, {"rounds": 5}), ("generate", 0, {}), ("score", 0, {}), ("fid", 0, {}), ("compare", 0, {}),
+                               ("leakage", 0, {"n": 20000})):
         command = commands.add_parser(name, description=COMMANDS[name].__doc__)
         add[name] = command.add_argument
         for option, value in counts.items():
@@ -1335,9 +1343,9 @@ def parse(argv):
             command.add_argument("--prompts", required=name == "generate", help="prompt file or folder as published")
     add["alignment"]("--novel", action="store_true", help="pairs of colour and shape never trained on")
     add["understanding"]("--data", help="questions: .tsv as VLMEvalKit's, .jsonl, or MM-Vet's .json")
-    add["understanding"]("--task", choices=TASKS, help="wording and scoring; default: choice where there are options, else vqav2")
+    add["understanding"]("--task", choices=TASKS, help="wording and scoring (choice, or vqav2 without options)")
     add["understanding"]("--images", help="folder of the pictures that a .jsonl names (its own)")
-    add["understanding"]("--official", action="store_true", help="pictures through JPEG and scaled as in the official run")
+    add["understanding"]("--official", action="store_true", help="JPEG and scale pictures as the official run")
     add["understanding"]("--write", help="write --n questions about the world to this .tsv, and stop")
     add["reconstruction"]("--images", help="a folder of pictures instead of the world's")
     add["score"]("bench", choices=("geneval", "wise"))

@@ -3815,7 +3815,8 @@ def test_generate_shards_batches_and_restarts_change_no_picture(eval_painter, mo
 def test_generate_with_a_real_model(sample_folder, tmp_path):
     """The pictures in the folder are those of sample.Pipeline for that prompt and seed."""
     prompts = eval_lines(tmp_path / "prompts.jsonl", data.skill_prompts(2))
-    assert scores.main(["generate", "--prompts", prompts, "--ckpt", sample_folder, "--seed", "2", "--out", str(tmp_path)]) == 0
+    line = ["generate", "--prompts", prompts, "--ckpt", sample_folder, "--seed", "2", "--out", str(tmp_path)]
+    assert scores.main(line) == 0
     pipe, prompt = sample.Pipeline(sample_folder), data.skill_prompts(2)[1]["prompt"]
     alone = sample.to_uint8(pipe.images([prompt], [2 * 10 ** 6 + 6])[0]).astype(int)
     assert abs(np.asarray(Image.open(tmp_path / "geneval/00001/samples/0002.png")) - alone).max() <= 1
@@ -3833,7 +3834,7 @@ def test_generate_other_benchmarks_layouts(eval_painter, tmp_path):
     for box, seed in zip(boxes, (4, 5, 6, 7)):                       # the second file by name: seeds from 4 on
         alone = sample.to_uint8(EvalPainter().images(["A long text."], [seed])[0])
         assert (np.asarray(picture.crop(box)) == alone).all()
-    wise = [{"Prompt": f"p{i}", "Explanation": "e", "Category": "c", "Subcategory": "s", "prompt_id": i} for i in (701, 3)]
+    wise = [{"Prompt": f"p{i}", "Explanation": "e", "Category": "c", "prompt_id": i} for i in (701, 3)]
     (tmp_path / "natural_science.json").write_text(json.dumps(wise))
     assert eval_generate("wise", tmp_path / "natural_science.json", tmp_path / "out") == 0
     assert sorted(eval_tree(tmp_path / "out/wise")) == ["3.png", "701.png"]
@@ -3846,13 +3847,14 @@ def test_generate_other_benchmarks_layouts(eval_painter, tmp_path):
 def test_score_geneval_by_hand(tmp_path, capsys):
     """The unweighted mean of the skills, not of the pictures; prompts count if any picture is right."""
     plan = {"single_object": [[1, 1], [1, 0], [0, 0]], "counting": [[0, 0]], "colors": [[1, 1]]}
-    rows = [{"tag": tag, "prompt": f"{tag} {i}", "metadata": f'{{"index": "{tag}{i}"}}', "correct": bool(c), "filename": "f"}
+    rows = [{"tag": tag, "prompt": "same", "metadata": f'{{"index": "{tag}{i}"}}', "correct": bool(c), "filename": "f"}
             for tag, prompts in plan.items() for i, pair in enumerate(prompts) for c in pair]
     table = scores.score_geneval(rows)
     assert table["single_object"]["score"] == pytest.approx(3 / 6) and table["counting"]["score"] == 0
     assert table["overall"]["score"] == pytest.approx((1 / 2 + 0 + 1) / 3) and table["overall"]["n"] == 10
     assert table["prompts"]["score"] == pytest.approx(3 / 5)
-    assert scores.main(["score", "geneval", "--results", eval_lines(tmp_path / "r.jsonl", rows), "--out", str(tmp_path)]) == 0
+    file = eval_lines(tmp_path / "r.jsonl", rows)
+    assert scores.main(["score", "geneval", "--results", file, "--out", str(tmp_path)]) == 0
     assert "50.0 %" in capsys.readouterr().out
     assert json.loads((tmp_path / "score-geneval.json").read_text())["table"] == table
 
@@ -3860,16 +3862,22 @@ def test_score_geneval_by_hand(tmp_path, capsys):
 def test_score_wise_by_hand():
     """Published rows (category figures and overall, PKU-YuanGroup/WISE), then marks counted by hand."""
     published = {"GPT4o": (.81, .71, .89, .83, .79, .74, .80), "FLUX.1-dev": (.48, .58, .62, .42, .51, .35, .50),
-                 "MetaQuery-XL": (.56, .55, .62, .49, .63, .41, .55), "Janus-Pro-7B": (.30, .37, .49, .36, .42, .26, .35)}
-    for *parts, overall in published.values():
-        assert round(scores.wise_overall(dict(zip(scores.WISE, parts))), 2) == overall
-    rows = [{"prompt_id": i, "consistency": 2 * (i <= 400), "realism": i % 2 * 2, "aesthetic_quality": 1} for i in range(1, 1001)]
+                 "MetaQuery-XL": (.56, .55, .62, .49, .63, .41, .55),
+                 "Janus-Pro-7B": (.30, .37, .49, .36, .42, .26, .35)}
+    fields = ("consistency", "realism", "aesthetic_quality")
+    for *parts, overall in published.values():                       # three equal marks of 2 m make a WiScore of m
+        means = [m for m, (first, last, _) in zip(parts, scores.WISE.values()) for _ in range(first, last + 1)]
+        table = scores.score_wise([{"prompt_id": i, **dict.fromkeys(fields, 2 * m)} for i, m in enumerate(means, 1)])
+        assert round(table["overall"]["score"], 2) == overall
+    rows = [{"prompt_id": i, "consistency": 2 * (i <= 400), "realism": i % 2 * 2, "aesthetic_quality": 1}
+            for i in range(1, 1001)]
     table = scores.score_wise(rows)
     assert table["cultural"]["score"] == pytest.approx((0.7 * 2 + 0.2 * 1 + 0.1) / 2)
     assert table["physics"]["score"] == pytest.approx((0.2 * 1 + 0.1) / 2)
     assert table["time"]["score"] == pytest.approx((0.2 * 2 * 84 / 167 + 0.1) / 2)
     values = np.array([0.85 + 0.1 * (-1) ** i for i in range(400)])
-    assert table["cultural"]["high"] - table["cultural"]["score"] == pytest.approx(1.96 * values.std(ddof=1) / 20, rel=1e-4)
+    half = table["cultural"]["high"] - table["cultural"]["score"]
+    assert half == pytest.approx(1.96 * values.std(ddof=1) / 20, rel=1e-4)
     assert table["overall"]["score"] == pytest.approx(0.4 * 0.85 + 0.6 * 0.15, abs=1e-3)
 
 
@@ -3909,15 +3917,16 @@ def eval_understanding(file, out, *more):
 
 
 def test_choice_table_in_vlmevalkits_layout(eval_reader, monkeypatch, tmp_path):
-    """Options, hints, line breaks, pictures of other rows and several pictures; accuracy by category; baseline by hand."""
+    """Options, hints, line breaks, pictures of other rows, several pictures; accuracy and baseline by hand."""
     red, blue = eval_base64("red"), eval_base64("blue")
     rows = [{"index": 10, "image": red, "hint": "Look.", "question": "What\ncolour?", "A": "red", "B": "blue", "C": "",
              "answer": "A", "category": "colour"},
-            {"index": 11, "image": "10", "question": 'The "same"?', "A": "no", "B": "yes", "answer": "B", "category": "same"},
+            {"index": 11, "image": "10", "question": 'The "same"?', "A": "no", "B": "yes", "answer": "B",
+             "category": "same"},
             {"index": 12, "image": blue, "question": "Colour?", "A": "red", "B": "blue", "C": "green", "answer": "B",
              "category": "colour"},
-            {"index": 13, "image": str([red, blue]), "question": "<image 1> or <image 2>?", "A": "x", "B": "y", "answer": "A",
-             "category": "colour"}]
+            {"index": 13, "image": str([red, blue]), "question": "<image 1> or <image 2>?", "A": "x", "B": "y",
+             "answer": "A", "category": "colour"}]
     said = {"What": "A", "The": "I think (B).", "Colour": "C. green", "or": "both"}
     monkeypatch.setattr(eval_reader, "answer", staticmethod(
         lambda question, pictures: next(a for start, a in said.items() if start in question)))
@@ -3928,8 +3937,8 @@ def test_choice_table_in_vlmevalkits_layout(eval_reader, monkeypatch, tmp_path):
     assert pictures[0].getpixel((0, 0)) == again[0].getpixel((0, 0)) == (255, 0, 0) and pictures[0].size == (9, 7)
     assert [p.getpixel((0, 0)) for p in two] == [(255, 0, 0), (0, 0, 255)]
     results = json.loads((tmp_path / "bench.json").read_text())
-    assert {name: row["score"] for name, row in results["table"].items()} == {"colour": 1 / 3, "same": 1, "overall": 0.5}
-    assert {name: row["baseline"] for name, row in results["table"].items()} == {"colour": 2 / 3, "same": 1, "overall": 0.75}
+    assert {name: (row["score"], row["baseline"]) for name, row in results["table"].items()} == {
+        "colour": (1 / 3, 2 / 3), "same": (1, 1), "overall": (0.5, 0.75)}
     assert [a["read"] for a in results["answers"]] == ["A", "B", "C", None]
     lines = [json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines()]
     assert lines[1:] == [{"index": str(10 + i), "prediction": a} for i, a in enumerate(said.values())]
@@ -3937,7 +3946,7 @@ def test_choice_table_in_vlmevalkits_layout(eval_reader, monkeypatch, tmp_path):
 
 def test_understanding_goes_on_where_it_was_cut(eval_reader, monkeypatch, tmp_path, capsys):
     """A kill in the middle of a line costs that answer alone; another run's answers are refused."""
-    rows = [{"index": i, "image": eval_base64(), "question": f"q{i}?", "answer": "yes" if i % 2 else "no"} for i in range(7)]
+    rows = [{"index": i, "image": eval_base64(), "question": f"q{i}?", "answer": "ny"[i % 2]} for i in range(7)]
     file = eval_tsv(tmp_path / "qa.tsv", rows)
     assert eval_understanding(file, tmp_path) == 0
     whole, score = (tmp_path / "qa.jsonl").read_bytes(), (tmp_path / "qa.json").read_bytes()
@@ -3953,7 +3962,7 @@ def test_understanding_goes_on_where_it_was_cut(eval_reader, monkeypatch, tmp_pa
 
 
 def test_worlds_questions_as_a_table(eval_reader, monkeypatch, tmp_path):
-    """`--write`, read back: the questions of draw_questions; a model that knows gets 100 %, one that says yes its share."""
+    """`--write`, read back: the questions of draw_questions, all right for a model that knows; the baseline by hand."""
     assert scores.main(["understanding", "--write", str(tmp_path / "w.tsv"), "--n", "60", "--out", str(tmp_path)]) == 0
     asked = scores.draw_questions(1, 60)
     truth = {(q, data.draw(scene).tobytes()): a for scene, _, q, a in asked}
@@ -3981,8 +3990,8 @@ def test_options_are_read_off_answers():
     """A letter at the beginning or alone, or an option's words; nothing where that is ambiguous."""
     options = {"A": "a cat", "B": "dog", "C": "hot dog"}
     cases = {"A": "A", "(B)": "B", "B.": "B", "C: hot dog": "C", "The answer is B": "B", "It must be (C), surely": "C",
-             "A cat sits there": "A", "dog": "B", "Hot dog.": "C", "It is a cat": "A", "A or B": None, "D": None, "": None,
-             "A hot dog": None, "neither": None, "I'd say B": "B", "Because": None}
+             "A cat sits there": "A", "dog": "B", "Hot dog.": "C", "It is a cat": "A", "A or B": None, "D": None,
+             "": None, "A hot dog": None, "neither": None, "I'd say B": "B", "Because": None}
     for answer, letter in cases.items():
         assert scores.pick_option(answer, options) == letter, answer
 
@@ -4024,8 +4033,9 @@ def test_pope_by_hand():
 def test_vqa_by_hand():
     """The official normal form (vqaEval.py of VQA), and soft accuracy with its leave-one-out mean."""
     normal = {"The  Red, ball!": "red ball", "two": "2", "none": "0", "dont": "don't", "Couldn'tve": "couldn't've",
-              "youd've": "you'd've", "1,000": "1000", "u.s.": "us", "3.5": "3.5", "black/white": "black white", "t-shirt": "t shirt",
-              "left - right": "left right", "An apple\n": "apple", "it's": "it's", "What? ": "what", "ten.": "10",
+              "youd've": "you'd've", "1,000": "1000", "u.s.": "us", "3.5": "3.5", "black/white": "black white",
+              "t-shirt": "t shirt", "left - right": "left right", "An apple\n": "apple", "it's": "it's",
+              "What? ": "what", "ten.": "10",
               "1,000 (red)": "1000 red", "6:30": "6:30", "A": ""}
     assert {text: scores.vqa_normal(text) for text in normal} == normal
     people = ["yes"] * 3 + ["no"] * 2 + ["two", "2", "maybe", "a cat", "cat"]
@@ -4041,11 +4051,13 @@ def test_questions_of_other_layouts(eval_reader, tmp_path):
     """VQAv2's lists of people, TextVQA's lists in a cell, MM-Vet's json and predictions for its judge."""
     Image.new("RGB", (9, 9), "blue").save(tmp_path / "a.jpg")
     people = [{"answer": "yes", "answer_id": i} for i in range(5)] + [{"answer": "no", "answer_id": 9}] * 5
-    file = eval_lines(tmp_path / "vqa.jsonl", [{"question_id": 77, "image": "a.jpg", "question": "Blue?", "answers": people}])
+    row = {"question_id": 77, "image": "a.jpg", "question": "Blue?", "answers": people}
+    file = eval_lines(tmp_path / "vqa.jsonl", [row])
     assert eval_understanding(file, tmp_path / "out") == 0
     results = json.loads((tmp_path / "out/vqa.json").read_text())
     assert results["table"]["all"]["score"] == 1 and results["answers"][0]["asked"] == "Blue?"
-    rows = [{"index": 0, "image": eval_base64(), "question": "what does it SAY?", "answer": str(["yes"] * 2 + ["no"] * 8)}]
+    rows = [{"index": 0, "image": eval_base64(), "question": "what does it SAY?",
+             "answer": str(["yes"] * 2 + ["no"] * 8)}]
     assert eval_understanding(eval_tsv(tmp_path / "text.tsv", rows), tmp_path / "out", "--task", "textvqa") == 0
     results = json.loads((tmp_path / "out/text.json").read_text())
     assert results["answers"][0]["asked"] == f"What does it say?\n{scores.SHORT}"
@@ -4054,7 +4066,8 @@ def test_questions_of_other_layouts(eval_reader, tmp_path):
     (tmp_path / "mm-vet.json").write_text(json.dumps(vet))
     assert eval_understanding(tmp_path / "mm-vet.json", tmp_path / "out", "--task", "mmvet") == 0
     assert json.loads((tmp_path / "out/mm-vet.json").read_text()) == {"v1_0": "yes"}
-    assert eval_reader.asked[-1][0].startswith("First please perform reasoning") and eval_reader.asked[-1][0].endswith("Why?")
+    last = eval_reader.asked[-1][0]
+    assert last.startswith("First please perform reasoning") and last.endswith("Why?")
 
 
 # ---- distances ----
@@ -4081,7 +4094,7 @@ def test_frechet_and_mmd_equal_independent_forms():
     theirs = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(cx + cy - 2 * linalg.sqrtm(cx @ cy).real)
     assert scores.frechet(x, y) == pytest.approx(theirs, rel=1e-8)
     assert scores.frechet(x, x) == pytest.approx(0, abs=1e-8)
-    a, b = x[:, :1], y[:, :1]                                        # (difference of means)^2 + (difference of deviations)^2
+    a, b = x[:, :1], y[:, :1]                                        # differences of means and of deviations, squared
     assert scores.frechet(a, b) == pytest.approx((a.mean() - b.mean()) ** 2 + (a.std(ddof=1) - b.std(ddof=1)) ** 2)
     kernel = lambda p, q: (sum(p[i] * q[i] for i in range(5)) / 5 + 1) ** 3
     within = lambda s: np.mean([kernel(s[i], s[j]) for i in range(len(s)) for j in range(len(s)) if i != j])
@@ -4104,8 +4117,8 @@ def test_fid_and_reconstruction_of_folders(sample_folder, tmp_path, capsys):
     eva, sets = clip_decoder.EvaClip.from_pretrained(sample_folder), []
     with torch.no_grad():
         for seed in (1, 2):
-            pixels = [data.preprocess_clip(Image.fromarray(data.draw(data.make_scene(seed, i), 40)), 32) for i in range(6)]
-            sets.append(eva.encode(torch.cat(pixels)).mean(1).numpy())
+            pictures = [Image.fromarray(data.draw(data.make_scene(seed, i), 40)) for i in range(6)]
+            sets.append(eva.encode(torch.cat([data.preprocess_clip(p, 32) for p in pictures])).mean(1).numpy())
     assert table["A and B"]["Frechet"] == pytest.approx(scores.frechet(*sets), rel=1e-3)
     assert table["A and B"]["MMD"] == pytest.approx(scores.mmd(*sets), rel=1e-3)
     assert set(table) == {"A and B", "noise floor, halves of A"}
@@ -4160,7 +4173,8 @@ def test_votes_are_counted_and_tested(tmp_path, capsys):
         assert scores.sign_test(wins, losses) == pytest.approx(stats.binomtest(wins, wins + losses).pvalue, rel=1e-9)
     files = []
     for person, prefers_a in enumerate((range(9), range(7))):
-        votes = {str(i): {"quality": "left" if (i in prefers_a) == scores.a_is_left(3, i) else "right"} for i in range(10)}
+        sides = {i: "left" if (i in prefers_a) == scores.a_is_left(3, i) else "right" for i in range(10)}
+        votes = {str(i): {"quality": side} for i, side in sides.items()}
         votes["10"] = {"quality": "alike", "alignment": "alike"}
         files.append(tmp_path / f"{person}.json")
         files[-1].write_text(json.dumps({"id": "x", "seed": 3, "a": "ours", "b": "theirs", "votes": votes}))
@@ -4174,7 +4188,7 @@ def test_votes_are_counted_and_tested(tmp_path, capsys):
 
 
 def test_compare_page_in_a_browser(eval_painter, tmp_path):
-    """Click through the page in headless Chromium, reload in between: the export is what was clicked, and is counted."""
+    """Click through the page in headless Chromium, reload in between: the export is what was clicked, and counts."""
     chromium = shutil.which("chromium")
     if not chromium:
         pytest.skip("no chromium on this machine")
@@ -4194,7 +4208,7 @@ def test_compare_page_in_a_browser(eval_painter, tmp_path):
             assert page.evaluate("document.getElementById('left').naturalWidth") == 8
             assert page.text_content("#count") == f"{number + 1} of 12, {number} answered"
             for name in scores.ASKED:
-                for side in (data.pick(rng, ["left", "alike", "right"]) for _ in range(2)):    # people change their minds
+                for side in (data.pick(rng, ["left", "alike", "right"]) for _ in range(2)):  # minds change
                     page.click(f"button[data-name={name}][data-side={side}]")
                     clicked.setdefault(str(pair["id"]), {})[name] = side
                 assert page.locator(f"button[data-name={name}].on").count() == 1
@@ -4215,7 +4229,7 @@ def test_compare_page_in_a_browser(eval_painter, tmp_path):
 
 # ---- leakage ----
 def test_leaks_equal_brute_force(tmp_path):
-    """Nearest captions by every pair's Jaccard similarity; exact ones whatever case and punctuation; shards as source."""
+    """Nearest captions by every pair's Jaccard similarity; exact ones whatever the case; a folder as source."""
     rng = np.random.default_rng(0)
     texts = [data.caption(data.make_scene(0, i), rng) for i in range(300)]
     prompts = [e["prompt"] for e in data.skill_prompts(40)] + [texts[7].upper() + "!", "nothing like it"]
@@ -4223,17 +4237,18 @@ def test_leaks_equal_brute_force(tmp_path):
     def pairs(text):
         words = ["^", *re.sub(r"[^a-z ]", "", text.lower()).split(), "$"]
         return {*zip(words, words[1:])}
+    jaccard = lambda a, b: len(pairs(a) & pairs(b)) / len(pairs(a) | pairs(b))
     found = scores.find_leaks(prompts, texts, 0.5)
     for prompt, (similarity, text, _) in zip(prompts, found):
-        best = max(len(pairs(prompt) & pairs(t)) / len(pairs(prompt) | pairs(t)) for t in texts)
+        best = max(jaccard(prompt, t) for t in texts)
         assert similarity == pytest.approx(best if best >= 0.5 else 0)
-        assert text is None or len(pairs(prompt) & pairs(text)) / len(pairs(prompt) | pairs(text)) == pytest.approx(best)
+        assert text is None or jaccard(prompt, text) == pytest.approx(best)
     assert found[-1] == (0, None, False) and found[-2][0] == 1 and found[-2][2]
     for i, text in enumerate(("A photo of a circle.", "a photo of two big stars")):
         Image.new("RGB", (9, 9)).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text(text)
-    entries = [{"tag": "t", "include": [], "prompt": p} for p in ("a photo of a circle", "a photo of two stars", "a dog")]
-    prompts = eval_lines(tmp_path / "p.jsonl", entries)
+    prompts = "a photo of a circle", "a photo of two stars", "a dog"
+    prompts = eval_lines(tmp_path / "p.jsonl", [{"tag": "t", "include": [], "prompt": p} for p in prompts])
     line = ["leakage", "--train", str(tmp_path), "--prompts", prompts, "--near", "0.5", "--out", str(tmp_path / "out")]
     assert scores.main(line) == 0
     results = json.loads((tmp_path / "out/leakage.json").read_text())
@@ -4249,14 +4264,16 @@ def test_benchmark_mistakes_are_sentences(eval_painter, tmp_path, capsys):
     good = {"index": 1, "image": eval_base64(), "question": "q?", "answer": "yes"}
     entry = json.dumps({"tag": "colors", "include": [], "prompt": "a red dog"})
     geneval = json.dumps({"tag": "colors", "prompt": "p", "correct": True})
+    other = geneval.replace('"p"', '"q"')
     wise = json.dumps({"prompt_id": 1, "consistency": 2, "realism": 999, "aesthetic_quality": 1})
-    answer = "understanding --data"
+    answer, cut = "understanding --data", {**good, "index": 2, "image": eval_base64(size=(90, 70))[:100]}
+    without = lambda name: [{k: v for k, v in good.items() if k != name}]
     cases = [  # command, file, what the sentence must say
-        (answer, eval_tsv(tmp_path / "0.tsv", [good, {**good, "index": 2, "image": "%%%notbase64" * 9}]), "row 2 .*no picture in base64"),
-        (answer, eval_tsv(tmp_path / "1.tsv", [{**good, "image": eval_base64(size=(90, 70))[:100]}]), "no picture in base64"),
-        (answer, eval_tsv(tmp_path / "2.tsv", [{k: v for k, v in good.items() if k != "answer"}]), "no answers or answer"),
-        (answer, eval_tsv(tmp_path / "3.tsv", [{k: v for k, v in good.items() if k != "image"}]), "no image"),
-        (answer, file("4.tsv", "index\timage\tquestion\tanswer\n1\tab"), "row 1 .*2 columns instead of 4"),
+        (answer, eval_tsv(tmp_path / "0.tsv", [{**good, "image": "%%%notbase64" * 9}]), "row 1 .*no picture in base64"),
+        (answer, eval_tsv(tmp_path / "1.tsv", [good, cut]), "row 2 .*no picture in base64"),
+        (answer, eval_tsv(tmp_path / "2.tsv", without("answer")), "no answers or answer"),
+        (answer, eval_tsv(tmp_path / "3.tsv", without("image")), "no image"),
+        (answer, file("4.tsv", "index\timage\tquestion\tanswer\n1\tab"), "row 1 .*2 cells, not 4"),
         (answer, eval_tsv(tmp_path / "5.tsv", [{**good, "A": "x", "B": "y"}]), "none of its options"),
         (answer, eval_tsv(tmp_path / "6.tsv", [good, good]), "same index"),
         (answer, file("7.jsonl", '{"image": "none.png", "question": "q", "answer": "a"}'), "no picture .*none.png"),
@@ -4266,12 +4283,11 @@ def test_benchmark_mistakes_are_sentences(eval_painter, tmp_path, capsys):
         ("generate --prompts", file("11.jsonl", '{"tag": "x", "include": []}'), "entry 1 .*lacks the field prompt"),
         ("generate --prompts", file("12.jsonl", entry.replace("a red dog", " ")), "is empty"),
         ("generate --bench dpg --prompts", str(tmp_path), "no prompts of dpg"),
-        ("generate --bench wise --prompts", file("13.json", '[{"prompt_id": 1, "Prompt": "a"}, {"prompt_id": 1, "Prompt": "b"}]'),
-         "there twice"),
+        ("generate --bench wise --prompts", file("13.json", json.dumps([{"prompt_id": 1, "Prompt": "a"}] * 2)), "twice"),
         ("generate --bench mjhq --prompts", file("14.json", '{"a": {"prompt"'), "cut short"),
         ("score geneval --results", file("15.jsonl", f"{geneval}\n{geneval[:-4]}"), "line 2, is cut short"),
-        ("score geneval --results", file("16.jsonl", f"{geneval}\n{geneval}\n" + geneval.replace('"p"', '"q"')), "let the scorer finish"),
-        ("score wise --results", file("17.jsonl", wise), "judge it again"),
+        ("score geneval --results", file("16.jsonl", f"{geneval}\n{geneval}\n{other}"), "finish"),
+        ("score wise --results", file("17.jsonl", wise), "judge again"),
         ("score wise --results", file("18.jsonl", wise.replace("999", "1")), "999 of 1000"),
         ("compare --votes", file("19.json", '{"id": 3, "votes"'), "cut short"),
         ("compare --votes", file("20.json", '{"id": 1, "seed": 0, "a": "", "b": "", "votes": {}}'), "no votes"),
@@ -4285,7 +4301,8 @@ def test_benchmark_mistakes_are_sentences(eval_painter, tmp_path, capsys):
         out = tmp_path / "out"
         assert scores.main([*command.split(), broken, "--out", str(out)]) == 2, broken
         message = capsys.readouterr().err
-        assert message.startswith("eval.py: ") and message.count("\n") == 1 and re.search(says, message), (broken, message)
+        assert message.startswith("eval.py: ") and message.count("\n") == 1, (broken, message)
+        assert re.search(says, message), (broken, message)
         assert eval_tree(out) == {}, broken
 
 
