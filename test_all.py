@@ -3798,6 +3798,7 @@ def test_generate_shards_batches_and_restarts_change_no_picture(eval_painter, mo
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setattr(scores, "BATCH", 5 + 2 * rank)
         assert eval_generate("geneval", prompts, tmp_path / "three") == 0
+        assert len(eval_painter.drawn) == 36 + 12 * (rank + 1)       # a third each
     assert eval_tree(tmp_path / "three") == whole
     lost = sorted(tmp_path.glob("three/geneval/*/samples/0002.png"))[:4]
     for file in lost:
@@ -4283,7 +4284,8 @@ def test_benchmark_mistakes_are_sentences(eval_painter, tmp_path, capsys):
         ("generate --prompts", file("11.jsonl", '{"tag": "x", "include": []}'), "entry 1 .*lacks the field prompt"),
         ("generate --prompts", file("12.jsonl", entry.replace("a red dog", " ")), "is empty"),
         ("generate --bench dpg --prompts", str(tmp_path), "no prompts of dpg"),
-        ("generate --bench wise --prompts", file("13.json", json.dumps([{"prompt_id": 1, "Prompt": "a"}] * 2)), "twice"),
+        ("generate --bench wise --prompts", file("13.json", json.dumps([{"prompt_id": 1, "Prompt": "a"}] * 2)),
+         "there twice"),
         ("generate --bench mjhq --prompts", file("14.json", '{"a": {"prompt"'), "cut short"),
         ("score geneval --results", file("15.jsonl", f"{geneval}\n{geneval[:-4]}"), "line 2, is cut short"),
         ("score geneval --results", file("16.jsonl", f"{geneval}\n{geneval}\n{other}"), "finish"),
