@@ -354,7 +354,7 @@ def caption_truth(text, scene):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Files in and out
+# Files and reports
 # ----------------------------------------------------------------------------------------------------------------------
 def write_whole(path, content):
     """Write text or a picture (uint8 (H, W, 3), as PNG) such that the file is there whole or not at all."""
@@ -390,26 +390,27 @@ def read_records(path, need=()):
         except json.JSONDecodeError as error:
             at = number + error.lineno - 1
             raise ValueError(f"{path}, line {at}, is cut short or no JSON ({error.msg})") from None
-    if whole:
-        rows = [{"key": key, **row} for key, row in rows[0].items()] if isinstance(rows[0], dict) else rows[0]
+    if whole and isinstance(rows[0], dict):
+        rows = [{"key": key, **row} if isinstance(row, dict) else row for key, row in rows[0].items()]
+    elif whole:
+        rows = rows[0] if isinstance(rows[0], list) else rows
     for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise ValueError(f"entry {number} of {path} is no object with fields")
         if absent := [field for field in need if field not in row]:
             raise ValueError(f"entry {number} of {path} lacks the field {', '.join(absent)}")
     return rows
 
 
-def read_pictures(folder, batch=BATCH):
+def read_pictures(folder):
     """The pictures below a folder, by name, in lists of (file, PIL picture); ValueError where there is none."""
     found = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in data.PICTURES)
     if not found:
         raise ValueError(f"no picture ({', '.join(data.PICTURES)}) in {folder}")
-    for i in tqdm(range(0, len(found), batch), disable=None):
-        yield [(file, data.load_image(file)) for file in found[i:i + batch]]
+    for i in tqdm(range(0, len(found), BATCH), disable=None):
+        yield [(file, data.load_image(file)) for file in found[i:i + BATCH]]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reports
-# ----------------------------------------------------------------------------------------------------------------------
 NUMBERS = {"dB": ".2f", "points": ".1f", "SSIM": ".3f", "cosine": ".3f", "Frechet": ".4g", "MMD": ".3g", "p": ".2g"}
 
 
@@ -660,7 +661,8 @@ def run_generate(args):
     rank, world, local = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = f"cuda:{local}" if args.device == "auto" and torch.cuda.is_available() else args.device
     pipe, note = Pipeline(args.ckpt, device, args.dtype), folder.with_suffix(".json")
-    about = {"ckpt": args.ckpt, "seed": args.seed, "prompts": fingerprint(jobs), "sampling": pipe.sampling}
+    about = {"ckpt": args.ckpt, "seed": args.seed, "dtype": str(pipe.dtype), "sampling": pipe.sampling,
+             "prompts": fingerprint(jobs)}
     if folder.exists() and (not note.exists() or json.loads(read_text(note)) != about):
         raise ValueError(f"{folder} holds pictures of other settings than these (see {note}): choose another --out")
     write_whole(note, json.dumps(about, indent=1) + "\n")
@@ -750,11 +752,10 @@ OFFICIAL_PIXELS = {"min_pixels": 256 * 28 * 28, "max_pixels": 1605632}      # of
 
 def as_list(cell):
     """A table's cell as a list: "['a', 'b']" has two entries, anything else is one."""
-    if isinstance(cell, str) and cell[0] == "[":
-        try:
-            return list(ast.literal_eval(cell))
-        except (ValueError, SyntaxError):
-            pass
+    try:
+        cell = ast.literal_eval(cell) if str(cell)[0] == "[" and isinstance(cell, str) else cell
+    except (ValueError, SyntaxError):
+        pass
     return cell if isinstance(cell, list) else [cell]
 
 
@@ -764,7 +765,7 @@ def read_table(path):
     header, *lines = csv.reader(io.StringIO(read_text(path), newline=""), delimiter="\t")
     for number, cells in enumerate(lines, 1):
         if len(cells) != len(header):
-            raise ValueError(f"row {number} of {path} has {len(cells)} cells, not {len(header)}: is the file cut short?")
+            raise ValueError(f"row {number} of {path} has {len(cells)} cells, not {len(header)}: is it cut short?")
     if not lines:
         raise ValueError(f"{path} has a header, but no rows")
     return [{name: cell for name, cell in zip(header, cells) if cell} for cells in lines]
@@ -930,13 +931,17 @@ def tabulate(task, questions, answers):
 
 
 def answer_file(args):
-    """`understanding --data`: answer the file's questions, into OUT/NAME.jsonl, then score them, into OUT/NAME.json.
+    """`understanding --data NAME.tsv`: answer the questions, into OUT/NAME.answers.jsonl, then score them, into
+    OUT/NAME.score.json (MM-Vet: write what its judge reads, OUT/NAME.predictions.json).
 
     The same line goes on where a run stopped. Prompts are worded as in the official run; with --official, pictures go
     through JPEG and are scaled as there, too.
     """
     path, done = Path(args.data), {}
-    (task, questions), file = read_questions(path, args.task, args.images), Path(args.out) / f"{path.stem}.jsonl"
+    task, questions = read_questions(path, args.task, args.images)
+    file = Path(args.out) / f"{path.stem}.answers.jsonl"
+    if task != "mmvet":
+        tabulate(task, questions, [""] * len(questions))             # what can't be scored is found before the work
     about = {"ckpt": args.ckpt, "task": task, "official": args.official, "data": fingerprint(path.read_bytes())}
     if file.exists():
         try:                                                         # the rest of a killed run's last line is dropped
@@ -963,14 +968,16 @@ def answer_file(args):
             log.flush()
     if task == "mmvet":                                              # only its judge can score these
         named = {f"v1_{index}" if index.isdigit() else index: answer for index, answer in done.items()}
-        write_whole(file.with_suffix(".json"), json.dumps(named, indent=1) + "\n")
-        return print(f"{file.with_suffix('.json')} is for MM-Vet's judge")
+        file = file.with_name(f"{path.stem}.predictions.json")
+        write_whole(file, json.dumps(named, indent=1) + "\n")
+        return print(f"{file} is for MM-Vet's judge")
     answers = [done[q["index"]] for q in questions]
     table = tabulate(task, questions, answers)
     show(f"{path.name}, {len(questions)} questions, as {task}", table)
     save(args, {"table": table, "task": task, "answers": [
         {"index": q["index"], "asked": official_text(task, q), "answer": answer, "expected": q["answers"],
-         **dict(zip(("read", "score"), grade(task, q, answer)))} for q, answer in zip(questions, answers)]}, path.stem)
+         **dict(zip(("read", "score"), grade(task, q, answer)))} for q, answer in zip(questions, answers)]},
+         f"{path.stem}.score")
 
 
 def write_questions(args):
@@ -1152,15 +1159,6 @@ def count_votes(args):
 # ----------------------------------------------------------------------------------------------------------------------
 # Was the test trained on?
 # ----------------------------------------------------------------------------------------------------------------------
-def captions(spec, n):
-    """The captions of training data: of --train, or the first n of the synthetic world's training pictures."""
-    if spec is None:
-        samples = data.Samples(data.World(0))
-        yield from (samples[i]["caption"] for i in range(n))
-    else:
-        yield from (data.Shards.read(text).decode("utf-8", "replace") for _, text in data.open_source(spec).items)
-
-
 def shingles(text):
     """(normalised text, its set of word pairs, the ends included): case and punctuation don't count."""
     words = re.findall(r"\w+", text.lower())
@@ -1184,13 +1182,20 @@ def find_leaks(prompts, texts, least):
 
 
 def run_leakage(args):
-    """Which evaluation prompts stand in the training captions, word for word or nearly (word pairs, Jaccard)? Without
-    --prompts: those of `alignment`."""
+    """Which evaluation prompts stand in the training captions, word for word or nearly (word pairs, Jaccard)?
+
+    Without --prompts: those of `alignment`. Without --train: the captions of the first --n training pictures of the world.
+    """
     jobs = read_prompts(args.bench, args.prompts) if args.prompts else data.skill_prompts()
     if not 0 < args.near <= 1:
         raise ValueError(f"--near lies between 0 and 1, not {args.near}")
-    prompts = list(dict.fromkeys(job["prompt"] for job in jobs))
-    best = find_leaks(prompts, tqdm(captions(args.train, args.n), disable=None), args.near)
+    prompts, source = list(dict.fromkeys(job["prompt"] for job in jobs)), data.open_source(args.train)
+    if args.train:
+        texts = (data.Shards.read(where).decode("utf-8", "replace") for _, where in source.items)
+    else:
+        samples = data.Samples(source)
+        texts = (samples[i]["caption"] for i in range(args.n))
+    best = find_leaks(prompts, tqdm(texts, disable=None), args.near)
     table = {"word for word": share(same for _, _, same in best),
              f"{args.near:.2f} alike or more": share(s > 0 for s, _, _ in best)}
     show(f"{len(prompts)} different prompts found in the captions of {args.train or 'the synthetic world'}", table)

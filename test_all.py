@@ -3732,7 +3732,7 @@ def test_understanding_command_compares_with_the_commonest_answer(tmp_path, monk
 # ---- published benchmarks: drawing ----
 class EvalPainter(EvalOracle):
     """A stand-in whose pictures (8 x 8) are a function of prompt and seed; `drawn` collects what it was asked."""
-    sampling, drawn = {}, []
+    sampling, dtype, drawn = {}, torch.float32, []
 
     def __init__(self, *_):
         super().__init__()
@@ -3937,11 +3937,11 @@ def test_choice_table_in_vlmevalkits_layout(eval_reader, monkeypatch, tmp_path):
     assert second == f'The "same"?\nA. no\nB. yes\n{scores.LETTER}' and last.startswith("or ?")
     assert pictures[0].getpixel((0, 0)) == again[0].getpixel((0, 0)) == (255, 0, 0) and pictures[0].size == (9, 7)
     assert [p.getpixel((0, 0)) for p in two] == [(255, 0, 0), (0, 0, 255)]
-    results = json.loads((tmp_path / "bench.json").read_text())
+    results = json.loads((tmp_path / "bench.score.json").read_text())
     assert {name: (row["score"], row["baseline"]) for name, row in results["table"].items()} == {
         "colour": (1 / 3, 2 / 3), "same": (1, 1), "overall": (0.5, 0.75)}
     assert [a["read"] for a in results["answers"]] == ["A", "B", "C", None]
-    lines = [json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "bench.answers.jsonl").read_text().splitlines()]
     assert lines[1:] == [{"index": str(10 + i), "prediction": a} for i, a in enumerate(said.values())]
 
 
@@ -3950,16 +3950,16 @@ def test_understanding_goes_on_where_it_was_cut(eval_reader, monkeypatch, tmp_pa
     rows = [{"index": i, "image": eval_base64(), "question": f"q{i}?", "answer": "ny"[i % 2]} for i in range(7)]
     file = eval_tsv(tmp_path / "qa.tsv", rows)
     assert eval_understanding(file, tmp_path) == 0
-    whole, score = (tmp_path / "qa.jsonl").read_bytes(), (tmp_path / "qa.json").read_bytes()
-    (tmp_path / "qa.jsonl").write_bytes(b"".join(whole.splitlines(True)[:4]) + b'{"index": "3", "pre')
-    (tmp_path / "qa.json").unlink()
+    whole, score = (tmp_path / "qa.answers.jsonl").read_bytes(), (tmp_path / "qa.score.json").read_bytes()
+    (tmp_path / "qa.answers.jsonl").write_bytes(b"".join(whole.splitlines(True)[:4]) + b'{"index": "3", "pre')
+    (tmp_path / "qa.score.json").unlink()
     del eval_reader.asked[:]
     monkeypatch.setattr(scores, "BATCH", 2)
     assert eval_understanding(file, tmp_path) == 0
-    assert (tmp_path / "qa.jsonl").read_bytes() == whole and (tmp_path / "qa.json").read_bytes() == score
+    assert (tmp_path / "qa.answers.jsonl").read_bytes() == whole and (tmp_path / "qa.score.json").read_bytes() == score
     assert [q for q, _ in eval_reader.asked] == ["q3?", "q4?", "q5?", "q6?"]
     assert eval_understanding(file, tmp_path, "--task", "pope") == 2
-    assert "another run" in capsys.readouterr().err and (tmp_path / "qa.jsonl").read_bytes() == whole
+    assert "another run" in capsys.readouterr().err and (tmp_path / "qa.answers.jsonl").read_bytes() == whole
 
 
 def test_worlds_questions_as_a_table(eval_reader, monkeypatch, tmp_path):
@@ -3970,7 +3970,7 @@ def test_worlds_questions_as_a_table(eval_reader, monkeypatch, tmp_path):
     monkeypatch.setattr(eval_reader, "answer", staticmethod(
         lambda q, pictures: truth[q, np.asarray(pictures[0]).tobytes()].capitalize() + "."))
     assert eval_understanding(tmp_path / "w.tsv", tmp_path) == 0
-    table = json.loads((tmp_path / "w.json").read_text())["table"]
+    table = json.loads((tmp_path / "w.score.json").read_text())["table"]
     assert list(table) == [*data.QUESTIONS, "overall"] and all(row["score"] == 1 for row in table.values())
     common = sum(Counter(a for _, k, _, a in asked if k == kind).most_common(1)[0][1] for kind in data.QUESTIONS)
     assert table["overall"]["baseline"] == pytest.approx(common / 60)
@@ -3982,7 +3982,7 @@ def test_understanding_with_a_real_model(sample_folder, tmp_path):
     picture.save(tmp_path / "p.png")
     file = eval_lines(tmp_path / "q.jsonl", [{"question_id": 5, "image": "p.png", "text": "a circle?", "label": "yes"}])
     assert eval_understanding(file, tmp_path / "out", "--task", "pope", "--ckpt", sample_folder) == 0
-    line = json.loads((tmp_path / "out/q.json").read_text())["answers"][0]
+    line = json.loads((tmp_path / "out/q.score.json").read_text())["answers"][0]
     pipe = sample.Pipeline(sample_folder)
     assert line["answer"] == pipe.answer(picture, f"a circle?\n{scores.SHORT}", 128) and line["index"] == "5"
 
@@ -4011,7 +4011,7 @@ def test_mme_by_hand(eval_reader, monkeypatch, tmp_path):
     monkeypatch.setattr(eval_reader, "answer", staticmethod(answer))
     assert eval_understanding(eval_tsv(tmp_path / "mme.tsv", rows), tmp_path, "--task", "mme") == 0
     assert eval_reader.asked[0][0] == f"Is existence 0?\n{scores.SHORT}"
-    table = json.loads((tmp_path / "mme.json").read_text())["table"]
+    table = json.loads((tmp_path / "mme.score.json").read_text())["table"]
     assert table["count"]["score"] == 0.75 and table["count"]["plus"] == 0.5 and table["count"]["points"] == 125
     assert table["scene"]["points"] == 50 and table["cognition"]["points"] == 200
     assert table["perception"]["points"] == 9 * 50 + 125
@@ -4055,18 +4055,19 @@ def test_questions_of_other_layouts(eval_reader, tmp_path):
     row = {"question_id": 77, "image": "a.jpg", "question": "Blue?", "answers": people}
     file = eval_lines(tmp_path / "vqa.jsonl", [row])
     assert eval_understanding(file, tmp_path / "out") == 0
-    results = json.loads((tmp_path / "out/vqa.json").read_text())
+    results = json.loads((tmp_path / "out/vqa.score.json").read_text())
     assert results["table"]["all"]["score"] == 1 and results["answers"][0]["asked"] == "Blue?"
     rows = [{"index": 0, "image": eval_base64(), "question": "what does it SAY?",
              "answer": str(["yes"] * 2 + ["no"] * 8)}]
     assert eval_understanding(eval_tsv(tmp_path / "text.tsv", rows), tmp_path / "out", "--task", "textvqa") == 0
-    results = json.loads((tmp_path / "out/text.json").read_text())
+    results = json.loads((tmp_path / "out/text.score.json").read_text())
     assert results["answers"][0]["asked"] == f"What does it say?\n{scores.SHORT}"
     assert results["answers"][0]["score"] == pytest.approx((2 * 1 / 3 + 8 * 2 / 3) / 10)
     vet = {"v1_0": {"imagename": "a.jpg", "question": "Why?", "answer": "because", "capability": ["rec"]}}
     (tmp_path / "mm-vet.json").write_text(json.dumps(vet))
-    assert eval_understanding(tmp_path / "mm-vet.json", tmp_path / "out", "--task", "mmvet") == 0
-    assert json.loads((tmp_path / "out/mm-vet.json").read_text()) == {"v1_0": "yes"}
+    assert eval_understanding(tmp_path / "mm-vet.json", tmp_path, "--task", "mmvet") == 0
+    assert json.loads((tmp_path / "mm-vet.predictions.json").read_text()) == {"v1_0": "yes"}
+    assert json.loads((tmp_path / "mm-vet.json").read_text()) == vet
     last = eval_reader.asked[-1][0]
     assert last.startswith("First please perform reasoning") and last.endswith("Why?")
 
@@ -4074,7 +4075,7 @@ def test_questions_of_other_layouts(eval_reader, tmp_path):
 # ---- distances ----
 def test_psnr_and_ssim_equal_scikit_image():
     """Against skimage.metrics, on noise, on shifted renders and on equal pictures."""
-    metrics = pytest.importorskip("skimage.metrics")
+    from skimage import metrics
     rng = np.random.default_rng(0)
     a = np.stack([rng.random((40, 52, 3)), data.draw(data.make_scene(1, 0), 52)[:40] / 255, np.full((40, 52, 3), 0.3)])
     b = np.stack([rng.random((40, 52, 3)), np.roll(a[1], 2, 0), a[2]])
@@ -4088,7 +4089,7 @@ def test_psnr_and_ssim_equal_scikit_image():
 
 def test_frechet_and_mmd_equal_independent_forms():
     """Against scipy's matrix square root, normal distributions in one dimension, and the MMD's sums written out."""
-    linalg = pytest.importorskip("scipy.linalg")
+    from scipy import linalg
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(60, 5)) @ rng.normal(size=(5, 5)), rng.normal(size=(50, 5)) + 0.5
     cx, cy = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
@@ -4169,7 +4170,7 @@ def test_compare_page_is_blind_whole_and_shuffled(eval_painter, tmp_path):
 
 def test_votes_are_counted_and_tested(tmp_path, capsys):
     """By hand with sides undone; the p-value equals scipy's exact binomial test; files of two people add up."""
-    stats = pytest.importorskip("scipy.stats")
+    from scipy import stats
     for wins, losses in ((0, 1), (5, 5), (8, 2), (3, 14), (60, 41), (900, 1000)):
         assert scores.sign_test(wins, losses) == pytest.approx(stats.binomtest(wins, wins + losses).pvalue, rel=1e-9)
     files = []
@@ -4277,6 +4278,9 @@ def test_benchmark_mistakes_are_sentences(eval_painter, tmp_path, capsys):
         (answer, file("4.tsv", "index\timage\tquestion\tanswer\n1\tab"), "row 1 .*2 cells, not 4"),
         (answer, eval_tsv(tmp_path / "5.tsv", [{**good, "A": "x", "B": "y"}]), "none of its options"),
         (answer, eval_tsv(tmp_path / "6.tsv", [good, good]), "same index"),
+        ("understanding --task mme --data", eval_tsv(tmp_path / "24.tsv", [good]), "don't come in pairs"),
+        ("generate --bench wise --prompts", file("25.json", '{"a": 1}'), "entry 1 .* no object"),
+        ("generate --bench mjhq --prompts", file("26.json", "[3]"), "entry 1 .* no object"),
         (answer, file("7.jsonl", '{"image": "none.png", "question": "q", "answer": "a"}'), "no picture .*none.png"),
         (answer, file("8.tsv", "index\timage\n"), "no rows"),
         ("generate --prompts", file("9.jsonl", ""), "is empty"),
