@@ -3729,6 +3729,17 @@ def test_understanding_command_compares_with_the_commonest_answer(tmp_path, monk
     assert table["background"]["score"] == table["caption, objects"]["score"] == 0 < table["background"]["baseline"]
 
 
+def test_alignment_shuffled_prompts_and_large_sheets(tmp_path, monkeypatch):
+    """Perfect pictures fail under other prompts; of many pictures, whole prompts at even distances are on the sheet."""
+    monkeypatch.setattr(scores, "Pipeline", EvalOracle)
+    monkeypatch.setattr(scores, "SHEET", 12)
+    assert scores.main(["alignment", "--n-prompts", "12", "--images", "3", "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "alignment.json").read_text())
+    assert results["shuffled"]["overall"]["score"] < 0.4 < results["model"]["overall"]["score"] == 1
+    sheet = data.load_image(tmp_path / "alignment.png")              # prompts 0, 3, 6 and 9: twelve cells, one row
+    assert sheet.size == (12 * 144, 180) and len(results["pictures"]) == 36
+
+
 # ---- published benchmarks: drawing ----
 class EvalPainter(EvalOracle):
     """A stand-in whose pictures (8 x 8) are a function of prompt and seed; `drawn` collects what it was asked."""
@@ -3976,15 +3987,23 @@ def test_worlds_questions_as_a_table(eval_reader, monkeypatch, tmp_path):
     assert table["overall"]["baseline"] == pytest.approx(common / 60)
 
 
-def test_understanding_with_a_real_model(sample_folder, tmp_path):
-    """The answers in the file are those of sample.Pipeline; with --official, of the picture after JPEG."""
+def test_understanding_with_a_real_model(sample_folder, monkeypatch, tmp_path):
+    """The answers in the file are those of sample.Pipeline; with --official, of the picture after JPEG, enlarged."""
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
     picture.save(tmp_path / "p.png")
     file = eval_lines(tmp_path / "q.jsonl", [{"question_id": 5, "image": "p.png", "text": "a circle?", "label": "yes"}])
-    assert eval_understanding(file, tmp_path / "out", "--task", "pope", "--ckpt", sample_folder) == 0
-    line = json.loads((tmp_path / "out/q.score.json").read_text())["answers"][0]
-    pipe = sample.Pipeline(sample_folder)
-    assert line["answer"] == pipe.answer(picture, f"a circle?\n{scores.SHORT}", 128) and line["index"] == "5"
+    line = ["--task", "pope", "--ckpt", sample_folder]
+    assert eval_understanding(file, tmp_path / "out", *line) == 0
+    told = json.loads((tmp_path / "out/q.score.json").read_text())["answers"][0]
+    pipe, looked = sample.Pipeline(sample_folder), []
+    assert told["answer"] == pipe.answer(picture, f"a circle?\n{scores.SHORT}", 128) and told["index"] == "5"
+    monkeypatch.setattr(sample.Pipeline, "look", lambda self, image, look=sample.Pipeline.look: looked.append(
+        (image, look(self, image))) or looked[-1][1])
+    assert eval_understanding(file, tmp_path / "official", "--official", *line) == 0
+    (image, (patches, _)), = looked
+    after = scores.jpeg(np.asarray(picture))
+    assert (np.asarray(image) == after).all() and (after != np.asarray(picture)).any()
+    assert 200704 <= len(patches) * 8 ** 2 <= 1605632                 # patches of 8 x 8 pixels
 
 
 def test_options_are_read_off_answers():
