@@ -4,16 +4,27 @@ B batch, L tokens, H W pixels, N patches. Imports nothing else of this project.
 
 Reading order: the world (scenes, pictures, captions, questions) -> sources of samples -> tokens and templates -> pixels.
 """
+import fcntl
+import hashlib
 import io
+import json
 import math
+import os
+import re
+import sys
 import tarfile
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer as Tokenizers, decoders, models, normalizers, pre_tokenizers, trainers
+from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The world: pictures of 1 to 4 plain objects, about which everything is known
@@ -165,7 +176,7 @@ def caption(scene, rng, long=None):
     """
     long = rng.random() < 0.33 if long is None else long
     colour, size, place_of = (True, True, True) if long else (rng.random() < 0.75, rng.random() < 0.35, rng.random() < 0.1)
-    words = {"small": pick(rng, ["small", "small", "little", "tiny"]), "large": pick(rng, ["large", "large", "big"])}
+    words = {size: pick(rng, options) for size, options in WORDS_OF_SIZE.items()}
     names = [noun(t, colour, size, words) for t in scene.things]
     kinds = list(dict.fromkeys(names))
     link = relation(*scene.things) if len(scene.things) == 2 and len(kinds) == 2 else None
@@ -192,6 +203,39 @@ def caption(scene, rng, long=None):
         forms = [f + " on " + g for f in forms for g in (ground, scene.background)] + [f"{ground} with {{}}"] * 5
     text = pick(rng, forms).format(body)
     return text[0].upper() + text[1:] + "." if rng.random() < 0.25 else text
+
+
+WORDS_OF_SIZE = {"small": ("small", "small", "little", "tiny"), "large": ("large", "large", "big")}    # as often as here
+PLACES = [f"in the {row} {column} corner" for row in ("top", "bottom") for column in ("left", "right")]
+PLACES += ["on the left", "on the right", "at the top", "at the bottom", "in the middle"]
+MENTION = re.compile(r"\b(?:an?|{}) (?:(?:{}) )?(?:(?:{}) )?(?:{})s?\b(?: (?:{}))?".format(*map("|".join, (
+    NUMBERS[2:], sum(WORDS_OF_SIZE.values(), ()), COLOURS, SHAPES, PLACES))))
+DIRECTIONS = {"left of": ("left", "right"), "right of": ("right", "left"), "above": ("above", "below"),
+              "below": ("below", "above"), "under": ("below", "above")}
+
+
+def things_told(text):
+    """The things that a caption of the world names, each with all that it says of it, in its order; [] for other texts.
+
+    "A red circle to the left of two stars" -> ["a red circle left", "two stars right"].
+    """
+    found = list(MENTION.finditer(text.lower()))
+    things = [mention[0] for mention in found]
+    if len(found) == 2:
+        between = text[found[0].end():found[1].start()]
+        for link, sides in DIRECTIONS.items():
+            if link in between:
+                return [f"{thing} {side}" for thing, side in zip(things, sides)]
+    return things
+
+
+def exchange_colours(text):
+    """A caption that names two different colours of things, with the two exchanged; None for any other caption."""
+    named = re.findall("|".join(COLOURS), text)
+    if len(named) != 2 or named[0] == named[1]:
+        return None
+    text = re.sub("|".join(COLOURS), lambda found: named[found[0] == named[0]], text)
+    return re.sub(r"\b([Aa])n? (?=(\w))", lambda found: found[1] + ("n " if found[2] in "aeiou" else " "), text)
 
 
 QUESTIONS = ("colour", "shape", "count", "existence", "position", "background")
@@ -323,136 +367,381 @@ class World:
 
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+LEFT_OUT = ("no caption", "no picture", "link")                      # what never becomes a sample, counted while indexing
+INDEX = Path("runs/index")                                           # where the index of the shards is kept
+
+
+class BadSample(ValueError):
+    """A sample that nothing can be learnt from. cause: why, in two or three words, to count by."""
+
+    def __init__(self, cause, message):
+        super().__init__(message)
+        self.cause = cause
 
 
 def load_image(file):
-    """A picture file (path or binary file object) as an RGB PIL image, upright (EXIF), transparency on white.
+    """A picture file (path or binary file object) as an RGB PIL image, upright (EXIF), transparency on white, first frame.
 
-    Raises ValueError with one sentence if the file isn't a readable picture.
+    Raises BadSample with one sentence if the file isn't a readable picture.
     """
     try:
-        image = ImageOps.exif_transpose(Image.open(file))
-        if image.mode.startswith("I;16"):                            # PIL would clip 16 bits, not scale them
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = Image.open(file)
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):                               # PIL would clip 16 bits, not scale them
+            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        if image.mode != "RGB":
+            return image.convert("RGB")
+        image.load()
+        return image
     except Exception as error:                                       # broken bytes make PIL raise half a dozen kinds
+        causes = {FileNotFoundError: "no picture", UnidentifiedImageError: "not a picture",
+                  Image.DecompressionBombError: "too many pixels"}
         name = file if isinstance(file, (str, Path)) else "this member"
-        raise ValueError(f"{name} can't be read as a picture: {error}") from None
+        raise BadSample(causes.get(type(error), "broken picture"), f"{name} can't be read as a picture: {error}") from None
+
+
+def read_texts(text, record):
+    """The bytes of a key.txt (or None) and a dict with "caption", "captions", "short_caption" and "conversations" in any
+    combination -> {"caption": str, "captions": [str, ...], "turns": [(user, assistant), ...]}, each if there is one.
+
+    captions: the long ones first, the short one last. "turns" keep the <image> marks of LLaVA's conversations.
+    """
+    try:
+        texts = [None if text is None else text.decode("utf-8"), record.get("caption")]
+        texts += (record.get("captions") or []) + [record.get("short_caption")]
+        texts = [t.strip() for t in texts if t is not None]
+        said = [(m["from"], m["value"].strip()) for m in record.get("conversations") or [] if m["from"] != "system"]
+        roles, words = [role for role, _ in said], [word for _, word in said]
+        "".join(texts + words).encode("utf-8")                       # JSON can hold half a character
+    except UnicodeError:
+        raise BadSample("not UTF-8", "the caption isn't UTF-8 text") from None
+    except (AttributeError, KeyError, TypeError):
+        raise BadSample("broken JSON", "captions must be strings, conversations lists of {'from', 'value'}") from None
+    turns = list(zip(words[::2], words[1::2]))
+    if roles != ["human", "gpt"] * len(turns) or not all(user and answer for user, answer in turns):
+        raise BadSample("broken conversation", "a conversation must alternate between human and gpt, and end with gpt")
+    captions = list(dict.fromkeys(filter(None, texts)))
+    if not captions and not turns:
+        raise BadSample("empty caption" if texts else "no caption", "there is no caption")
+    return {**({"caption": captions[0], "captions": captions} if captions else {}), **({"turns": turns} if turns else {})}
+
+
+def scan(path):
+    """Where the samples of a tar shard or of a JSONL file lie, in the order in which they stand in it.
+
+    Returns rows (n, 6) int64, offset and size of the picture, the .txt and the .json (offset -1: there is none), and how
+    many members are left out for each cause of LEFT_OUT. ValueError if it isn't a tar archive.
+    """
+    rows, left, links = [], dict.fromkeys(LEFT_OUT, 0), set()
+    if path.suffix == ".jsonl":
+        with open(path, "rb") as file:
+            at = 0
+            for line in file:
+                if line.strip():
+                    rows.append((-1, 0, -1, 0, at, len(line)))
+                at += len(line)
+    else:
+        found = {"picture": {}, "txt": {}, "json": {}}               # stem -> (offset, size)
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for member in tar:
+                    stem, dot, suffix = member.name.rpartition(".")
+                    kind = "picture" if dot + suffix.lower() in PICTURES else suffix.lower()
+                    if kind in found and member.isfile():
+                        found[kind][stem] = member.offset_data, member.size
+                    elif kind == "picture":                          # a link could lead anywhere
+                        links.add(stem)
+        except tarfile.TarError as error:
+            raise ValueError(f"{path} isn't a readable tar shard: {error}") from None
+        none = (-1, 0)
+        rows = [(*where, *found["txt"].get(stem, none), *found["json"].get(stem, none))
+                for stem, where in found["picture"].items() if stem in found["txt"] or stem in found["json"]]
+        left["no caption"] = len(found["picture"]) - len(rows)
+        left["no picture"] = len((found["txt"].keys() | found["json"].keys()) - found["picture"].keys() - links)
+        left["link"] = len(links)
+    return np.array(rows, np.int64).reshape(-1, 6), np.array(list(left.values()))
+
+
+def scan_folder(path, names):
+    """The pairs of a folder as `scan` gives those of a shard, but offset and size tell where in `names`, a bytearray that
+    grows, the picture's path stands; those of the texts are 0 where there is one."""
+    found = sorted(path.rglob("*"))
+    stems = {suffix: {p.with_suffix("") for p in found if p.suffix == suffix} for suffix in (".txt", ".json")}
+    rows, pictures = [], [p for p in found if p.suffix.lower() in PICTURES]
+    for picture in pictures:
+        stem, name = picture.with_suffix(""), os.fsencode(picture)
+        if stem in stems[".txt"] or stem in stems[".json"]:
+            rows.append((len(names), len(name), *(x for s in stems.values() for x in (0 if stem in s else -1, 0))))
+            names += name
+    lonely = (stems[".txt"] | stems[".json"]) - {p.with_suffix("") for p in pictures}
+    return np.array(rows, np.int64).reshape(-1, 6), np.array([len(pictures) - len(rows), len(lonely), 0])
+
+
+@contextmanager
+def alone(file):
+    """One process at a time, of all that start together: the first one builds the index, the others find it built."""
+    lock = None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(file.with_suffix(".lock"), "w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError:                                                  # a disk that can't be written: each for itself
+        pass
+    try:
+        yield
+    finally:
+        if lock:
+            lock.close()
+
+
+class Unread(torch.utils.data.Dataset):
+    """The shards that have to be scanned, as a dataset, so that DataLoader's processes can share the work."""
+
+    def __init__(self, paths):
+        self.paths = paths
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        """What `scan` returns, or (None, the sentence that it raises)."""
+        try:
+            return scan(self.paths[i])
+        except ValueError as error:
+            return None, str(error)
+
+
+def index_shards(paths):
+    """`scan` of many files, each read once and then kept: (rows (n, 6) of all, shards (S, 6)), two int64 tensors.
+
+    shards: size, time of change, number of samples, then the counts of LEFT_OUT. The file in INDEX is named after the list
+    of paths; a shard whose size or time has changed is scanned again. All processes of a machine share the file's pages as
+    they are on disk: the rows of 30 million samples take 1.4 GB of memory once, not once a worker.
+    """
+    file = INDEX / f"{hashlib.sha256(chr(10).join(map(os.path.abspath, paths)).encode()).hexdigest()[:16]}.safetensors"
+    stamps = torch.tensor([(s.st_size, s.st_mtime_ns) for s in map(os.stat, paths)])                  # (S, 2)
+    with alone(file):
+        rows, shards = torch.empty(0, 6, dtype=torch.int64), torch.tensor([[-1, -1, 0, 0, 0, 0]] * len(paths))
+        try:
+            kept = load_file(file)
+            if len(kept["shards"]) == len(paths) and kept["shards"][:, 2].sum() == len(kept["rows"]) \
+                    and kept["rows"].sum() + kept["shards"].sum() == kept["sum"]:
+                rows, shards = kept["rows"], kept["shards"]
+        except (OSError, SafetensorError, KeyError, IndexError):     # not there, or broken: build it anew
+            pass
+        stale = (shards[:, :2] != stamps).any(1).nonzero().flatten().tolist()
+        if not stale:
+            return rows, shards
+        parts, shards = list(rows.split(shards[:, 2].tolist())), shards.clone()
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        loader = torch.utils.data.DataLoader(                        # its own generator: the run's noise stays as it is
+            Unread([paths[i] for i in stale]), batch_size=None, collate_fn=tuple, generator=torch.Generator(),
+            num_workers=min(16, cores) if cores > 1 and len(stale) > 100 else 0)
+        bar = tqdm(loader, desc="indexing shards", leave=False, disable=None if len(stale) > 20 else True)
+        for i, (table, left) in zip(stale, bar):
+            if table is None:
+                raise ValueError(left)
+            parts[i], shards[i] = torch.from_numpy(table), torch.tensor([*stamps[i], len(table), *left])
+        rows = torch.cat(parts)
+        try:
+            temporary = file.with_suffix(".tmp")
+            save_file({"rows": rows, "shards": shards, "sum": rows.sum() + shards.sum()}, temporary)
+            os.replace(temporary, file)
+            return load_file(file)["rows"], shards
+        except (OSError, SafetensorError) as error:
+            tqdm.write(f"the index of {len(paths)} shards can't be kept in {INDEX}, so the next start builds it again: "
+                       f"{error}", file=sys.stderr)
+            return rows, shards
 
 
 class Shards:
-    """Captioned pictures from tar shards (`key.jpg|png|webp` + `key.txt`) or folders of the same pairs.
+    """Captioned pictures from tar shards, JSONL files and folders, mixed in given shares.
 
-    The members' offsets are read once; pictures are read where they lie, so that item i costs one seek.
-    Raises ValueError if a path is missing or holds no pair.
+    A sample is key.jpg (.jpeg, .png, .webp) with key.txt or key.json or both; or a line of a JSONL file, its "image" a path
+    relative to that file. sources: [(paths, share)], the shares exact Fractions or None: those without one are one source
+    together, which gets what the others leave. Item i costs one seek, wherever it lies.
+    Raises ValueError if a path is missing, a source holds no sample, or the shares don't fit together.
     """
 
-    def __init__(self, paths):
-        self.items = []                                              # (picture, caption): each a path or (tar, offset, size)
-        for path in map(Path, paths):
-            if path.is_dir():
-                pairs = [(p, p.with_suffix(".txt")) for p in sorted(path.rglob("*")) if p.suffix.lower() in PICTURES]
-                self.items += [pair for pair in pairs if pair[1].is_file()]
-            elif path.is_file():
-                self.items += self.read_tar(path)
-            else:
+    def __init__(self, sources):
+        rest = [path for paths, share in sources if share is None for path in paths]
+        weighted = [(paths, share) for paths, share in sources if share is not None]
+        left = 1 - sum(share for _, share in weighted)
+        if left < 0 or (left > 0) != bool(rest) or any(share <= 0 for _, share in weighted):
+            told = ", ".join(str(float(share)) for _, share in weighted)
+            raise ValueError(f"the shares of the sources are {told}: each must be above 0, and their sum 1, or less than 1 if "
+                             "there are sources without a share")
+        groups = ([(rest, left)] if rest else []) + weighted
+        self.paths = [Path(path) for paths, _ in groups for path in paths]
+        for path in self.paths:
+            if not path.exists():
                 raise ValueError(f"there is no shard or folder at {path}")
-        if not self.items:
-            raise ValueError(f"no picture with a caption (name.jpg + name.txt) in {', '.join(map(str, paths))}")
-
-    @staticmethod
-    def read_tar(path):
-        """[(picture, caption)] of one shard, in the order in which the pictures stand in it."""
-        pictures, captions = {}, {}
-        try:
-            with tarfile.open(path, "r:") as tar:
-                for member in filter(tarfile.TarInfo.isfile, tar):
-                    stem, dot, suffix = member.name.rpartition(".")
-                    where = (path, member.offset_data, member.size)
-                    if dot + suffix.lower() in PICTURES:
-                        pictures[stem] = where
-                    elif suffix == "txt":
-                        captions[stem] = where
-        except tarfile.TarError as error:
-            raise ValueError(f"{path} isn't a readable tar shard: {error}") from None
-        return [(where, captions[stem]) for stem, where in pictures.items() if stem in captions]
-
-    @staticmethod
-    def read(where):
-        """The bytes of a path or of a tar member (tar, offset, size)."""
-        if isinstance(where, Path):
-            return where.read_bytes()
-        path, offset, size = where
-        with open(path, "rb") as file:
-            file.seek(offset)
-            return file.read(size)
+        files, names = [path for path in self.paths if not path.is_dir()], bytearray()
+        rows, shards = index_shards(files) if files else (torch.empty(0, 6), torch.empty(0, 6, dtype=torch.int64))
+        scanned = zip(rows.split(shards[:, 2].tolist()), shards[:, 3:].numpy())
+        found = [next(scanned) if not path.is_dir() else scan_folder(path, names) for path in self.paths]
+        self.rows = [torch.as_tensor(table) for table, _ in found]
+        self.names = torch.frombuffer(names, dtype=torch.uint8) if names else None
+        self.ends = np.cumsum([len(table) for table in self.rows])
+        self.left_out = dict(zip(LEFT_OUT, np.sum([left for _, left in found], 0).tolist()))
+        self.parts, first, u = [], 0, 0                              # (first item, number of items, share of all samples)
+        for paths, share in groups:
+            u += len(paths)
+            if first == self.ends[u - 1]:
+                raise ValueError(f"no picture with a caption (name.jpg + name.txt) in {', '.join(map(str, paths))}")
+            self.parts.append((first, int(self.ends[u - 1]) - first, share))
+            first = int(self.ends[u - 1])
 
     def __len__(self):
-        return len(self.items)
+        return int(self.ends[-1])
+
+    def locate(self, position):
+        """Which source a position of the run belongs to, and which of that source's samples it is: (number, k).
+
+        A source with share w gets the positions p at which floor(w p) grows, and there its sample k = floor(w p). The others
+        divide the rest among themselves in the same way. Integers only, so it is exact at any position.
+        """
+        left = Fraction(1)
+        for number in [*range(1, len(self.parts)), 0]:
+            share = self.parts[number][2] / left
+            k = position * share.numerator // share.denominator
+            if (position + 1) * share.numerator // share.denominator > k:
+                return number, k
+            position, left = position - k, left - self.parts[number][2]
+
+    def place(self, i):
+        """Item i -> (path of its shard, JSONL file or folder, its row as `scan` gives it, its number in there)."""
+        u = int(np.searchsorted(self.ends, i, "right"))
+        i -= int(self.ends[u]) - len(self.rows[u])
+        return self.paths[u], self.rows[u][i].tolist(), i
+
+    def name(self, i):
+        """What a person finds item i by."""
+        path, (at, size, *_), number = self.place(i)
+        if path.suffix == ".jsonl":
+            return f"{path}, sample {number + 1}"
+        if path.is_dir():
+            return os.fsdecode(self.names[at:at + size].numpy().tobytes())
+        with open(path, "rb") as file:
+            header = os.pread(file.fileno(), 512, at - 512)
+        return f"{path}: {header[:100].rstrip(bytes(1)).decode('utf-8', 'replace')}"
+
+    def fingerprint(self):
+        """A short name of what lies where: it changes with every shard that is changed, added or left out."""
+        found = hashlib.sha256()
+        for path, rows in zip(self.paths, self.rows):
+            stamp = path.stat()
+            found.update(f"{path.name} {stamp.st_size} {stamp.st_mtime_ns} {len(rows)}\n".encode())
+        return found.hexdigest()[:16]
 
     def __getitem__(self, i):
-        """{"image": PIL image, "caption": str}; raises ValueError if the picture or the caption is broken."""
-        picture, text = self.items[i]
+        """{"image": PIL image, and what `read_texts` finds}; raises BadSample if picture or text can't be used."""
+        image, texts = self.read(i)
+        return {"image": load_image(io.BytesIO(image) if isinstance(image, bytes) else image), **texts}
+
+    def read(self, i, texts_only=False):
+        """(the picture's bytes or path, what `read_texts` finds) of item i; raises BadSample if the texts can't be used.
+
+        With texts_only, the picture isn't read.
+        """
+        path, row, _ = self.place(i)
+        if path.is_dir():
+            picture = Path(os.fsdecode(self.names[row[0]:row[0] + row[1]].numpy().tobytes()))
+        if texts_only:
+            row[0] = -1
+        if path.is_dir():
+            image, text, record = (file.read_bytes() if at >= 0 else None for at, file in zip(
+                row[::2], (picture, picture.with_suffix(".txt"), picture.with_suffix(".json"))))
+        else:
+            with open(path, "rb", buffering=0) as file:
+                image, text, record = (os.pread(file.fileno(), size, at) if at >= 0 else None
+                                       for at, size in zip(row[::2], row[1::2]))
         try:
-            words = self.read(text).decode("utf-8").strip()
-        except UnicodeDecodeError:
-            raise ValueError(f"the caption {text} isn't UTF-8 text") from None
-        if not words:
-            raise ValueError(f"the caption {text} is empty")
-        return {"image": load_image(io.BytesIO(self.read(picture))), "caption": words}
+            record = {} if record is None else dict(json.loads(record))
+            image = path.parent / record["image"] if path.suffix == ".jsonl" else image
+        except KeyError:
+            raise BadSample("no picture", "a line of a JSONL file needs an \"image\"") from None
+        except (ValueError, TypeError, RecursionError) as error:
+            raise BadSample("broken JSON", f"this can't be read as a JSON object: {error}") from None
+        texts = read_texts(text, record)
+        if image == b"":
+            raise BadSample("empty picture", "the picture has no bytes")
+        return image, texts
 
 
 class Samples(torch.utils.data.Dataset):
     """Samples by position: sample p of a run is a pure function of (seed, p), whatever the ranks and workers.
 
-    Epoch p // len(source) has its own permutation. A broken item is replaced by the next readable one of that order,
+    Each epoch of each source has its own permutation. A broken item is replaced by the next readable one of that order,
     deterministically. image: uint8 (size, size, 3), short side scaled to `size`, middle cut out. long: the world's captions.
+    short: probability of the short caption where there is one (None: the world's as `long` says, else the long one). talk:
+    conversations will do where there is no caption.
     """
 
-    def __init__(self, source, size=64, seed=0, long=None):
-        self.source, self.size, self.seed, self.long, self.epoch, self.order = source, size, seed, long, None, None
+    def __init__(self, source, size=64, seed=0, long=None, short=None, talk=False):
+        self.source, self.size, self.seed, self.long, self.short, self.talk = source, size, seed, long, short, talk
+        self.orders = {}                                             # number of a source -> (epoch, its permutation)
 
-    def index(self, position):
-        """The item of the source at a position. The world is endless: there position and item are the same."""
-        epoch, at = divmod(position, len(self.source))
+    def index(self, position, ahead=0):
+        """The item at a position, or `ahead` places behind it in its source. The world is endless: no order but its own."""
         if isinstance(self.source, World):
-            return at
-        if epoch != self.epoch:
-            self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.source))
-        return int(self.order[at])
+            return (position + ahead) % len(self.source)
+        number, k = self.source.locate(position)
+        first, length, _ = self.source.parts[number]
+        epoch, at = divmod(k + ahead, length)
+        if self.orders.get(number, (None,))[0] != epoch:
+            order = np.random.default_rng((self.seed, epoch, number)).permutation(length)
+            self.orders[number] = epoch, order.astype(np.uint32 if length < 2 ** 32 else np.uint64)
+        return first + int(self.orders[number][1][at])
+
+    def choose(self, item, rng):
+        """One of the captions of an item, or None."""
+        short = self.short is not None and rng.random() < self.short
+        if "scene" in item:
+            return caption(item["scene"], rng, self.long if self.short is None else not short)
+        captions = item.get("captions", [None])
+        return captions[-1 if short else 0] if len(captions) < 3 or short else pick(rng, captions[:-1])
 
     def __getitem__(self, position):
-        """{"image", "caption", "scene" (the world only), "rng": a generator for what the caller draws for this sample}."""
-        rng = np.random.default_rng((self.seed, position, 1))
-        for attempt in range(100):
+        """{"image", "caption" and maybe "turns", "scene" (the world only), "skipped": [(cause, name)] of the items that were
+        passed over, this position's own first, "rng": a generator for what the caller draws for this sample}."""
+        rng, skipped = np.random.default_rng((self.seed, position, 1)), []
+        while len(skipped) < 100:
+            i = self.index(position, len(skipped))
             try:
-                item = self.source[self.index(position + attempt)]
+                item = self.source[i]
+                if not self.talk and "turns" in item and "caption" not in item:
+                    raise BadSample("no caption", "a conversation without a caption")
                 break
-            except ValueError as error:
+            except BadSample as error:
+                skipped.append((error.cause, self.source.name(i)))
                 last = error
         else:
-            raise ValueError(f"100 samples in a row can't be read; the last: {last}")
-        image = item["image"]
-        if isinstance(image, Image.Image):
-            image = np.asarray(crop_square(image, self.size))
-        return {**item, "image": image, "skipped": attempt, "rng": rng,
-                "caption": item.get("caption") or caption(item["scene"], rng, self.long)}
+            raise ValueError(f"100 samples in a row can't be read; the last: {last} ({skipped[-1][1]})")
+        if isinstance(item.get("image"), Image.Image):
+            item["image"] = np.asarray(crop_square(item["image"], self.size))
+        return {**item, "skipped": skipped, "rng": rng, "caption": self.choose(item, rng)}
 
 
 def open_source(spec, size=64, seed=0):
-    """`--data`: None is the synthetic world; else comma-separated shards, folders or glob patterns."""
+    """`--data`: None is the synthetic world; else comma-separated tar shards, folders, JSONL files or glob patterns, each
+    with its share of all samples if it ends in =share (long/*.tar,short/*.tar=0.1)."""
     if spec is None:
         return World(seed, size)
-    paths = []
+    sources = []
     for part in spec.split(","):
+        share, (path, _, number) = None, part.rpartition("=")
+        if path and not Path(part).exists():
+            with suppress(ValueError, ZeroDivisionError):            # no number: a part of the name
+                part, share = path, Fraction(number)
         found = sorted(Path("/" if part.startswith("/") else ".").glob(part.lstrip("/"))) if any(c in part for c in "*?[") else [part]
         if not found:
             raise ValueError(f"no file matches {part}")
-        paths += found
-    return Shards(paths)
+        sources.append((found, share))
+    return Shards(sources)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -461,6 +750,9 @@ def open_source(spec, size=64, seed=0):
 SYSTEM = "You are a helpful assistant."
 GENERATE = "Please generate image based on the following caption: {}"
 DESCRIBE = "Describe this image."
+RECONSTRUCT = "Please reconstruct the given image."
+REPEAT = "Repeat the caption."
+THING = "What is this?"
 # Qwen2.5's added tokens in the order of their ids, then the three of BLIP3-o: [IMG] is vocab_size - 3 at every size.
 SPECIAL = ("<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
            "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> "

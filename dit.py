@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -250,6 +251,16 @@ class Block(nn.Module):
 
 # ---- the model -----------------------------------------------------------------------------------------------------
 
+def recomputed(layer, on, *inputs):
+    """layer(*inputs); if `on`, its activations aren't kept for the backward pass but computed again in it.
+
+    Activation checkpointing (Chen et al., arXiv 1604.06174): memory of one layer instead of all, for a third more work.
+    """
+    if on and torch.is_grad_enabled():
+        return checkpoint(layer, *inputs, use_reentrant=False)
+    return layer(*inputs)
+
+
 class ConditionCache(NamedTuple):
     """What depends on the condition alone, so that all sampling steps share it; see NextDiT.cache_condition."""
     pooled: torch.Tensor  # (B, M), the condition's part of the modulation
@@ -261,7 +272,7 @@ class NextDiT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.checkpointing = config, False              # checkpointing: see `recomputed`
         self.patch_embedder = PatchEmbed(config)
         self.caption_projection = MLP(config.cond_dim, config.dim, nn.GELU(approximate="tanh"))
         self.time_caption_embed = nn.ModuleDict({
@@ -324,7 +335,7 @@ class NextDiT(nn.Module):
 
         h = self.patch_embedder(x.to(self.patch_embedder.proj.weight.dtype))  # (B, N, D)
         for layer, context in zip(self.layers, cache.contexts):
-            h = layer(h, mod, rope, context)
+            h = recomputed(layer, self.checkpointing, h, mod, rope, context)
         out = self.norm_out(h, mod)  # (B, N, p p C)
         out = out.view(len(x), height, width, p, p, C)  # here one token's numbers are (p, p, C), unlike at the input
         out = out.permute(0, 5, 1, 3, 2, 4).reshape(x.shape)  # (B, C, H/p, p, W/p, p) -> (B, C, H, W)

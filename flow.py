@@ -50,8 +50,11 @@ def interpolate(x0, x1, t):
 def drop_condition(cond, p, generator=None):
     """Zero the whole condition of a sample with probability p, so that one network also learns the unconditional flow.
 
-    cond (B, ...). Zeros are the null condition of `guide` (Ho & Salimans, arXiv 2207.12598).
+    cond (B, ...). Zeros are the null condition of `guide` (Ho & Salimans, arXiv 2207.12598). p may also be a (B,) bool
+    tensor, drawn before: True drops.
     """
+    if torch.is_tensor(p):
+        return cond * ~p.to(cond.device).view(-1, *[1] * (cond.ndim - 1))
     if not 0 <= p <= 1:
         raise ValueError(f"the probability of dropping a condition must lie in [0, 1], not {p}")
     if p == 0:
@@ -65,7 +68,8 @@ def flow_matching_loss(velocity, x1, cond, shift=1.0, drop=0.1, x0=None, t=None,
     """The training loss of each sample, (B,) fp32: mean squared error of the velocity over all dimensions of x1.
 
     velocity(x_t, t, cond) -> like x1; x1 (B, ...) data; cond (B, ...), or None with drop=0. Noise x0 and times t (B,)
-    are drawn unless given: a fixed t measures the loss at one time. Per sample, so that a log can sort it by time.
+    are drawn unless given: a fixed t measures the loss at one time. Per sample, so that a log can sort it by time. drop is
+    what `drop_condition` takes.
     """
     if t is None:
         t = sample_t(len(x1), shift, generator, x1.device)

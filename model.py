@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from dit import DiTConfig, NextDiT, RMSNorm
+from dit import DiTConfig, NextDiT, RMSNorm, recomputed
 from flow import euler_sample, flow_matching_loss, guide
 
 
@@ -73,13 +73,20 @@ class VisionConfig:
 
 @dataclass
 class BLIP3oConfig:
-    """The whole model. Without `vision` it can't see, without `dit` it can't draw."""
+    """The whole model. Without `vision` it can't see, without `dit` (or `mse_channels`) it can't draw.
+
+    The three designs of section 3.3: with a `dit`, flow matching makes CLIP features (CLIP + FM, BLIP3-o's choice) or, if
+    `latents`, the VAE's latents at their own grid (VAE + FM). With `mse_channels`, one linear map of each query's state is
+    the CLIP feature of that place (CLIP + MSE): no noise, so one picture for each prompt.
+    """
     text: TextConfig
     vision: VisionConfig | None = None
     dit: DiTConfig | None = None
-    n_query: int = 64
+    n_query: int | None = None         # None: 64 where something draws, else 0
     query_std: float = 1.0             # spread of the queries at birth; official: unit variance
     grid: int = 8                      # the features of an image form a grid x grid square
+    latents: bool = False              # the DiT makes VAE latents, not CLIP features
+    mse_channels: int | None = None    # width of the features that the queries' states are mapped to, without a DiT
     shift: float = 1.0                 # time shift of the flow (flow.shift_time); official: 1
     image_token_id: int = 151655       # <|image_pad|>, the placeholder of one vision token
     vision_start_token_id: int = 151652
@@ -87,17 +94,27 @@ class BLIP3oConfig:
     pad_token_id: int = 151643
 
     def __post_init__(self):
+        if self.n_query is None:
+            self.n_query = 64 if self.draws else 0
         if self.vision is not None and self.vision.out_hidden_size != self.text.hidden_size:
             raise ValueError(f"the vision tower's out_hidden_size {self.vision.out_hidden_size} must equal the "
                              f"language model's hidden_size {self.text.hidden_size}")
         if self.dit is not None and self.dit.cond_dim != self.text.hidden_size:
             raise ValueError(f"the DiT's cond_dim {self.dit.cond_dim} must equal the language model's hidden_size "
                              f"{self.text.hidden_size}")
+        if self.mse_channels is not None and (self.dit is not None or self.n_query != self.grid ** 2):
+            raise ValueError(f"CLIP + MSE maps one query to each of the {self.grid ** 2} features, without a DiT; this "
+                             f"configuration has {self.n_query} queries and {'a' if self.dit else 'no'} DiT")
+
+    @property
+    def draws(self):
+        """Can it make image features at all?"""
+        return self.dit is not None or self.mse_channels is not None
 
     @property
     def gen_hidden_size(self):
         """C, the width of one image feature."""
-        return self.dit.in_channels
+        return self.mse_channels or self.dit.in_channels
 
     @property
     def img_token_id(self):
@@ -131,10 +148,11 @@ def preset(name, vocab_size=None, **changes):
     if name not in PRESETS:
         raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
     spec = {**PRESETS[name], **changes}
+    dit = spec.pop("dit")
     text = spec.pop("text") | ({} if vocab_size is None else {"vocab_size": vocab_size})
     if "vocab_size" not in text:
         raise ValueError(f"preset {name!r} needs a vocab_size")
-    return BLIP3oConfig(TextConfig(**text), VisionConfig(**spec.pop("vision")), DiTConfig(**spec.pop("dit")), **spec)
+    return BLIP3oConfig(TextConfig(**text), VisionConfig(**spec.pop("vision")), dit and DiTConfig(**dit), **spec)
 
 
 # ---- parts that the vision tower and the language model share ------------------------------------------------------
@@ -351,19 +369,20 @@ class KVCache:
     def __init__(self, capacity=None):
         self.capacity, self.layers, self.length = capacity, {}, 0
 
-    def extend(self, layer, k, v):
-        """Add k and v (B, heads, L, hd) of new tokens; returns keys and values of all P + L, (B, heads, P + L, hd)."""
-        end = self.length + k.shape[2]
+    def extend(self, layer, length, k, v):
+        """Add k and v (B, heads, L, hd) of the tokens after the first `length` = P; returns keys and values of all P + L,
+        (B, heads, P + L, hd). Doing it again changes nothing, as activation checkpointing needs."""
+        end = length + k.shape[2]
         if self.capacity is None:
-            if self.length:
-                k, v = (torch.cat([past, new], dim=2) for past, new in zip(self.layers[layer], (k, v)))
+            if length:
+                k, v = (torch.cat([past[:, :, :length], new], dim=2) for past, new in zip(self.layers[layer], (k, v)))
             self.layers[layer] = k, v
             return k, v
         if layer not in self.layers:
             self.layers[layer] = [torch.empty(*y.shape[:2], self.capacity, y.shape[3], dtype=y.dtype, device=y.device)
                                   for y in (k, v)]
         for past, new in zip(self.layers[layer], (k, v)):
-            past[:, :, self.length:end] = new
+            past[:, :, length:end] = new
         return [past[:, :, :end] for past in self.layers[layer]]
 
 
@@ -416,7 +435,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.checkpointing = config, False             # checkpointing: see dit.recomputed
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -455,7 +474,8 @@ class Transformer(nn.Module):
         cos, sin = self.rope(positions, embeds.dtype)
         x = embeds
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, visible, (lambda k, v: (k, v)) if cache is None else partial(cache.extend, i))
+            extend = (lambda k, v: (k, v)) if cache is None else partial(cache.extend, i, past)
+            x = recomputed(layer, self.checkpointing, x, cos, sin, visible, extend)
         if cache is not None:
             cache.length += L
         return self.norm(x)
@@ -487,7 +507,8 @@ def pick_token(scores, temperature, top_p, generator):
 class BLIP3o(nn.Module):
     """Understands images and text (`logits`, `generate_text`) and draws (`condition`, `generate_features`).
 
-    Any component that a task doesn't need may be None: visual, llm, latent_queries, dit.
+    Any component that a task doesn't need may be None: visual, llm, latent_queries, dit, regressor (the linear map of the
+    CLIP + MSE design, in place of a dit).
     """
 
     def __init__(self, config):
@@ -497,10 +518,9 @@ class BLIP3o(nn.Module):
         self.visual = None if config.vision is None else VisionTower(config.vision)
         self.llm = Transformer(text)
         self.apply(self._init)
-        self.latent_queries, self.dit = None, None
-        if config.dit is not None:
-            self.latent_queries = nn.Parameter(torch.randn(1, config.n_query, text.hidden_size) * config.query_std)
-            self.dit = NextDiT(config.dit)  # comes after `apply`: it has its own initialisation
+        self.latent_queries, self.dit, self.regressor = None, None, None
+        if config.n_query:
+            self.add_generator(config)
 
     @staticmethod
     def _init(module):
@@ -510,42 +530,48 @@ class BLIP3o(nn.Module):
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
 
-    def add_generator(self, dit, vocab_size, n_query=64, shift=1.0, query_std=1.0):
-        """Turn a plain Qwen2.5-VL into the start of stage 1: new tokens, queries and a fresh DiT (a DiTConfig).
+    def add_generator(self, config):
+        """Make this the model of `config`, a BLIP3oConfig with the same language model: a fresh DiT or regressor, and
+        fresh queries where there are none or another number.
 
-        The vocabulary becomes vocab_size rows, the last three of them [IMG], [/IMG] and <image>. These start as the
-        mean of all rows before them, and the official training never changes them.
+        Where config.text.vocab_size is larger than the present vocabulary, the new rows ([IMG], [/IMG] and <image> come
+        last) start as the mean of all rows before them, and the official training never changes them.
         """
-        def resize(weight):
-            kept = weight.detach()[:vocab_size - 3]
-            mean = kept.float().mean(0, keepdim=True).to(kept.dtype)
-            return nn.Parameter(torch.cat([kept, mean.expand(vocab_size - len(kept), -1)]), weight.requires_grad)
+        weight, rows, text = self.llm.embed_tokens.weight, config.text.vocab_size, config.text
 
-        text, weight = self.config.text, self.llm.embed_tokens.weight
-        text.vocab_size = self.llm.embed_tokens.num_embeddings = vocab_size
-        self.llm.embed_tokens.weight = resize(weight)
-        if not text.tie_word_embeddings:
-            self.llm.lm_head.weight = resize(self.llm.lm_head.weight)
-            self.llm.lm_head.out_features = vocab_size
-        self.config = BLIP3oConfig(**{**vars(self.config), "dit": dit, "n_query": n_query, "shift": shift,
-                                      "query_std": query_std})
-        queries = torch.randn(1, n_query, text.hidden_size) * query_std
-        self.latent_queries = nn.Parameter(queries.to(weight))
-        self.dit = NextDiT(dit).to(weight)
+        def resize(weight):
+            kept = weight.detach()[:rows - 3]
+            mean = kept.float().mean(0, keepdim=True).to(kept.dtype)
+            return nn.Parameter(torch.cat([kept, mean.expand(rows - len(kept), -1)]), weight.requires_grad)
+        if len(weight) != rows:
+            self.llm.embed_tokens.num_embeddings, self.llm.embed_tokens.weight = rows, resize(weight)
+            if not text.tie_word_embeddings:
+                self.llm.lm_head.out_features, self.llm.lm_head.weight = rows, resize(self.llm.lm_head.weight)
+        self.config, self.llm.config = config, text
+        if self.latent_queries is None or self.latent_queries.shape[1] != config.n_query:
+            queries = torch.randn(1, config.n_query, text.hidden_size) * config.query_std
+            self.latent_queries = nn.Parameter(queries.to(weight))
+        # Not in `_init`: the DiT has its own initialisation, the regressor PyTorch's.
+        self.dit = None if config.dit is None else NextDiT(config.dit).to(weight)
+        channels = config.mse_channels
+        self.regressor = None if channels is None else nn.Linear(text.hidden_size, channels).to(weight)
 
     # -- prompts in --
 
     def embed(self, ids, mask, pixels=None, grid_thw=None):
-        """Embeddings (B, L, D) of ids (B, L), the image placeholders among the real tokens filled with image tokens."""
+        """Embeddings (B, L, D) of ids (B, L), the image placeholders among the real tokens filled with image tokens.
+
+        Without grid_thw, pixels (count, D) are such tokens already.
+        """
         spots = (ids == self.config.image_token_id) & mask
         count = int(spots.sum())
         if pixels is None or not len(pixels):
             if count:
                 raise ValueError(f"the prompts hold {count} image placeholders, but no pixels came with them")
             return self.llm.embed_tokens(ids)
-        if self.visual is None:
+        if self.visual is None and grid_thw is not None:
             raise ValueError("this model has no vision tower, so it can't take pixels")
-        tokens = self.visual(pixels, grid_thw)  # (count, D)
+        tokens = pixels if grid_thw is None else self.visual(pixels, grid_thw)  # (count, D)
         if count != len(tokens):
             raise ValueError(f"the prompts hold {count} image placeholders, the images {len(tokens)} tokens")
         embeds = self.llm.embed_tokens(ids)
@@ -635,8 +661,11 @@ class BLIP3o(nn.Module):
     def generate_features(self, cond, steps=30, guidance=3.0, noise=None, generator=None):
         """Draw image features (B, grid^2, C) for the condition (B, n_query, D), from noise (B, C, grid, grid).
 
-        Noise is drawn in the condition's dtype unless given. The null condition of guidance is zeros.
+        Noise is drawn in the condition's dtype unless given. The null condition of guidance is zeros. A regressor needs
+        neither noise nor steps.
         """
+        if self.regressor is not None:
+            return self.regressor(cond)
         if noise is None:
             shape = (len(cond), self.config.gen_hidden_size, self.config.grid, self.config.grid)
             source = cond.device if generator is None else generator.device
@@ -647,23 +676,26 @@ class BLIP3o(nn.Module):
 
     # -- training --
 
-    def forward(self, ids, mask=None, features=None, labels=None, pixels=None, grid_thw=None, drop=0.1, generator=None):
-        """Losses of a batch: "flow" if features (B, grid^2, C) are given, "text" if labels (B, L) are.
+    def forward(self, ids, mask=None, features=None, labels=None, pixels=None, grid_thw=None, drop=0.1, x0=None, t=None,
+                generator=None):
+        """Losses of a batch: "flow" or "mse" (B,) if features (B, grid^2, C) are given, "text" (n,) if labels (B, L) are.
 
         "flow" (section 3.2): velocity error of the DiT given what the queries heard, the condition dropped with
-        probability `drop`. "text": cross-entropy of the next token where labels aren't -100.
+        probability `drop` (or where `drop` (B,) is True), at noise x0 and times t as in flow_matching_loss. "mse" (section 3.3): error of the regressor.
+        "text": cross-entropy of each of the n tokens whose label isn't -100, given those before it.
         """
         losses = {}
         if features is not None:
-            grid = self.config.grid
-            x1 = features.float().transpose(1, 2).unflatten(2, (grid, grid))  # (B, C, grid, grid)
             cond = self.condition(ids, mask, pixels, grid_thw)
-            losses["flow"] = flow_matching_loss(self.dit, x1, cond, self.config.shift, drop, generator=generator).mean()
+            if self.regressor is not None:
+                losses["mse"] = (self.regressor(cond).float() - features.float()).square().flatten(1).mean(1)
+            else:
+                x1 = features.float().transpose(1, 2).unflatten(2, (self.config.grid,) * 2)  # (B, C, grid, grid)
+                losses["flow"] = flow_matching_loss(self.dit, x1, cond, self.config.shift, drop, x0, t, generator)
         if labels is not None:
             hidden, targets = self.hidden(ids, mask, pixels, grid_thw)[:, :-1], labels[:, 1:]
             labelled = targets != -100  # logits are V wide: only where they are needed
-            total = F.cross_entropy(self.llm.head(hidden[labelled]).float(), targets[labelled], reduction="sum")
-            losses["text"] = total / labelled.sum().clamp(min=1)
+            losses["text"] = F.cross_entropy(self.llm.head(hidden[labelled]).float(), targets[labelled], reduction="none")
         return losses
 
     # -- files --
@@ -672,14 +704,15 @@ class BLIP3o(nn.Module):
     def from_pretrained(cls, folder, device="cpu", dtype=torch.float32, parts=None):
         """Read a folder in the official layout: ours, BLIP3o-Model-4B/8B, a plain Qwen2.5-VL, Llama or SmolLM2.
 
-        parts: a set out of {"visual", "llm", "queries", "dit"}, None for all that the folder has; the others become
+        parts: a set out of {"visual", "llm", "queries", "dit", "regressor"}, None for all that the folder has; the others become
         None and aren't read. On the device "meta" nothing is read but the files' headers: sizes without memory. Raises
         ValueError where files and config.json don't match exactly.
         """
         folder = Path(folder)
         stored = read_headers(folder)
         config = read_config(folder, stored)
-        has = {"llm"} | ({"visual"} if config.vision else set()) | ({"dit", "queries"} if config.dit else set())
+        has = {"llm"} | ({"visual"} if config.vision else set()) | ({"queries"} if config.n_query else set())
+        has |= ({"dit"} if config.dit else set()) | ({"regressor"} if config.mse_channels else set())
         parts = has if parts is None else set(parts)
         if not parts <= has:
             raise ValueError(f"{folder} has no {' and no '.join(sorted(parts - has))}; it has {', '.join(sorted(has))}")
@@ -709,6 +742,7 @@ class BLIP3o(nn.Module):
                    for name, tensor in self.state_dict().items()}
         if (folder / WEIGHTS).exists():
             own = {component(key) for key in tensors}
+            own |= {"dit", "regressor"} if "queries" in own else set()  # of another design: it can't read these queries
             with safe_open(folder / WEIGHTS, framework="pt") as f:
                 tensors |= {key: f.get_tensor(key) for key in f.keys() if component(key) not in own}
         save_file(tensors, folder / (WEIGHTS + ".tmp"), metadata={"format": "pt"})
@@ -726,6 +760,7 @@ PREFIXES = (
     ("visual.", "visual.", "visual"),
     ("model.visual.", "visual.", "visual"),
     ("model.dit.model.", "dit.", "dit"),
+    ("model.regressor.", "regressor.", "regressor"),
     ("model.latent_queries", "latent_queries", "queries"),
     ("model.gen_vision_tower.", None, "gen_vision_tower"),  # EVA-CLIP, which clip_decoder.py reads
     ("model.vae.", None, "vae"),                            # FLUX's VAE in early releases, never used
@@ -733,7 +768,8 @@ PREFIXES = (
     ("model.language_model.", "llm.", "llm"),
     ("model.", "llm.", "llm"),
 )
-WRITTEN = {"visual.": "visual.", "dit.": "model.dit.model.", "latent_queries": "model.latent_queries",
+WRITTEN = {"visual.": "visual.", "dit.": "model.dit.model.", "regressor.": "model.regressor.",
+           "latent_queries": "model.latent_queries",
            "llm.lm_head.": "lm_head.", "llm.": "model."}  # and back, in the released files' form
 
 
@@ -841,10 +877,10 @@ def read_config(folder, stored):
         raise ValueError(f"{folder / 'config.json'} asks for {kind} RoPE scaling or a sliding window: not supported")
     ours = raw.get("nano_blip3o", {})
     try:
-        dit = ours.get("dit") or dit_sizes(stored)
+        dit = (ours.get("dit") or dit_sizes(stored)) if any(component(key) == "dit" for key in stored) else None
     except KeyError as error:
         raise ValueError(f"the DiT in {folder} lacks {error}, from which its size is read") from None
-    queries = stored.get("model.latent_queries", (None, (1, 64)))[1]
+    queries = stored.get("model.latent_queries", (None, (1, 0)))[1]
     tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", "lm_head.weight" not in stored))
     qkv_bias = any(key.endswith("layers.0.self_attn.q_proj.bias") for key in stored)
     return BLIP3oConfig(
@@ -853,11 +889,11 @@ def read_config(folder, stored):
                            "rope_scaling": rope if kind == "llama3" else None}),
         vision=VisionConfig(**pick_fields(VisionConfig, raw["vision_config"])) if raw.get("vision_config") else None,
         dit=None if dit is None else DiTConfig(**dit),
-        **{"n_query": queries[1], **{name: ours[name] for name in OURS if name in ours},
+        **{**{name: ours[name] for name in OURS if name in ours}, "n_query": queries[1],
            **{name: text[name] for name in TOKEN_IDS if text.get(name) is not None}})
 
 
-OURS = ("n_query", "query_std", "grid", "shift")
+OURS = ("n_query", "query_std", "grid", "shift", "latents", "mse_channels")
 TOKEN_IDS = ("image_token_id", "vision_start_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -878,7 +914,7 @@ def write_config(folder, model, dtype):
     """Update config.json in the folder, or make one: official fields, and what they can't say under "nano_blip3o"."""
     path, config = folder / "config.json", model.config
     raw = json.loads(path.read_text()) if path.exists() else {}
-    raw.setdefault("model_type", "qwen2_5_vl" if model.dit is None else "blip3o_qwen")
+    raw.setdefault("model_type", "blip3o_qwen" if config.draws else "qwen2_5_vl")
     text = raw.get("text_config", raw)
     text.update(asdict(config.text))
     for name in ("qkv_bias", "mrope_section", "rope_parameters"):  # not official, or the newer form of rope_scaling
@@ -889,9 +925,9 @@ def write_config(folder, model, dtype):
     raw |= {name: getattr(config, name) for name in TOKEN_IDS}
     if model.visual is not None:
         raw["vision_config"] = {**raw.get("vision_config", {}), **asdict(config.vision)}
-    if model.dit is not None:
-        raw |= {"gen_hidden_size": config.gen_hidden_size, "n_query": config.n_query}
-        raw["nano_blip3o"] = {**raw.get("nano_blip3o", {}), "format": 1, "dit": asdict(config.dit),
+    if model.latent_queries is not None:
+        raw |= {"n_query": config.n_query} | ({"gen_hidden_size": config.gen_hidden_size} if config.draws else {})
+        raw["nano_blip3o"] = {**raw.get("nano_blip3o", {}), "format": 1, "dit": config.dit and asdict(config.dit),
                               **{name: getattr(config, name) for name in OURS}}
     temporary = folder / "config.json.tmp"
     temporary.write_text(json.dumps(raw, indent=2) + "\n")

@@ -6,6 +6,7 @@
     python sample.py --image cat.png --reconstruct                          picture -> 64 features -> picture
     python sample.py --image cat.png --prompt "the same in snow" --draw     a picture of a picture and a text
     python sample.py --chat                                                 talk: text and @files in, "/image ..." draws
+    python sample.py --caption IMAGES --ckpt FOLDER --out shards/           a folder of pictures becomes training data
     python sample.py --ckpt FOLDER --dry-run                                what fits into this machine's memory?
     python sample.py --ckpt FOLDER --export diffusers DIR                   DiT, UNet and VAE for diffusers
 
@@ -16,12 +17,16 @@ Answers and the names of written files go to stdout, progress and timings to std
 B pictures, L tokens, C width of one CLIP feature, H W pixels.
 """
 import argparse
+import io
 import json
 import math
+import os
 import re
 import resource
 import sys
+import tarfile
 import time
+from collections import Counter
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -35,8 +40,8 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from clip_decoder import PRESETS as DECODER_PRESETS, EvaClip, PixelDecoder, UNet, VAE, save_weights, write_json
-from data import (DESCRIBE, Tokenizer, chat_ids, crop_square, load_image, pad, preprocess_clip, preprocess_qwen,
-                  prompt_ids)
+from data import (DESCRIBE, PICTURES, BadSample, Tokenizer, chat_ids, crop_square, load_image, pad, preprocess_clip,
+                  preprocess_qwen, prompt_ids, scan, smart_resize)
 from model import PRESETS, BLIP3o, component, preset, read_headers
 
 # Steps and guidance of the official pipeline; a checkpoint names its own in config.json as nano_blip3o.sampling.
@@ -52,6 +57,9 @@ LOOK = 448                                      # side of a picture that is part
 CONTEXT = 32768                                 # tokens that a model reads whose config.json doesn't say how many
 BATCH, DECODER_PIXELS = 16, 4 * 1024 ** 2       # pictures of one batch; the decoder takes fewer where they are large
 FRAMES = 8                                      # of --steps-strip
+SHARD = 1000                                    # pictures in a shard that --caption writes
+LONG, SHORT = "Describe this image in one paragraph of about 90 words.", "Describe this image in one short sentence."
+SHORT_TOKENS, CAPTION_PIXELS = 32, 1024 * 28 ** 2        # most tokens of a short caption, most pixels of a captioned picture
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -98,7 +106,7 @@ class Pipeline:
     def tokenizer(self):
         """The tokenizer; ValueError if it isn't the one that the language model was made for."""
         tokenizer, text = Tokenizer.from_pretrained(self.folder), self.model.config.text
-        rows, drawn = text.vocab_size, self.model.dit is not None
+        rows, drawn = text.vocab_size, self.model.config.draws
         if tokenizer.vocab_size > rows or drawn and tokenizer.vocab_size != rows:
             raise ValueError(f"{self.folder / 'tokenizer.json'} makes {tokenizer.vocab_size} tokens, [IMG] and its two "
                              f"companions included, but the language model has {rows}: they belong to different models")
@@ -111,10 +119,10 @@ class Pipeline:
 
         def part(name):
             return getattr(BLIP3o.from_pretrained(self.folder, self.device, self.dtype, {name}), name)
-        for name in "visual", "llm", "dit":
+        for name in "visual", "llm", "dit", "regressor":
             if getattr(model, name) is not None:
                 self.read_when_called(getattr(model, name), partial(part, name), name == "dit")
-        if model.dit is not None:
+        if model.latent_queries is not None:
             model.latent_queries = BLIP3o.from_pretrained(self.folder, self.device, self.dtype, {"queries"}).latent_queries
         return model
 
@@ -197,7 +205,7 @@ class Pipeline:
     def noise(self, seeds, stream):
         """Where the features of these seeds begin: (B, C, 8, 8)."""
         config = self.model.config
-        if config.dit is None:
+        if not config.draws:
             raise ValueError(f"the model in {self.folder} has no DiT: it can answer questions, but not draw")
         return draw_noise(seeds, (config.gen_hidden_size, config.grid, config.grid), stream)
 
@@ -245,6 +253,12 @@ class Pipeline:
 
         size: (height, width), the decoder's own if None. negative (B, 64, C): that of `negative` if None.
         """
+        if self.model.config.latents:                                # design VAE + FM: the DiT has drawn what the VAE decodes
+            if size:
+                raise ValueError("a model that draws VAE latents has one size of pictures: leave out --size")
+            with self.timed("decoder"):
+                z = features.transpose(1, 2).unflatten(2, (self.model.config.grid,) * 2)       # (B, C, h, w)
+                return (self.decoder.vae.decode(z) / 2 + 0.5).clamp(0, 1).cpu()
         steps, guidance = self.setting("decoder_steps", steps), self.setting("decoder_cfg", guidance)
         if negative is None and guidance != 1:
             negative = self.negative(seeds)
@@ -268,7 +282,7 @@ class Pipeline:
         self.decoder                                                 # if there is none, say so before the work
         (rows, looks), noise, n = self.rows(prompts, images), self.noise(seeds, FEATURES), len(prompts)
         keys, new = self.negative_keys(seeds, steps, guidance)
-        if self.setting("decoder_cfg", decoder_guidance) == 1:
+        if self.setting("decoder_cfg", decoder_guidance) == 1 or self.model.config.latents:
             keys, new = [], []
         if new:
             rows = rows + [self.tokenizer.encode(" ")] * len(new)
@@ -393,7 +407,7 @@ class Pipeline:
     def components(self):
         """{name: module} of what the folder holds, without reading more than headers."""
         model, folder = self.model, self.folder
-        found = {"Qwen ViT": model.visual, "LLM": model.llm, "DiT": model.dit}
+        found = {"Qwen ViT": model.visual, "LLM": model.llm, "DiT": model.dit, "regressor": model.regressor}
         if (folder / "gen_vision_tower").is_dir() or any(component(key) == "gen_vision_tower" for key in read_headers(folder)):
             found["EVA-CLIP"] = self.eva
         if (folder / "diffusion-decoder").is_dir():
@@ -409,6 +423,8 @@ class Pipeline:
             return (256 if name == "LLM" else 1024) * n * (3 * sizes.intermediate_size + 8 * sizes.hidden_size) * bytes
         if name == "DiT":                                            # the condition's keys and values in every layer, too
             return 128 * n * (3 * config.dit.ffn_dim + (8 + 2 * config.dit.n_layers) * config.dit.dim) * bytes
+        if name == "regressor":
+            return n * config.n_query * config.mse_channels * bytes
         if name == "EVA-CLIP":
             return n * self.eva.config.image_size ** 2 // self.eva.config.patch_size ** 2 * self.eva.config.mlp_hidden * 2 * bytes
         unet, vae = self.decoder.unet.config, self.decoder.vae
@@ -633,6 +649,98 @@ def chat(pipe, args):
             print(error, file=sys.stderr)
 
 
+def caption(pipe, args):
+    """--caption: a folder of pictures (or a pattern, or one file) -> out/00000.tar, ..., which train.py --data reads.
+
+    out/captions.jsonl is what is done: a line for each picture, written with its batch. A run that was killed goes on behind
+    the last whole line, and one with new pictures behind the old ones; a shard is a function of its thousand lines.
+    """
+    root, out = Path(args.caption), Path(args.out)
+    found = root.rglob("*") if root.is_dir() else [root] if root.exists() else root.parent.glob(root.name)
+    pictures = sorted(path for path in found if path.suffix.lower() in PICTURES)
+    if not pictures:
+        raise ValueError(f"there is no picture ({', '.join(PICTURES)}) at {root}")
+    out.mkdir(parents=True, exist_ok=True)
+    about = {key: getattr(args, key)
+             for key in ("ckpt", "instruction", "short_instruction", "max_new_tokens", "temperature")}
+    if (out / "captions.json").exists() and (old := json.loads((out / "captions.json").read_text("utf-8"))) != about:
+        raise ValueError(f"{out} holds captions made with {old}: choose another --out, or the same settings")
+    write_json(out / "captions.json", about)
+    limit = pipe.read("preprocessor_config.json").get("max_pixels", CAPTION_PIXELS)
+    pipe.limits.setdefault("max_pixels", min(limit, CAPTION_PIXELS))
+    with open(out / "captions.jsonl", "a+b") as log:
+        log.seek(0)
+        whole = log.read().rpartition(b"\n")[0].splitlines()          # the last line may have been cut by a kill
+        log.truncate(sum(len(line) + 1 for line in whole))
+        done = {line["image"]: line for line in map(json.loads, whole)}
+        told, written = [line for line in done.values() if "skipped" not in line], 0
+        todo = [path for path in pictures if os.path.relpath(path, out) not in done]
+        for i in tqdm(range(0, len(todo) + 1, BATCH), desc="batches", disable=None):         # the last one may be empty
+            new = describe(pipe, args, todo[i:i + BATCH], out)
+            log.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in new).encode())
+            log.flush()
+            os.fsync(log.fileno())
+            done |= {line["image"]: line for line in new}
+            told += [line for line in new if "skipped" not in line]
+            last = i + BATCH > len(todo)                             # then the rest makes a smaller shard
+            for written in range(written, -(-len(told) // SHARD) if last else len(told) // SHARD):
+                write_shard(out, written, told[written * SHARD:(written + 1) * SHARD])
+                written += 1
+    bad = Counter(line["skipped"] for line in done.values() if "skipped" in line)
+    print(f"{len(told)} pictures with captions in {written} shards; skipped: "
+          f"{', '.join(f'{n} {cause}' for cause, n in bad.items()) or 'none'}", file=sys.stderr)
+
+
+def describe(pipe, args, paths, out):
+    """Captions of a batch of picture files: a dict for each, {"image" (relative to out), "caption", "short_caption"}, or
+    "skipped" with the cause why there is none."""
+    lines, images = [{"image": os.path.relpath(path, out)} for path in paths], {}
+    for i, path in enumerate(paths):
+        try:
+            images[i] = load_image(path)
+            smart_resize(images[i].height, images[i].width)          # is it too narrow to be seen?
+        except ValueError as error:
+            images.pop(i, None)
+            lines[i]["skipped"] = error.cause if isinstance(error, BadSample) else "too narrow"
+    for key, question, most in (("caption", args.instruction, args.max_new_tokens),
+                                ("short_caption", args.short_instruction, min(SHORT_TOKENS, args.max_new_tokens))):
+        told = pipe.ask([([(question, None)], [[image]]) for image in images.values()], most, args.temperature,
+                        top_p=args.top_p, repetition_penalty=args.repetition_penalty) if images else []
+        for i, text in zip(images, told):
+            if len(pipe.tokenizer.encode(text)) >= most - 1:         # cut off: end with the last whole sentence, if any
+                text = re.sub(r"(?s)(.*[.!?]).*", r"\1", text)
+            if text.strip():
+                lines[i][key] = text.strip()
+            elif key == "caption":
+                lines[i]["skipped"] = "empty caption"
+    return lines
+
+
+def write_shard(out, number, lines):
+    """Write out/NNNNN.tar of these lines, whole, unless it is there: pictures as they are, key.txt and key.json.
+
+    Shards are written in turn, so of those that are there only the last can lack samples that came later.
+    """
+    path, following = (out / f"{k:05d}.tar" for k in (number, number + 1))
+    if path.exists() and (following.exists() or len(scan(path)[0]) == len(lines)):
+        return
+    shard = path.with_suffix(".tar.tmp")
+    with open(shard, "wb") as file:
+        with tarfile.open(fileobj=file, mode="w") as tar:
+            for i, line in enumerate(lines):
+                picture, key = out / line["image"], f"{number * SHARD + i:09d}"
+                texts = {name: line[name] for name in ("caption", "short_caption") if name in line}
+                for suffix, content in ((picture.suffix.lower(), picture.read_bytes()), (".txt", line["caption"].encode()),
+                                        (".json", json.dumps({**texts, "source": picture.name}).encode())):
+                    member = tarfile.TarInfo(key + suffix)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(shard, path)
+    print(path, flush=True)
+
+
 def export(pipe, args):
     """--export diffusers DIR: unet, vae, scheduler and transformer in diffusers' layout, in the precision of --dtype.
 
@@ -679,8 +787,8 @@ def dry_run(pipe, args):
 
 
 # What each command does.
-COMMANDS = {"draw": draw, "strip": strip, "answer": answer, "reconstruct": reconstruct, "chat": chat, "export": export,
-            "dry-run": dry_run}
+COMMANDS = {"draw": draw, "strip": strip, "answer": answer, "reconstruct": reconstruct, "chat": chat, "caption": caption,
+            "export": export, "dry-run": dry_run}
 
 
 class Parser(argparse.ArgumentParser):
@@ -707,6 +815,9 @@ def parse(argv):
     add("--size", type=int, help="side of drawn pictures in pixels (the decoder's own: 1024 for official weights)")
     add("--draw", action="store_true", help="draw from --image and --prompt together instead of answering")
     add("--chat", action="store_true", help="a conversation on the terminal, with pictures both ways")
+    add("--caption", metavar="IMAGES", help="caption a folder of pictures; --out gets tar shards that train.py reads")
+    add("--instruction", default=LONG, help="--caption: what to ask for the long caption")
+    add("--short-instruction", default=SHORT, help="--caption: what to ask for the short one")
     add("--max-new-tokens", type=int, default=128, help="longest answer")
     add("--temperature", type=float, default=0.0, help="of answers; 0 always takes the likeliest token")
     add("--top-p", type=float, default=1.0, help="with --temperature: draw from the likeliest tokens of this mass")
@@ -724,9 +835,10 @@ def parse(argv):
     args = parser.parse_args(argv)
 
     wrong = [  # (is it so?, what to say)
-        (args.prompt is None and args.image is None and not (args.chat or args.dry_run or args.export),
+        (args.prompt is None and args.image is None and not (args.chat or args.dry_run or args.export or args.caption),
          "say what to do: --prompt draws, --image with --prompt answers, --chat talks"),
-        (args.chat and (args.prompt is not None or args.image is not None), "--chat takes no --prompt and no --image"),
+        *((getattr(args, name) and (args.prompt is not None or args.image is not None),
+           f"--{name} takes no --prompt and no --image") for name in ("chat", "caption")),
         (args.export is not None and args.export[0] != "diffusers", f"--export writes for diffusers, not {args.export and args.export[0]}"),
         (args.size is not None and (args.image is not None and not args.draw), "--size is for pictures that are drawn of a --prompt"),
         (args.draw and (args.image is None or args.prompt is None), "--draw needs an --image and a --prompt"),
@@ -749,7 +861,7 @@ def parse(argv):
     for so, what in wrong:
         if so:
             raise ValueError(what)
-    for name in "dry_run", "export", "chat":
+    for name in "dry_run", "export", "chat", "caption":
         if getattr(args, name):
             return name.replace("_", "-"), args
     if args.image is not None and not args.draw:

@@ -25,6 +25,7 @@ import zlib
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,6 +54,12 @@ from clip_decoder import (
     pool, sinusoid, weight_map)
 from dit import DiTConfig, NextDiT
 from model import BLIP3o, BLIP3oConfig, KVCache, TextConfig, Transformer, VisionConfig, VisionTower
+
+
+@pytest.fixture(scope="session", autouse=True)
+def index_folder(tmp_path_factory):
+    """Tests leave no index of their shards behind."""
+    data.INDEX = tmp_path_factory.mktemp("index")
 
 
 def randomise(module, seed=0, std=0.2):
@@ -843,8 +850,8 @@ def test_condition_parity(tmp_path):
     """transformers' language model on [prompt, [IMG], queries], no position ids, gives the same condition."""
     reference = model_hf_vl()
     ours = model_ours_of(reference, tmp_path)
-    ours.add_generator(DiTConfig(in_channels=12, dim=48, n_layers=1, n_heads=4, n_kv_heads=4, ffn_dim=64, cond_dim=64),
-                       vocab_size=100, n_query=5)
+    dit = DiTConfig(in_channels=12, dim=48, n_layers=1, n_heads=4, n_kv_heads=4, ffn_dim=64, cond_dim=64)
+    ours.add_generator(replace(ours.config, dit=dit, n_query=5))
     ids, _ = model_ids([8, 8])
     with torch.no_grad():
         embeds = ours.llm.embed_tokens(F.pad(ids, (0, 1), value=97))
@@ -944,10 +951,10 @@ def test_losses():
     losses = model(ids, mask, labels=labels)
     logits = model.logits(ids, mask)
     expected = F.cross_entropy(logits[:, :-1].reshape(-1, 100), labels[:, 1:].reshape(-1))
-    assert set(losses) == {"text"} and gap(losses["text"].detach(), expected.detach()) < 1e-5
+    assert set(losses) == {"text"} and gap(losses["text"].mean().detach(), expected.detach()) < 1e-5
     without_images = dict(pixels=torch.zeros(0, 96), grid_thw=torch.zeros(0, 3, dtype=torch.long))
     assert torch.equal(model(ids, mask, labels=labels, **without_images)["text"], losses["text"])
-    assert model(ids, mask, labels=torch.full_like(labels, -100))["text"] == 0  # nothing to learn isn't NaN
+    assert model(ids, mask, labels=torch.full_like(labels, -100))["text"].shape == (0,)
 
     features = torch.randn(2, 64, 12, generator=torch.Generator().manual_seed(0))
     got = model(ids, mask, features=features, drop=0.0, generator=torch.Generator().manual_seed(1))
@@ -956,7 +963,7 @@ def test_losses():
     t = t / (t + 2.0 * (1 - t))  # the config's shift
     x0, x1 = torch.randn(2, 12, 8, 8, generator=gen), features.transpose(1, 2).reshape(2, 12, 8, 8)
     x_t = t.view(-1, 1, 1, 1) * x1 + (1 - t).view(-1, 1, 1, 1) * x0
-    error = (model.dit(x_t, t, model.condition(ids, mask)) - (x1 - x0)).square().mean()
+    error = (model.dit(x_t, t, model.condition(ids, mask)) - (x1 - x0)).square().flatten(1).mean(1)
     assert set(got) == {"flow"} and gap(got["flow"].detach(), error.detach()) < 1e-5
 
 
@@ -1058,8 +1065,8 @@ def test_add_generator():
         for vocab in (98, 104):
             model = model_tiny(dit=None, text=model_text_config(tie_word_embeddings=tied))
             before = model.llm.embed_tokens.weight.detach().clone()
-            model.add_generator(DiTConfig(in_channels=12, dim=48, n_layers=1, n_heads=4, n_kv_heads=4, ffn_dim=64,
-                                          cond_dim=64), vocab_size=vocab, n_query=4)
+            dit = DiTConfig(in_channels=12, dim=48, n_layers=1, n_heads=4, n_kv_heads=4, ffn_dim=64, cond_dim=64)
+            model.add_generator(replace(model.config, text=replace(model.config.text, vocab_size=vocab), dit=dit, n_query=4))
             rows, kept = model.llm.embed_tokens.weight.detach(), min(100, vocab - 3)
             assert torch.equal(rows[:kept], before[:kept]) and len(rows) == vocab
             assert gap(rows[model.config.img_token_id], before[:kept].mean(0)) < 1e-6
@@ -2010,10 +2017,12 @@ def test_samples_replace_broken_items(data_members, tmp_path):
     row = [samples[position + p] for p in range(8)]
     for p, sample in enumerate(row):
         skipped = next(k for k in range(4) if order[p + k] >= 3)
-        assert sample["skipped"] == skipped
+        assert [name for _, name in sample["skipped"]] == [source.name(order[p + k]) for k in range(skipped)]
+        causes = {"cut.jpg": "broken picture", "mute.jpg": "empty caption", "odd.jpg": "not UTF-8"}
+        assert all(causes[name.rpartition(": ")[2]] == cause for cause, name in sample["skipped"])
         assert sample["caption"] == list(DATA_CAPTIONS)[order[p + skipped] - 3]
         assert sample["image"].shape == (16, 16, 3) and sample["image"].dtype == np.uint8
-    assert sum(s["skipped"] for s in row) >= 3
+    assert sum(len(s["skipped"]) for s in row) >= 3
     again = data.Samples(source, 16, seed=4)[position + 3]
     assert again["caption"] == row[3]["caption"] and (again["image"] == row[3]["image"]).all()
     only = data.open_source(str(data_tar(tmp_path / "bad.tar", bad)))
@@ -2037,8 +2046,399 @@ def test_samples_are_a_pure_function_of_seed_and_position(data_members, tmp_path
     world = data.Samples(data.World(0, 32), 32, seed=0, long=True)
     first, later = world[41], data.Samples(data.World(0, 32), 32, 0, True)[41]
     assert first["scene"] == later["scene"] == data.make_scene(0, 41) and first["caption"] == later["caption"]
-    assert first["rng"].random() == later["rng"].random() and first["skipped"] == 0
+    assert first["rng"].random() == later["rng"].random() and first["skipped"] == []
     assert first["scene"].background in first["caption"].lower()      # long captions tell everything
+
+
+def data_source(spec):
+    """The captions of all items of a source, in its order."""
+    source = data.open_source(str(spec))
+    return [source[i]["caption"] for i in range(len(source))]
+
+
+def data_colours(path, prefix, n):
+    """A shard of n pairs whose captions are prefix-0, prefix-1, ...; returns its path."""
+    picture = data_bytes(data_plain("red", (8, 8)))
+    return data_tar(path, {f"{prefix}-{i:03d}.{suffix}": content for i in range(n)
+                           for suffix, content in (("png", picture), ("txt", f"{prefix}-{i}"))})
+
+
+def test_sources_are_mixed_in_exact_shares(tmp_path):
+    """Each source gets its share of every prefix of the run to within one sample, and its own samples one after another."""
+    for name, n in ("a", 7), ("b", 5), ("c", 3), ("d", 4):
+        data_colours(tmp_path / f"{name}.tar", name, n)
+    a, b, c, d = (tmp_path / f"{name}.tar" for name in "abcd")
+    source = data.open_source(f"{a},{b}=0.1,{c}=1/3,{d}")
+    shares = [1 - Fraction(1, 10) - Fraction(1, 3), Fraction(1, 10), Fraction(1, 3)]           # rest, b, c
+    seen = [0, 0, 0]
+    for p in range(3000):
+        number, k = source.locate(p)
+        assert k == seen[number]                                     # no sample of a source is left out or used twice
+        seen[number] += 1
+        assert seen[1] == (p + 1) // 10 and all(abs(n - (p + 1) * w) < 2 for n, w in zip(seen, shares))
+    for p in (10 ** 10 + 9, 3 * 10 ** 17 + 9):                       # floats would have lost the last digits here
+        assert source.locate(p) == (1, p // 10) and sum(source.locate(p + j)[0] == 1 for j in range(1000)) == 100
+        before = [source.locate(next(q for q in range(p, p + 99) if source.locate(q)[0] == n))[1] for n in range(3)]
+        assert sum(before) in range(p - 2, p + 3)                    # so many samples of all sources came before
+    samples = data.Samples(source, 8, seed=3)
+    names = [samples[p]["caption"] for p in range(300)]
+    parts = {part: [n for n in names if n[0] in part] for part in ("ad", "b", "c")}
+    assert [len(p) for p in parts.values()] == [170, 30, 100]
+    for part, size in ("ad", 11), ("b", 5), ("c", 3):                # every epoch of each source holds all of it once
+        epochs = [tuple(parts[part][i:i + size]) for i in range(0, len(parts[part]) - size + 1, size)]
+        assert all(len(set(epoch)) == size for epoch in epochs) and len(set(epochs)) > 2
+    whole = data.open_source(f"{a}=0.75,{b}=0.25")
+    assert [whole.locate(p)[0] for p in range(8)] == [0, 0, 0, 1] * 2
+
+    plain, order = data.Samples(data.open_source(str(a)), 8, seed=5), [np.random.default_rng((5, e)).permutation(7) for e in (0, 1)]
+    assert [plain.index(p) for p in range(14)] == [*order[0], *order[1]]                       # one source: as it ever was
+    os.rename(a, tmp_path / "x=0.5")
+    assert len(data.open_source(str(tmp_path / "x=0.5"))) == 7       # a file that is called so
+    for spec in (f"{b}=0.5,{c}=0.6", f"{b}=0.5,{c}=0.4", f"{b}=1,{c}", f"{b}=0,{c}", f"{b}=-1,{c}"):
+        with pytest.raises(ValueError, match="their sum 1"):
+            data.open_source(spec)
+    with pytest.raises(ValueError, match="no shard or folder at .*=half"):
+        data.open_source(f"{b}=half,{c}")
+
+
+def test_sources_of_json_and_several_captions(tmp_path):
+    """JSONL and key.json: captions long and short, LLaVA's conversations; --short-caption draws between them."""
+    for name in "ab":
+        data_plain("red", (8, 8)).save(tmp_path / f"{name}.png")
+    turns = [{"from": "system", "value": "Be kind."}, {"from": "human", "value": "<image>\nWhat is it?"},
+             {"from": "gpt", "value": "Red."}, {"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes."}]
+    lines = [{"image": "a.png", "caption": "one"}, {"image": str(tmp_path / "b.png"), "conversations": turns},
+             {"image": "b.png", "captions": ["long one", "longer", "short"]}]
+    (tmp_path / "x.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
+    source = data.open_source(str(tmp_path / "x.jsonl"))
+    assert len(source) == 3 and source[0]["caption"] == "one" and source[0]["image"].size == (8, 8)
+    talk = {"turns": [("<image>\nWhat is it?", "Red."), ("Sure?", "Yes.")]}
+    assert {k: v for k, v in source[1].items() if k != "image"} == talk
+    spoken = data.Samples(source, 8, talk=True)
+    assert {s["caption"] for s in map(spoken.__getitem__, range(99))} == {"one", None, "long one", "longer"}
+    silent = data.Samples(source, 8)
+    bad = next(p for p in range(3) if silent.index(p) == 1)
+    assert silent[bad]["skipped"] == [("no caption", f"{tmp_path / 'x.jsonl'}, sample 2")]
+
+    record = {"caption": "long", "short_caption": "short"}
+    tar = data_tar(tmp_path / "x.tar", {"k.png": (tmp_path / "a.png").read_bytes(), "k.json": json.dumps(record)})
+    (tmp_path / "folder").mkdir()
+    shutil.copy(tmp_path / "a.png", tmp_path / "folder" / "k.png")
+    (tmp_path / "folder" / "k.json").write_text(json.dumps(record))
+    for path in tar, tmp_path / "folder":
+        source = data.open_source(str(path))
+        for short, least, most in (None, 0, 0), (0.0, 0, 0), (0.1, 60, 140), (1.0, 1000, 1000):
+            samples = data.Samples(source, 8, seed=1, short=short)
+            n = Counter(samples.choose(source[0], np.random.default_rng((1, p, 1))) for p in range(1000))
+            assert least <= n["short"] <= most and n["short"] + n["long"] == 1000
+            assert samples[4]["caption"] == samples.choose(source[0], np.random.default_rng((1, 4, 1)))
+    both = data_tar(tmp_path / "y.tar", {"k.png": (tmp_path / "a.png").read_bytes(), "k.txt": "first", "k.json": json.dumps(record)})
+    assert data.open_source(str(both))[0]["captions"] == ["first", "long", "short"]
+    drawn = {data.Samples(data.open_source(str(both)), 8)[p]["caption"] for p in range(30)}
+    assert drawn == {"first", "long"}                                # several long ones: each in its turn
+    for p in range(20):                                              # the world's captions: all long, all short
+        for short in (0, 1):
+            rng = np.random.default_rng((0, p, 1))
+            rng.random()
+            assert data.Samples(data.World(0, 16), 16, short=short)[p]["caption"] == data.caption(data.make_scene(0, p), rng, not short)
+
+    stage = SimpleNamespace(questions=1)
+    look = lambda turns: train.UnderstandingStage.task(stage, {"rng": None, "turns": turns})
+    assert look(talk["turns"]) == ([("What is it?", "Red."), ("Sure?", "Yes.")], True)
+    assert look([("Who?", "Me.")]) == ([("Who?", "Me.")], False)
+
+
+def test_index_is_built_once_and_never_trusted_blindly(tmp_path, monkeypatch, capsys):
+    """A second start reads no shard; a changed one alone is read again; a broken index or a full disk costs only time."""
+    monkeypatch.setattr(data, "INDEX", tmp_path / "deep" / "index")
+    for s in range(5):
+        data_colours(tmp_path / f"{s}.tar", f"s{s}", 3)
+    (tmp_path / "lines.jsonl").write_text('{"image": "none.png", "caption": "x"}\n')
+    reads, scan = [], data.scan
+    monkeypatch.setattr(data, "scan", lambda path: reads.append(path.name) or scan(path))
+    spec, everything = f"{tmp_path}/*.tar,{tmp_path}/lines.jsonl", [f"s{s}-{i}" for s in range(5) for i in range(3)]
+
+    def start():
+        reads.clear()
+        source = data.open_source(spec)
+        assert [source[i]["caption"] for i in range(len(source) - 1)] == everything
+        return list(reads)
+    names = [f"{s}.tar" for s in range(5)] + ["lines.jsonl"]
+    assert start() == names and start() == []
+    file, = (tmp_path / "deep" / "index").glob("*.safetensors")
+    stamp = os.stat(tmp_path / "2.tar")
+    data_colours(tmp_path / "2.tar", "s2", 4)                        # one sample more, then the old one with a new time
+    everything.insert(9, "s2-3")
+    assert start() == ["2.tar"] and start() == []
+    os.utime(tmp_path / "2.tar", ns=(stamp.st_atime_ns, stamp.st_mtime_ns - 1))
+    assert start() == ["2.tar"]
+    whole = file.read_bytes()
+    for broken in (b"", whole[:-9], b"x" * 99, whole[:-400] + bytes([whole[-400] ^ 1]) + whole[-399:]):
+        file.write_bytes(broken)
+        assert start() == names and start() == [] and file.read_bytes() == whole
+    assert capsys.readouterr() == ("", "")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(data, "save_file", full)
+    file.unlink()
+    assert start() == names
+    assert re.fullmatch(r"the index of 6 shards can't be kept in .*: \[Errno 28\] No space left on device\n", capsys.readouterr().err)
+    monkeypatch.setattr(data, "INDEX", tmp_path / "0.tar" / "index")  # nor can there be a folder, or a lock
+    assert start() == names and len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_index_of_a_thousand_shards_starts_in_two_seconds(tmp_path, monkeypatch):
+    """Once indexed: from nothing to the first batch of 64. The rows stay in the file's own pages, shared by all workers."""
+    monkeypatch.setattr(data, "INDEX", tmp_path / "index")
+    shard = data_colours(tmp_path / "0000.tar", "x", 4).read_bytes()
+    for s in range(1, 1000):
+        (tmp_path / f"{s:04d}.tar").write_bytes(shard)
+    assert len(data.open_source(f"{tmp_path}/*.tar")) == 4000
+    start = time.perf_counter()
+    source = data.open_source(f"{tmp_path}/*.tar")
+    samples = data.Samples(source, 64)
+    assert len([samples[p] for p in range(64)]) == 64 and len(source) == 4000
+    assert time.perf_counter() - start < 2
+    if Path("/proc/self/maps").exists():
+        file, = (tmp_path / "index").glob("*.safetensors")
+        mapped = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if str(file) in line]
+        assert all(any(int(a, 16) <= rows.data_ptr() < int(b, 16) for a, b in mapped) for rows in source.rows)
+
+
+def data_bomb(side):
+    """A PNG that claims side x side pixels."""
+    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)) + \
+        chunk(b"IDAT", zlib.compress(bytes(999))) + chunk(b"IEND", b"")
+
+
+def data_corrupt(folder):
+    """A shard and a JSONL file with 60 corrupt samples and 52 good ones, ten of them odd. Returns what --data takes and
+    how many samples are bad for which cause: (found while reading, found while indexing)."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
+    jpeg, png, exif = data_bytes(noise, "JPEG"), data_bytes(noise), Image.Exif()
+    exif[274] = 6
+    frames = [data_plain(c) for c in ("red", "blue")]
+    kinds = {"broken picture": [(jpeg[:len(jpeg) // (2 + i)], "t") for i in range(8)] + [(png[:-900], "t")] * 4,
+             "empty picture": [(b"", "t")] * 6, "not a picture": [(b"plain text", "t"), (b"%PDF-1.4", "t")] * 3,
+             "too many pixels": [(data_bomb(20000), "t")] * 2, "not UTF-8": [(jpeg, b"\xff\xfe\x00t")] * 5,
+             "empty caption": [(jpeg, " \n")] * 5, "broken JSON": [(jpeg, None, "{"), (jpeg, None, "[1]"), (jpeg, "t", '{"captions": "x"}'),
+                                                                   (jpeg, None, "[" * 99999)],
+             "no caption": [(jpeg, None, "{}")], "broken conversation": [(jpeg, None, '{"conversations": [{"from": "gpt", "value": "x"}]}')],
+             None: [(data_bytes(noise.convert("CMYK"), "JPEG"), "cmyk"), (png, "png called jpg"),
+                    (data_bytes(Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(40, 30) * 50)), "16 bits"),
+                    (data_bytes(noise.quantize(9)), "palette"), (data_bytes(noise, "JPEG", exif=exif), "turned"),
+                    (data_bytes(frames[0], "GIF", save_all=True, append_images=frames[1:]), "gif"),
+                    (data_bytes(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True), "webp"),
+                    (data_bytes(frames[0], "PNG", save_all=True, append_images=frames[1:]), "apng"),
+                    (data_bytes(noise.convert("L")), "grey"), (data_bytes(noise.convert("1")), "black")]}
+    samples = [(cause, *sample) for cause, some in kinds.items() for sample in some]
+    samples += [(None, jpeg, f"good {i}") for i in range(40)]
+    left = {"no caption": 5, "no picture": 3, "link": 4}
+    with tarfile.open(folder / "x.tar", "w") as tar:
+        def add(name, content, **about):
+            info = tarfile.TarInfo(name)
+            info.size = len(content) if not about else 0
+            for key, value in about.items():
+                setattr(info, key, value)
+            tar.addfile(info, io.BytesIO(content))
+        for n in np.random.default_rng(1).permutation(len(samples)):
+            _, picture, *texts = samples[n]
+            prefix = ("", "/etc/", "../../")[n % 3]                  # absolute names, and names that lead out
+            for suffix, content in zip(("txt", "json"), texts):      # texts stand before or behind their picture
+                if content is not None and n % 2:
+                    add(f"{prefix}{n:03d}.{suffix}", content if isinstance(content, bytes) else content.encode())
+            add(f"{prefix}{n:03d}.jpg", picture)
+            for suffix, content in zip(("txt", "json"), texts):
+                if content is not None and not n % 2:
+                    add(f"{prefix}{n:03d}.{suffix}", content if isinstance(content, bytes) else content.encode())
+        for i in range(left["no caption"]):
+            add(f"mute{i}.png", png)
+        for i in range(left["no picture"]):
+            add(f"blind{i}.txt", b"x")
+        for i in range(left["link"]):
+            add(f"link{i}.jpg", b"", type=tarfile.SYMTYPE if i % 2 else tarfile.LNKTYPE, linkname="/etc/passwd" if i % 2 else "001.jpg")
+            add(f"link{i}.txt", b"a caption")
+    data_plain("green").save(folder / "there.png")
+    lines = ['{"image": "there.png", "caption": "a line"}', '{"image": "there.png"', '{"image": "gone.png", "caption": "x"}', "null",
+             '{"image": "gone.png", "caption": "y"}', '{"image": "there.png", "caption": "half a \\ud83d"}', '{"caption": "z"}',
+             '{"image": "there.png", "caption": "last"}']
+    (folder / "x.jsonl").write_text("\n".join(lines))
+    causes = Counter({cause: len(some) for cause, some in kinds.items() if cause})
+    causes.update({"broken JSON": 2, "no picture": 3, "not UTF-8": 1})
+    assert sum(causes.values()) + sum(left.values()) == 60
+    return f"{folder}/x.tar,{folder}/x.jsonl", causes, left
+
+
+@pytest.mark.filterwarnings("ignore")                               # PIL's, of broken pictures
+def test_corrupt_samples_are_skipped_and_counted_by_cause(tmp_path):
+    """60 corrupt samples among 52 good ones: nothing crashes, each is counted once an epoch, the good ones keep their places,
+    and all is the same for any number of ranks and workers."""
+    spec, causes, left = data_corrupt(tmp_path)
+    source = data.open_source(spec)
+    assert source.left_out == left and len(source) == 52 + sum(causes.values())
+    alone, verdicts = {}, {}
+    for i in range(len(source)):
+        try:
+            alone[i] = source[i]["caption"]
+        except data.BadSample as error:
+            verdicts[i] = error.cause
+            assert "\n" not in str(error)
+    assert Counter(verdicts.values()) == causes
+    pixels = {text: np.asarray(source[i]["image"]) for i, text in alone.items()}
+    assert pixels["turned"].shape == (30, 40, 3) and pixels["cmyk"].shape == (40, 30, 3)
+    assert all((pixels[kind] == (255, 0, 0)).all() for kind in ("gif", "webp", "apng"))             # the first frame
+    assert (pixels["16 bits"][..., 0].ravel() == np.arange(1200) * 50 // 256).all()
+
+    samples, n = data.Samples(source, 16, seed=2), len(source)
+    rows = [samples[p] for p in range(2 * n)]
+    for p, row in enumerate(rows):
+        item = samples.index(p)
+        if item in alone:
+            assert row["caption"] == alone[item] and row["skipped"] == []
+        else:
+            ahead = len(row["skipped"])
+            assert row["caption"] == alone[samples.index(p, ahead)] and row["skipped"][0] == (verdicts[item], source.name(item))
+    assert Counter(row["skipped"][0][0] for row in rows[:n] if row["skipped"]) == causes
+    assert any(row["skipped"][:1] == [("broken JSON", f"{tmp_path / 'x.jsonl'}, sample 2")] for row in rows)
+    assert any(row["skipped"] and re.fullmatch(rf"{tmp_path / 'x.tar'}: /etc/\d+.jpg", row["skipped"][0][1]) for row in rows)
+    for ranks, workers in (1, 2), (2, 0), (4, 1):
+        parts = [list(torch.utils.data.DataLoader(data.Samples(source, 16, seed=2), num_workers=workers, collate_fn=list,
+                                                  batch_sampler=[range(s + rank, s + 8, ranks) for s in range(0, 64, 8)]))
+                 for rank in range(ranks)]
+        for step in range(8):
+            batch = [parts[p % ranks][step][p // ranks] for p in range(8)]
+            for row, plain in zip(batch, rows[8 * step:8 * step + 8]):
+                assert (row["caption"], row["skipped"]) == (plain["caption"], plain["skipped"])
+                assert (row["image"] == plain["image"]).all()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_train_counts_corrupt_samples_by_cause(tmp_path, capsys):
+    """A run of one epoch logs every cause with its number; what was incomplete from the start is told at the start."""
+    spec, causes, left = data_corrupt(tmp_path)
+    flags = ("--stage", "vae", "--data", spec, "--steps", 10, "--batch", 10)
+    assert train_run(*flags, "--max-bad", 1, "--out", tmp_path / "run") == 0
+    assert f"100 samples; left out: 5 no caption, 3 no picture, 4 link" in capsys.readouterr().out
+    logged = [row["skipped"] for row in train_log(tmp_path / "run") if "lr" in row]
+    assert logged[-1] == causes and sum(logged[0].values()) < sum(logged[5].values())
+    assert train_run(*flags, "--max-bad", 0.3, "--out", tmp_path / "strict") == 2
+    err = capsys.readouterr().err.splitlines()
+    assert "broken samples in" in err[0] and 3 < len(err) <= 21 and all(str(tmp_path) in line for line in err[1:])
+    assert train_run(*flags, "--out", tmp_path / "run", "--short-caption", 0.5) == 2      # another run than the one there
+    assert train_run(*flags, "--out", tmp_path / "new", "--short-caption", 1.5) == 2
+    assert "--short-caption None, not 0.5" in (err := capsys.readouterr().err) and "between 0 and 1" in err
+
+
+def test_reading_equals_webdataset(tmp_path):
+    """The two readers that `eval.py speed` races make the same pixels of the same shard."""
+    pytest.importorskip("webdataset")
+    row = scores.race_data(SimpleNamespace(out=tmp_path, rounds=1), n=4, shape=(60, 80), size=32)
+    assert row["apart"] == 0 and min(row["images_per_s"]) > 0 and not (tmp_path / "speed.tar").exists()
+
+
+def data_pictures(folder, names):
+    """Files of noise, one for each name, one of them broken and one too narrow to be seen."""
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        shape = (3, 900, 3) if name == "narrow.png" else (32, 40, 3)
+        noise = np.random.default_rng(zlib.crc32(name.encode())).integers(0, 256, shape, dtype=np.uint8)
+        (folder / name).write_bytes(b"no picture" if name == "broken.jpg" else
+                                    data_bytes(Image.fromarray(noise), "JPEG" if name.endswith("jpg") else "PNG"))
+    return folder
+
+
+class Killed(BaseException):
+    """Stands for a kill -9: nothing catches it."""
+
+
+def test_captions_become_shards_however_often_killed(sample_folder, tmp_path, monkeypatch, capsys):
+    """Killed at any batch, any write and any rename, half a line written: the shards end as those of the unbroken run."""
+    monkeypatch.setattr(sample, "SHARD", 5)
+    monkeypatch.setattr(sample, "BATCH", 2)
+    names = [f"{i:02d}.{'jpg' if i % 2 else 'png'}" for i in range(11)] + ["broken.jpg", "narrow.png"]
+    pictures = data_pictures(tmp_path / "in", names)
+    asked = []
+
+    def ask(pipe, conversations, most, *_, **__):                    # tells pictures apart by their bytes
+        asked.append(len(conversations))
+        if most == 5:                                                # a caption that was cut off
+            return ["It is a red cat. It is"] * len(conversations)
+        return [f"{turns[0][0][-9:]} {np.asarray(images[0][0]).sum()}" for turns, images in conversations]
+    monkeypatch.setattr(sample.Pipeline, "ask", ask)
+    run = lambda out: sample.main(["--caption", str(pictures), "--ckpt", sample_folder, "--out", str(tmp_path / out)])
+    shards = lambda out: {path.name: path.read_bytes() for path in (tmp_path / out).glob("*.tar*")}
+    assert run("whole") == 0 and len(asked) == 12
+    assert "11 pictures with captions in 3 shards; skipped: 1 not a picture, 1 too narrow" in capsys.readouterr().err
+    assert sorted(shards("whole")) == ["00000.tar", "00001.tar", "00002.tar"]
+
+    real, left = {"fsync": os.fsync, "replace": os.replace}, [0]
+
+    def counted(name, *args):
+        left[0] -= 1
+        if left[0] == 0:
+            raise Killed
+        return real[name](*args)
+    for name in real:
+        monkeypatch.setattr(os, name, partial(counted, name))
+    for moment in range(1, 99):
+        left[0] = moment
+        try:
+            assert run(f"killed{moment}") == 0
+            break
+        except Killed:
+            left[0] = 0
+        with open(tmp_path / f"killed{moment}" / "captions.jsonl", "ab") as log:
+            log.write(b'{"image": "../in/0')
+        assert run(f"killed{moment}") == 0 and shards(f"killed{moment}") == shards("whole"), moment
+    assert moment > 12
+
+    left[0] = 0
+    asked.clear()
+    assert run("whole") == 0 and asked == []                         # all is done: nothing is asked or written again
+    data_pictures(pictures, [f"later{i}.png" for i in range(6)])     # the last shard grows, and one more comes
+    assert run("whole") == 0 and sum(asked) == 12
+    texts = data_source(tmp_path / "whole" / "*.tar")
+    assert len(texts) == len(set(texts)) == 17 and len(shards("whole")) == 4
+    source = data.open_source(str(tmp_path / "whole" / "*.tar"))
+    for i, name in enumerate(names[:11]):
+        total = np.asarray(data.load_image(pictures / name)).sum()
+        assert source[i]["captions"] == [f"{question[-9:]} {total}" for question in (sample.LONG, sample.SHORT)]
+    with tarfile.open(tmp_path / "whole" / "00000.tar") as tar:
+        assert tar.extractfile("000000001.jpg").read() == (pictures / "01.jpg").read_bytes()
+        assert json.load(tar.extractfile("000000001.json"))["source"] == "01.jpg"
+    assert sample.main(["--caption", str(pictures / "00.png"), "--ckpt", sample_folder, "--out", str(tmp_path / "cut"),
+                        "--max-new-tokens", "5"]) == 0
+    assert data_source(tmp_path / "cut" / "*.tar") == ["It is a red cat."]
+    capsys.readouterr()
+    for message, args in {"made with": ["--instruction", "Say it."], "no picture": ["--caption", str(tmp_path / "none")],
+                          "takes no --prompt": ["--prompt", "a"]}.items():
+        command = ["--caption", str(pictures), "--ckpt", sample_folder, "--out", str(tmp_path / "whole"), *args]
+        assert sample.main(command) == 2 and message in (err := capsys.readouterr().err) and len(err.splitlines()) == 1
+
+
+def test_train_on_captions_of_a_killed_process(sample_folder, tmp_path):
+    """kill -9 of the real `sample.py --caption`; the same line finishes it, and train.py learns from what it wrote."""
+    pictures = data_pictures(tmp_path / "in", [f"{i:02d}.png" for i in range(48)])
+    command = ["--caption", str(pictures), "--ckpt", sample_folder, "--max-new-tokens", "8", "--out"]
+    log = tmp_path / "out" / "captions.jsonl"
+    process = subprocess.Popen([sys.executable, sample.__file__, *command, tmp_path / "out"], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (log.exists() and log.stat().st_size):
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    done = log.read_bytes().count(b"\n")
+    assert sample.main([*command, str(tmp_path / "out")]) == sample.main([*command, str(tmp_path / "whole")]) == 0
+    lines = {out: [json.loads(line) for line in (tmp_path / out / "captions.jsonl").read_text().splitlines()]
+             for out in ("out", "whole")}
+    assert 16 <= done <= 48 and lines["out"] == lines["whole"] and len(lines["out"]) == 48
+    told = [line["caption"] for line in lines["out"] if "skipped" not in line]
+    assert len(told) > 40 and data_source(tmp_path / "out" / "*.tar") == told
+    assert train_run("--stage", "clip", "--data", tmp_path / "out" / "*.tar", "--steps", 2, "--batch", 4,
+                     "--short-caption", 0.1, "--out", tmp_path / "run") == 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2362,7 +2762,7 @@ def test_train_stages_build_one_model_folder(train_folder):
         out = train_folder / "runs" / stage
         rows = train_log(out)
         assert [r["step"] for r in rows if "lr" in r] == [1, 2, 3] and all(r["grad"] > 0 for r in rows if "lr" in r)
-        assert (out / "latest").read_text() == "step-000003" and (out / "loss.png").is_file()
+        assert (out / "latest").read_text() == "step-000003" and (out / "curves.png").is_file()
         assert stage == "0" or (out / "preview-000003.png").is_file()
     probe = [r for r in train_log(train_folder / "runs" / "1") if "_true@0.05" in r]
     assert len(probe) == 1 and {"_shuffled@0.02", "_null@0.3"} < set(probe[0])
@@ -2390,7 +2790,7 @@ def test_train_optimises_exactly_what_learns(train_folder, name, monkeypatch, tm
     stage, args = train_build("--stage", name, "--init", train_folder, "--out", tmp_path)
     samples = data.Samples(data.World(0, stage.size), stage.size, 0, stage.captions)
     batch = stage.collate([samples[i] for i in range(8)])
-    sum(stage(batch).values()).backward()
+    sum(value for name, value in stage(batch).items() if name[0] != "_").backward()
     learns = {n for n, p in stage.named_parameters() if p.requires_grad}
     assert {n for n, p in stage.named_parameters() if p.grad is not None} == learns
     trained = {id(p) for p in stage.trained.parameters() if p.requires_grad}
@@ -2402,7 +2802,7 @@ def test_train_optimises_exactly_what_learns(train_folder, name, monkeypatch, tm
     given, muon = [], train.Muon
     monkeypatch.setattr(train, "Muon", lambda groups, **options: given.extend(groups) or muon(groups, **options))
     monkeypatch.setattr(train, "batches", lambda *_: [])
-    monkeypatch.setattr(train.STAGES[name], "collate", lambda self, samples: {})
+    monkeypatch.setattr(train.STAGES[name], "held_out", lambda self, samples: {})
     args.steps = 0                                                    # as far as the optimizer, without a step
     assert train.train(args, 0, 1, torch.device("cpu"))
     assert len(given) == (2 if args.optimizer == "muon" else 1)
@@ -2434,7 +2834,7 @@ def test_train_reads_shards(train_folder, name, tmp_path):
     assert train_run("--stage", name, "--init", train_folder, "--data", train_shards(tmp_path),
                      "--out", tmp_path / "run", "--steps", 5, "--batch", 8) == 0
     rows = [r for r in train_log(tmp_path / "run") if "lr" in r]
-    assert rows[-1]["samples"] == 40 and rows[-1]["skipped"] in (2, 3)        # 16 samples an epoch, 2.5 epochs
+    assert rows[-1]["samples"] == 40 and rows[-1]["skipped"] in ({"broken picture": 2}, {"broken picture": 3})  # 16 samples an epoch, 2.5 epochs
     assert all(math.isfinite(r["grad"]) for r in rows)
 
 
@@ -2466,9 +2866,9 @@ def train_disturb(monkeypatch, at, action):
 
 
 def test_train_stopped_by_a_signal_goes_on_exactly(train_clip, monkeypatch, tmp_path, capsys):
-    """SIGTERM ends a run after its step, saved, with code 130; the same command goes on to the same bits."""
+    """SIGTERM ends a run after its step, saved, with code 0; the same command goes on to the same bits."""
     train_disturb(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert train_run(*TRAIN_CLIP, "--out", tmp_path) == 130
+    assert train_run(*TRAIN_CLIP, "--out", tmp_path) == 0
     assert (tmp_path / "latest").read_text() == "step-000003"
     assert "goes on from" in capsys.readouterr().out
     assert train_run(*TRAIN_CLIP, "--out", tmp_path) == 0
@@ -2736,6 +3136,255 @@ def test_train_losses_fall(train_folder, tmp_path, name, steps, least):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Designs, joint training, what the queries pass on
+# ----------------------------------------------------------------------------------------------------------------------
+TRAIN_DESIGNS = {"clip-fm": {"dit", "queries"}, "clip-mse": {"regressor", "queries"}, "vae-fm": {"dit", "queries"}}
+
+
+@pytest.mark.parametrize("design", TRAIN_DESIGNS)
+def test_train_designs_make_folders_that_draw(train_folder, tmp_path, design):
+    """Each design of section 3.3, jointly with understanding and frozen: what learns moves, and the folder draws."""
+    shutil.copytree(train_folder, tmp_path / "m")
+    before = load_file(tmp_path / "m" / "model.safetensors")
+    for joint in 0, 0.5:
+        assert train_run("--stage", "1", "--design", design, "--init", train_folder, "--fresh", "--save", tmp_path / "m",
+                         "--out", tmp_path / str(joint), "--steps", 2, "--batch", 8, "--joint", joint) == 0
+        after = load_file(tmp_path / "m" / "model.safetensors")
+        moved = {model.component(k) for k in after if k not in before or not torch.equal(after[k], before[k])}
+        assert moved == TRAIN_DESIGNS[design] | ({"llm", "visual"} if joint else set())
+        assert ("regressor" in moved) != any(model.component(k) == "dit" for k in after)       # one generator at a time
+        pipe = sample.Pipeline(tmp_path / "m")
+        assert train.design_of(pipe.model.config) == design
+        a, b, again = (pipe.images(["a red circle"], [seed], 2, 2.0, 2, 1.0) for seed in (0, 1, 0))
+        assert a.shape == (1, 3, 32, 32) and torch.equal(a, again) and not torch.equal(a, b)
+        row = [r for r in train_log(tmp_path / str(joint)) if "lr" in r][-1]
+        assert ("mse" in row) == (design == "clip-mse") and ("text" in row) == bool(joint)
+    if design == "clip-mse":                                          # section 3.3, Finding 2: no noise, no variety
+        assert torch.equal(*(pipe.features(["a red circle"], [seed]) for seed in (0, 1)))
+
+
+def test_train_stage_2_goes_on_with_the_design_it_finds(train_folder, tmp_path):
+    """Without --design, stage 2 trains on what stage 1 made; --dit, --queries and --shift make a generator of other sizes."""
+    assert train_run("--stage", "1", "--init", train_folder, "--fresh", "--save", tmp_path / "m", "--out", tmp_path / "1", "--steps", 1,
+                     "--batch", 4, "--dit", "dim=48,n_heads=4,rope=2d", "--queries", 5, "--shift", 2, "--eva", train_folder) == 0
+    config = BLIP3o.from_pretrained(tmp_path / "m", "meta").config
+    assert (config.dit.dim, config.dit.rope, config.n_query, config.shift) == (48, "2d", 5, 2.0)
+    stage, _ = train_build("--stage", "2", "--init", tmp_path / "m", "--eva", train_folder)
+    assert stage.trained.config == config and gap(stage.trained.latent_queries.half().detach(), load_file(
+        tmp_path / "m" / "model.safetensors")["model.latent_queries"]) == 0
+    with pytest.raises(ValueError, match="dim, n_layers.*not 'width=3'"):
+        train.dit_fields("dim=4,width=3")
+
+
+def test_train_targets_of_the_designs(train_folder):
+    """"mse" is the error of one linear map a query; "flow" of vae-fm is that of the VAE's scaled latents."""
+    for design in "clip-mse", "vae-fm":
+        stage, _ = train_build("--stage", "1", "--design", design, "--init", train_folder, "--fresh")
+        samples = data.Samples(data.World(0, stage.size), stage.size)
+        batch = stage.collate([samples[i] for i in range(3)])
+        with torch.no_grad():
+            cond = stage.trained.condition(batch["ids"], batch["mask"])
+            if design == "clip-mse":
+                weight, bias = stage.trained.regressor.weight, stage.trained.regressor.bias
+                error = (cond @ weight.T + bias - stage.eva.encode(batch["pixels"])).square().mean()
+            else:
+                x1 = stage.decoder.vae.encode(data.to_signed(batch["pixels"]))
+                t = batch["t"].view(-1, 1, 1, 1)
+                cond = cond * ~batch["drop"].view(-1, 1, 1)
+                v = stage.trained.dit(t * x1 + (1 - t) * batch["x0"], batch["t"], cond)
+                error = (v - (x1 - batch["x0"])).square().mean()
+            losses = stage(batch)
+        assert gap(losses["mse" if design == "clip-mse" else "flow"], error) < 1e-5
+
+
+def test_train_reconstruct_shows_the_picture(train_folder):
+    """--reconstruct: the official prompt with the picture inside, whose condition depends on the picture; the rest as ever."""
+    stage, _ = train_build("--stage", "1", "--init", train_folder, "--fresh", "--reconstruct", 0.5)
+    samples = data.Samples(data.World(0, stage.size), stage.size)
+    batch = stage.collate([samples[i] for i in range(16)])
+    looks = (batch["ids"] == stage.trained.config.image_token_id).any(1)
+    assert 0 < looks.sum() < 16 and len(batch["grid"]) == looks.sum()
+    rows = [ids[mask] for ids, mask in zip(batch["ids"], batch["mask"])]
+    told = [stage.tokenizer.bpe.decode(row.tolist(), skip_special_tokens=False) for row in rows]
+    assert all((f"<|vision_end|>\n{data.RECONSTRUCT}<|im_end|>" in text) == bool(look) for text, look in zip(told, looks))
+    one, other = (stage.trained.condition(batch["ids"], batch["mask"], patches, batch["grid"])
+                  for patches in (batch["patches"], batch["patches"].flip(0)))
+    assert [bool((a != b).any()) for a, b in zip(one, other)] == looks.tolist()
+    sum(v for k, v in stage(batch).items() if k[0] != "_").backward()
+    assert stage.trained.visual.blocks[0].attn.qkv.weight.grad is None        # it looks, but doesn't learn
+
+
+def test_train_echo_hears_only_what_the_queries_pass_on(train_folder):
+    """Stage 0: the conversations about a caption see query states, not the caption; the first query alone tells the first
+    thing; gradients reach the queries and every layer of the language model."""
+    stage, _ = train_build("--stage", "0", "--init", train_folder)
+    samples = data.Samples(data.World(0, stage.size), stage.size)
+    batch = stage.collate([samples[i] for i in range(4)])
+    echo, n = batch["echo"], stage.trained.config.n_query
+    rows = [stage.tokenizer.bpe.decode(ids[m].tolist(), skip_special_tokens=False) for ids, m in zip(echo["ids"], echo["mask"])]
+    row, query = (x.tolist() for x in echo["heard"])
+    at = 0
+    for i in range(4):
+        text = samples[i]["caption"]
+        assert rows[at].count("<|image_pad|>") == n and rows[at].count(text) == 1 and rows[at].endswith(f"{text}<|im_end|>\n")
+        things = [*data.things_told(text), "nothing"][:n]
+        for k, thing in enumerate(things):
+            alone = rows[at + 1 + k]
+            assert alone.count("<|image_pad|>") == 1 and f"{data.THING}<|im_end|>" in alone and f"\n{thing}<|im_end|>" in alone
+        first = row.index(i)
+        assert query[first:first + n + len(things)] == [*range(n), *range(len(things))]
+        at += 1 + len(things)
+    assert at == len(rows)
+    found = stage(batch)
+    assert set(found) == {"text", "echo"}
+    found["echo"].backward()
+    assert stage.trained.latent_queries.grad.abs().sum() > 0
+    assert all(layer.self_attn.q_proj.weight.grad.abs().sum() > 0 for layer in stage.trained.llm.layers)
+    assert "echo" not in train_build("--stage", "0", "--init", train_folder, "--echo", 0)[0].collate([samples[0]])
+
+
+def test_data_things_told_and_colours_exchanged():
+    """What captions name, thing by thing; exchanging two colours is its own inverse and touches nothing else."""
+    assert data.things_told("A tiny red circle to the left of two stars.") == ["a tiny red circle left", "two stars right"]
+    assert data.things_told("a black background with an orange star at the top, a square and a circle") == [
+        "an orange star at the top", "a square", "a circle"]
+    assert data.things_told("a photograph of Paris") == []
+    swap = data.exchange_colours
+    assert swap("An orange star above a red circle") == "A red star above an orange circle"
+    assert swap("two red stars") is None and swap("a red star and a red circle") is None
+    exchanged = 0
+    for i in range(300):
+        scene, rng = data.make_scene(0, i), np.random.default_rng(i)
+        text = data.caption(scene, rng)
+        assert sum(map(len, data.things_told(text))) <= len(text) + 8 * len(scene.things)
+        assert 1 <= len(data.things_told(text)) <= len(scene.things)
+        if other := swap(text):
+            exchanged += 1
+            assert swap(other) == text != other and sorted(other.replace("an ", "a ")) == sorted(text.replace("an ", "a "))
+    assert exchanged > 20
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop's other promises
+# ----------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("stage", [("1",), ("1", "--design", "vae-fm"), ("1", "--design", "clip-mse"), ("decoder",)])
+def test_train_cached_features_change_nothing(train_folder, tmp_path, stage, monkeypatch):
+    """A run from --cache ends in the bits of a live run, broken pictures included; the second one never encodes."""
+    flags = ("--stage", *stage, "--init", train_folder, "--fresh", "--data", train_shards(tmp_path), "--steps", 5, "--batch", 4,
+             "--max-bad", 1, "--save-every", 5)
+    assert train_run(*flags, "--out", tmp_path / "live") == 0
+    monkeypatch.setattr(train.FeatureCache, "part", 7)                # several parts, the last one short
+    assert train_run(*flags, "--out", tmp_path / "first", "--cache", tmp_path / "c") == 0
+    assert len(list((tmp_path / "c").glob("*/*.safetensors"))) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(train.FeatureCache, "make", None)               # would be called for whatever isn't there
+        assert train_run(*flags, "--out", tmp_path / "second", "--cache", tmp_path / "c") == 0
+    name = {"clip-mse": "mse", "decoder": "epsilon"}.get(stage[-1], "flow")
+    live, first, second = ([(r[name], r.get("skipped")) for r in train_log(tmp_path / out) if "lr" in r]
+                           for out in ("live", "first", "second"))
+    assert first == second and len(live) == 5 and live[-1][1] == {"broken picture": live[-1][1]["broken picture"]}
+    for (a, bad), (b, worse) in zip(live, first):
+        assert a == pytest.approx(b, rel=1e-5) and bad == worse
+    (tmp_path / "000.tar").touch()                                    # a changed shard: another cache
+    assert train_run(*flags, "--out", tmp_path / "third", "--cache", tmp_path / "c") == 0
+    assert len(list((tmp_path / "c").glob("*"))) == 2
+
+
+def test_train_checkpointing_and_zero_change_no_weight(train_folder, tmp_path):
+    """--checkpointing computes the same gradients, frozen and jointly."""
+    for joint in 0, 0.5:
+        runs = []
+        for flags in (), ("--checkpointing",):
+            runs.append(tmp_path / f"{joint}{len(flags)}")
+            assert train_run("--stage", "1", "--init", train_folder, "--fresh", "--joint", joint, "--steps", 2, "--batch", 8,
+                             "--out", runs[-1], *flags) == 0
+        assert train_apart(*runs) < 1e-6
+
+
+@slow
+def test_train_ranks_see_the_same_samples_and_losses(tmp_path):
+    """Stage 1 on 1, 2 and 4 processes, the last with the optimizer's moments shared out: the same losses for 20 steps, and a
+    run that began on 4 goes on alone."""
+    logs = []
+    for n, flags in (1, ()), (2, ()), (4, ("--zero",)):
+        command = [train.__file__, "--stage", "1", "--steps", 20, "--batch", 16, "--log-every", 1, "--quiet", *flags,
+                   "--save-every", 10, "--out", tmp_path / str(n)]
+        done = train_process("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *command)
+        assert done.returncode == 0, done.stderr
+        logs.append([r["flow"] for r in train_log(tmp_path / str(n)) if "lr" in r])
+    for losses in zip(*logs):
+        assert max(losses) - min(losses) < 1e-5 * max(losses)
+    assert len(list((tmp_path / "4" / "step-000010").glob("optimizer-*.safetensors"))) == 4
+    shutil.copytree(tmp_path / "4", tmp_path / "on")
+    (tmp_path / "on" / "latest").write_text("step-000010")
+    done = train_process(*command[:-5], "--out", tmp_path / "on")
+    assert done.returncode == 0 and "from step 10" in done.stdout, done.stderr
+    alone = [r for r in train_log(tmp_path / "on") if "lr" in r][20:]
+    assert [r["step"] for r in alone] == list(range(11, 21))
+    assert all(r["flow"] == pytest.approx(b, rel=1e-5) for r, b in zip(alone, logs[0][10:]))
+
+
+@slow
+def test_train_thirty_kills_change_nothing(train_clip, tmp_path):
+    """A run killed (-9) thirty times at random moments, writing included, ends in the bits of the unbroken one."""
+    rng = np.random.default_rng(0)
+    command = [train.__file__, "--stage", "1", "--steps", "45", "--batch", "4", "--save-every", "1", "--log-every", "1", "--quiet", "--out"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = train_process(*command, tmp_path / "whole")
+    assert done.returncode == 0, done.stderr
+    kills = 0
+    while kills < 30:
+        process = subprocess.Popen([sys.executable, *command, tmp_path / "killed"], stdout=subprocess.PIPE, env=env)
+        process.stdout.readline()                                     # it stands in the loop now
+        time.sleep(rng.uniform(0.05, 0.5))
+        if process.poll() is not None:
+            break
+        process.kill()
+        process.wait()
+        kills += 1
+        if (tmp_path / "killed" / "latest").exists():                 # never half a state
+            folder = tmp_path / "killed" / (tmp_path / "killed" / "latest").read_text()
+            assert {f.name for f in folder.iterdir()} == {"model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"}
+            train_weights(tmp_path / "killed")
+    assert kills >= 20
+    assert train_process(*command, tmp_path / "killed").returncode == 0
+    assert train_same(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_train_steps_without_a_finite_gradient(train_folder, monkeypatch, tmp_path, capsys):
+    """One such step is passed over and counted, weights untouched by it; --resume refuses where there is nothing."""
+    seen, forward = [], train.VaeStage.forward
+
+    def sick(self, batch):
+        seen.append(1)
+        losses = forward(self, batch)
+        return {k: v * (math.nan if len(seen) == 2 else 1) for k, v in losses.items()}
+    monkeypatch.setattr(train.VaeStage, "forward", sick)
+    assert train_run("--stage", "vae", "--steps", 4, "--batch", 4, "--save-every", 2, "--out", tmp_path / "a") == 0
+    assert [r for r in train_log(tmp_path / "a") if "lr" in r][-1]["skipped"] == {"lost steps": 1}
+    assert all(v.isfinite().all() for v in train_weights(tmp_path / "a").values())
+    assert json.loads((tmp_path / "a" / "step-000004" / "state.json").read_text())["counts"] == {"lost steps": 1}
+    capsys.readouterr()
+    assert train_run("--stage", "vae", "--out", tmp_path / "b", "--resume") == 2
+    assert capsys.readouterr().err == f"train.py: --resume: there is no run in {tmp_path / 'b'} to go on with\n"
+
+
+def test_train_dry_run_counts_as_the_facts_do(capsys):
+    """--dry-run, without reading or writing anything: the released sizes' parameters, and work that grows with the model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", "--stage", "1", "--paper", "--dry-run", "--world", "32", "--device", "cpu"])
+        patch.setattr(train, "train", None)
+        train.main()
+    out = capsys.readouterr().out
+    assert "| 4b | 1,362,388,896 |" in out and "| 8b | 1,365,239,712 |" in out and "150000 steps" in out
+    rows = dict(line.strip("|").split("|", 1) for line in out.splitlines() if line.startswith("|"))
+    for stage, (trained, kept) in {name: train.used(name) for name in TRAIN_STAGES}.items():
+        cells = rows[f" `{stage}` "].split("|")
+        assert {p for p, c in zip(train.PARTS, cells) if "trained" in c} == trained
+        assert {p for p, c in zip(train.PARTS, cells) if "frozen" in c} == kept
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Mistakes
 # ----------------------------------------------------------------------------------------------------------------------
 def test_train_mistakes_are_one_sentence(train_folder, train_clip, monkeypatch, tmp_path, capsys):
@@ -2774,14 +3423,17 @@ def test_train_stops_on_broken_numbers_and_data(train_folder, monkeypatch, tmp_p
         (tmp_path / f"{i}.txt").write_text("a picture" if good else "")
     flags = ("--stage", "vae", "--steps", 9, "--batch", 8)
     assert train_run(*flags, "--data", tmp_path, "--out", tmp_path / "a") == 2
-    assert "--max-bad" in capsys.readouterr().err
+    err = capsys.readouterr().err.splitlines()
+    assert "--max-bad" in err[0] and "(11 empty caption)" in err[0] and len(err) == 12   # more than 10 in 24: each by its name
+    assert all(re.fullmatch(rf"  empty caption: {tmp_path}/\d+.png", line) for line in err[1:])
     assert train_run(*flags, "--data", tmp_path, "--out", tmp_path / "b", "--max-bad", 2) == 0
-    capsys.readouterr()
+    assert [r for r in train_log(tmp_path / "b") if "lr" in r][-1]["skipped"] == {"empty caption": 36}
+    assert "16 samples; left out: none" in capsys.readouterr().out
     forward = lambda self, batch: {"l1": self.trained(batch["pixels"])[0].mean() * math.nan}
     monkeypatch.setattr(train.VaeStage, "forward", forward)
-    assert train_run(*flags, "--out", tmp_path / "c") == 2
+    assert train_run(*flags, "--out", tmp_path / "c", "--max-skipped", 2) == 2
     err = capsys.readouterr().err
-    assert "isn't finite" in err and len(err.splitlines()) == 1 and not (tmp_path / "c" / "latest").exists()
+    assert "no finite gradient in 3 steps in a row" in err and len(err.splitlines()) == 1 and not (tmp_path / "c" / "latest").exists()
 
 
 def test_train_mistake_in_a_process_of_its_own(tmp_path):
@@ -2804,7 +3456,7 @@ def test_imports_go_one_way():
         nodes = list(ast.walk(ast.parse((Path(train.__file__).parent / f"{name}.py").read_text("utf-8"))))
         found = {alias.name.split(".")[0] for n in nodes if isinstance(n, ast.Import) for alias in n.names}
         found |= {n.module.split(".")[0] for n in nodes if isinstance(n, ast.ImportFrom)}
-        extern = found - set(sys.stdlib_module_names)
+        extern = found - set(sys.stdlib_module_names) - {"wandb"}        # if the user has it, and only with --wandb
         assert extern - packages <= siblings, (name, extern)
         assert name not in ("flow", "dit") or extern == {"torch"}
 
@@ -4265,9 +4917,9 @@ def test_leaks_equal_brute_force(tmp_path):
         assert similarity == pytest.approx(best if best >= 0.5 else 0)
         assert text is None or jaccard(prompt, text) == pytest.approx(best)
     assert found[-1] == (0, None, False) and found[-2][0] == 1 and found[-2][2]
-    for i, text in enumerate(("A photo of a circle.", "a photo of two big stars")):
-        Image.new("RGB", (9, 9)).save(tmp_path / f"{i}.png")
-        (tmp_path / f"{i}.txt").write_text(text)
+    for i, text in enumerate((b"A photo of a circle.", b"\xff\xfe", b"a photo of two big stars")):
+        (tmp_path / f"{i}.png").write_bytes(b"pictures are not read; captions that training passes over don't count")
+        (tmp_path / f"{i}.txt").write_bytes(text)
     prompts = "a photo of a circle", "a photo of two stars", "a dog"
     prompts = eval_lines(tmp_path / "p.jsonl", [{"tag": "t", "include": [], "prompt": p} for p in prompts])
     line = ["leakage", "--train", str(tmp_path), "--prompts", prompts, "--near", "0.5", "--out", str(tmp_path / "out")]
