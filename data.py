@@ -642,11 +642,17 @@ class Shards:
         image, texts = self.read(i)
         return {"image": load_image(io.BytesIO(image) if isinstance(image, bytes) else image), **texts}
 
-    def read(self, i):
-        """(the picture's bytes or path, what `read_texts` finds) of item i; raises BadSample if the texts can't be used."""
+    def read(self, i, texts_only=False):
+        """(the picture's bytes or path, what `read_texts` finds) of item i; raises BadSample if the texts can't be used.
+
+        With texts_only, the picture isn't read.
+        """
         path, row, _ = self.place(i)
         if path.is_dir():
             picture = Path(os.fsdecode(self.names[row[0]:row[0] + row[1]].numpy().tobytes()))
+        if texts_only:
+            row[0] = -1
+        if path.is_dir():
             image, text, record = (file.read_bytes() if at >= 0 else None for at, file in zip(
                 row[::2], (picture, picture.with_suffix(".txt"), picture.with_suffix(".json"))))
         else:

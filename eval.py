@@ -6,26 +6,39 @@ needed. Generation is scored on the six skills of GenEval (arXiv 2310.11513) wit
     python eval.py judge                                        how far the judge itself can be trusted
     python eval.py alignment --ckpt weights/nano                text -> picture, six skills
     python eval.py understanding --ckpt weights/nano            picture -> text: questions and captions
+    python eval.py understanding --data FILE.tsv|.jsonl         the same for MMBench, MME, POPE, VQAv2, MM-Vet, ...
     python eval.py reconstruction --ckpt weights/nano           picture -> features -> picture
+    python eval.py generate --bench geneval --prompts FILE      pictures as GenEval, DPG-Bench, WISE, MJHQ want them
+    python eval.py score geneval --results FILE                 their scorers' outputs -> the published figures
+    python eval.py fid --a DIR --b DIR                          how far two sets of pictures are apart
+    python eval.py compare A B --prompts FILE                   a blind page for people; --votes FILE counts
+    python eval.py leakage --train SHARDS --prompts FILE        were evaluation prompts trained on?
     python eval.py speed                                        sampling, beside transformers and diffusers
 """
 import argparse
+import ast
+import base64
+import csv
+import hashlib
 import io
 import itertools
 import json
 import math
+import os
 import re
 import sys
 import tarfile
 import tempfile
 import textwrap
 import time
-from collections import Counter
+from collections import Counter, defaultdict
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter
 from safetensors import SafetensorError
 from tqdm import tqdm
@@ -37,6 +50,7 @@ from model import BLIP3o, BLIP3oConfig, TextConfig
 from sample import Parser, Pipeline, to_uint8
 
 BATCH = 32                                # pictures or questions that a model works on at a time
+SHEET = 192                               # most pictures of a contact sheet
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The judge: pixels -> what is there
@@ -254,23 +268,26 @@ def share(verdicts):
     return {"score": sum(verdicts) / len(verdicts), "low": low, "high": high, "n": len(verdicts)}
 
 
-def summarise(entries, verdicts):
-    """Entries and their (hit, strict hit) -> {skill or "overall": {"score", "low", "high", "strict", "n"}}.
+def by_skill(tags, verdicts):
+    """Skills and booleans of pictures -> {skill or "overall": {"score", "low", "high", "n"}}.
 
     "overall" is GenEval's unweighted mean of the skills. Its interval is Wilson's with the number of trials that gives
     a mean of unequal groups the same variance; pictures count as independent, also those of one prompt.
     """
-    table = {}
-    for skill in data.SKILLS:
-        mine = [v for entry, v in zip(entries, verdicts) if entry["tag"] == skill]
-        if mine:
-            table[skill] = {**share(hit for hit, _ in mine), "strict": sum(strict for _, strict in mine) / len(mine)}
+    skills = [skill for skill in data.SKILLS if skill in tags]
+    table = {skill: share(v for tag, v in zip(tags, verdicts) if tag == skill) for skill in skills}
     rows = list(table.values())
-    score, strict = (sum(r[key] for r in rows) / len(rows) for key in ("score", "strict"))
+    score = sum(r["score"] for r in rows) / len(rows)
     trials = len(rows) ** 2 / sum(1 / r["n"] for r in rows)
     low, high = wilson(score * trials, trials)
-    table["overall"] = {"score": score, "low": low, "high": high, "strict": strict, "n": sum(r["n"] for r in rows)}
+    table["overall"] = {"score": score, "low": low, "high": high, "n": sum(r["n"] for r in rows)}
     return table
+
+
+def summarise(entries, verdicts):
+    """Entries and their (hit, strict hit) -> the table of `by_skill`, with the strict share as "strict"."""
+    hit, strict = (by_skill([e["tag"] for e in entries], column) for column in zip(*verdicts))
+    return {skill: {**row, "strict": strict[skill]["score"]} for skill, row in hit.items()}
 
 
 def score_images(images, entries):
@@ -339,10 +356,68 @@ def caption_truth(text, scene):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Reports
+# Files and reports
 # ----------------------------------------------------------------------------------------------------------------------
+def write_whole(path, content):
+    """Write text or a picture (uint8 (H, W, 3), as PNG) such that the file is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")        # hidden: scorers walk these folders
+    if isinstance(content, str):
+        part.write_text(content, "utf-8")
+    else:
+        Image.fromarray(content).save(part, "PNG")
+    os.replace(part, path)
+
+
+def read_text(path):
+    """The text of a file; ValueError where it is empty or no UTF-8."""
+    try:
+        text = Path(path).read_text("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} isn't UTF-8 text") from None
+    if not text.strip():
+        raise ValueError(f"{path} is empty")
+    return text
+
+
+def read_records(path, need=()):
+    """The objects of a .jsonl file (one a line) or a .json file: a list, or {key: object}, then with the field "key".
+
+    Raises ValueError naming the line or entry that is cut short or broken, or lacks a field of `need`.
+    """
+    text, whole, rows = read_text(path), Path(path).suffix == ".json", []
+    for number, line in enumerate([text] if whole else text.split("\n"), 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            at = number + error.lineno - 1
+            raise ValueError(f"{path}, line {at}, is cut short or no JSON ({error.msg})") from None
+    if whole and isinstance(rows[0], dict):
+        rows = [{"key": key, **row} if isinstance(row, dict) else row for key, row in rows[0].items()]
+    elif whole:
+        rows = rows[0] if isinstance(rows[0], list) else rows
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise ValueError(f"entry {number} of {path} is no object with fields")
+        if absent := [field for field in need if field not in row]:
+            raise ValueError(f"entry {number} of {path} lacks the field {', '.join(absent)}")
+    return rows
+
+
+def read_pictures(folder):
+    """The pictures below a folder, by name, in lists of (file, PIL picture); ValueError where there is none."""
+    found = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in data.PICTURES)
+    if not found:
+        raise ValueError(f"no picture ({', '.join(data.PICTURES)}) in {folder}")
+    for i in tqdm(range(0, len(found), BATCH), disable=None):
+        yield [(file, data.load_image(file)) for file in found[i:i + BATCH]]
+
+
+NUMBERS = {"dB": ".2f", "points": ".1f", "SSIM": ".3f", "cosine": ".3f", "Frechet": ".4g", "MMD": ".3g", "p": ".2g"}
+
+
 def show(title, table):
-    """Print {row: {column: value}}: shares as per cent, with the interval in brackets; other numbers as they are."""
+    """Print {row: {column: value}}: shares as per cent, with the interval in brackets; NUMBERS as they are."""
     print(f"\n{title}")
     for name, row in table.items():
         cells = []
@@ -350,15 +425,15 @@ def show(title, table):
             if key == "score":
                 cells.append(f"{100 * value:5.1f} % [{100 * row['low']:.1f}, {100 * row['high']:.1f}]")
             elif key not in ("low", "high"):
-                cells.append(f"{key} {100 * value:.1f} %" if isinstance(value, float) and key != "dB" else
-                             f"{key} {value:.2f}" if key == "dB" else f"{key} {value}")
+                cells.append(f"{key} {value:{NUMBERS[key]}}" if key in NUMBERS else
+                             f"{key} {100 * value:.1f} %" if isinstance(value, float) else f"{key} {value}")
         print(f"  {name:<26}" + "   ".join(cells))
 
 
-def save(args, results):
-    """Write the settings and results of a command as OUT/COMMAND.json and name the file."""
-    file = Path(args.out) / f"{args.command}.json"
-    file.write_text(json.dumps({"settings": vars(args), **results}, indent=1) + "\n")
+def save(args, results, name=None):
+    """Write the settings and results of a command as OUT/NAME.json (NAME: the command's) and name the file."""
+    file = Path(args.out) / f"{name or args.command}.json"
+    write_whole(file, json.dumps({"settings": vars(args), **results}, indent=1) + "\n")
     print(file)
 
 
@@ -378,7 +453,7 @@ def contact_sheet(pictures, labels, verdicts, columns):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Commands
+# Commands on the synthetic world
 # ----------------------------------------------------------------------------------------------------------------------
 def jpeg(image):
     """uint8 (H, W, 3) -> the same after JPEG at quality 75."""
@@ -429,7 +504,7 @@ def score_renders(entries, pictures):
 
 
 def run_alignment(args):
-    """Does the model draw what the prompts of the six skills ask? Beside it: the same prompts' true renders."""
+    """Does the model draw what the prompts of the six skills ask? Beside it: shuffled prompts, and true renders."""
     pipe = Pipeline(args.ckpt, args.device, args.dtype)
     prompts = data.skill_prompts(args.n_prompts, args.seed, args.novel)
     entries = [entry for entry in prompts for _ in range(args.images)]
@@ -443,10 +518,15 @@ def run_alignment(args):
     rng = np.random.default_rng(args.seed)
     tables = {"model": summarise(entries, verdicts),
               "real": score_renders(entries, [data.draw(scene_for(e, rng), len(pictures[0])) for e in entries])}
+    others = [seen[i] for i in rng.permutation(len(seen))]
+    tables["shuffled"] = summarise(entries, [(hits(e, s), hits_strictly(e, s)) for e, s in zip(entries, others)])
     show(f"{len(prompts)} prompts x {args.images} pictures", tables["model"])
+    show("the same pictures under shuffled prompts", tables["shuffled"])
     show("the same prompts' true renders", tables["real"])
-    columns = max(8, 4 * args.images)
-    sheet = contact_sheet(pictures, [e["prompt"] for e in entries], [hit for hit, _ in verdicts], columns)
+    every = -(-len(pictures) // SHEET)                               # of how many prompts one is on the contact sheet
+    chosen = [i for i in range(len(pictures)) if i // args.images % every == 0]
+    sheet = contact_sheet([pictures[i] for i in chosen], [entries[i]["prompt"] for i in chosen],
+                          [verdicts[i][0] for i in chosen], max(8, 4 * args.images))
     sheet.save(Path(args.out) / "alignment.png")
     save(args, {**tables, "pictures": [
         {"tag": e["tag"], "prompt": e["prompt"], "seed": seed, "hit": hit, "strict": strict, "seen": asdict(s)}
@@ -478,7 +558,10 @@ def run_understanding(args):
     """Questions of six kinds, beside what the commonest training answer of each kind would score; then captions.
 
     An answer is right if it is the expected one, whatever its case and a full stop. Captions: see caption_truth.
+    With --data, the questions of a file instead (see answer_file); with --write, nothing but a file of such questions.
     """
+    if args.data or args.write:
+        return answer_file(args) if args.data else write_questions(args)
     pipe = Pipeline(args.ckpt, args.device, args.dtype)
     asked = draw_questions(args.seed, args.n)
     scenes, kinds, questions, truths = zip(*asked)
@@ -501,14 +584,14 @@ def run_understanding(args):
         for s, q, a, t, c, v in zip(scenes, questions, answers, truths, captions, truth)]})
 
 
-def psnr(a, b):
-    """Peak signal-to-noise ratio in dB of two batches (B, 3, H, W) in [0, 1] -> (B,)."""
-    return -10 * torch.log10(((a - b) ** 2).mean((1, 2, 3)).clamp(min=1e-10))
-
-
 @torch.no_grad()
 def run_reconstruction(args):
-    """Both ceilings: what the VAE alone keeps of a picture, and what CLIP features and the decoder keep."""
+    """Both ceilings: what the VAE alone keeps of a picture, and what CLIP features and the decoder keep.
+
+    With --images, of the pictures in a folder: see reconstruct_files.
+    """
+    if args.images:
+        return reconstruct_files(args)
     pipe = Pipeline(args.ckpt, args.device, args.dtype)
     unet, vae = pipe.decoder.unet, pipe.decoder.vae
     scenes = [data.make_scene(args.seed, i) for i in range(args.n)]
@@ -529,6 +612,598 @@ def run_reconstruction(args):
     sheet = np.concatenate([np.concatenate(list(row), 1) for row in rows])
     Image.fromarray(sheet).save(Path(args.out) / "reconstruction.png")
     save(args, {"table": table})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Benchmarks of drawing: prompts as published, pictures as their scorers want them, scores as published
+# ----------------------------------------------------------------------------------------------------------------------
+BENCHES = ("geneval", "dpg", "wise", "mjhq")
+# WISE: first and last prompt_id of a category, and its weight in the overall score.
+WISE = {"cultural": (1, 400, 0.4), "time": (401, 567, 0.167), "space": (568, 700, 0.133), "biology": (701, 800, 0.1),
+        "physics": (801, 900, 0.1), "chemistry": (901, 1000, 0.1)}
+
+
+def read_prompts(bench, path, seed=0):
+    """A benchmark's prompts -> its picture files in order, [{"file", "prompt", "seeds", "entry"}].
+
+    geneval: a jsonl; for line i, I/samples/0000.png to 0003.png beside I/metadata.jsonl, the line. dpg: a folder of txt
+    files; NAME.png, four pictures as 2 x 2. wise: a json or a folder of them; PROMPT_ID.png. mjhq: meta_data.json;
+    CATEGORY/KEY.png. Seeds count all pictures of a prompt file, so that no two share one.
+    """
+    path = Path(path)
+    if bench == "geneval":
+        jobs = [(f"{i:05}/samples/{k:04}.png", entry["prompt"], entry)
+                for i, entry in enumerate(read_records(path, ("tag", "include", "prompt"))) for k in range(4)]
+    elif bench == "dpg":
+        jobs = [(f"{file.stem}.png", read_text(file), None) for file in sorted(path.glob("*.txt"))]
+    elif bench == "wise":
+        parts = sorted(path.glob("*.json")) if path.is_dir() else [path]
+        jobs = [(f"{e['prompt_id']}.png", e["Prompt"], None)
+                for file in parts for e in read_records(file, ("prompt_id", "Prompt"))]
+    else:
+        jobs = [(f"{e['category']}/{e['key']}.png", e["prompt"], None)
+                for e in read_records(path, ("key", "category", "prompt"))]
+    n, files = 4 if bench == "dpg" else 1, Counter(file for file, _, _ in jobs)
+    if not jobs:
+        raise ValueError(f"no prompts of {bench} in {path}")
+    for file, prompt, _ in jobs:
+        if files[file] > 1 or not str(prompt).strip():
+            raise ValueError(f"{path}: the prompt of {file} is {'there twice' if files[file] > 1 else 'empty'}")
+    return [{"file": file, "prompt": str(prompt).strip(), "entry": entry,
+             "seeds": [seed * 10 ** 6 + i * n + k for k in range(n)]} for i, (file, prompt, entry) in enumerate(jobs)]
+
+
+def run_generate(args):
+    """A benchmark's pictures in the layout of its scorer, in OUT/BENCH.
+
+    The same line goes on where a run stopped; under torchrun (or with RANK and WORLD_SIZE set) each process draws its
+    share. A picture depends on its place in the prompt file and on --seed: not on batches, processes or what was there.
+    """
+    jobs, folder = read_prompts(args.bench, args.prompts, args.seed), Path(args.out) / args.bench
+    rank, world, local = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = f"cuda:{local}" if args.device == "auto" and torch.cuda.is_available() else args.device
+    pipe, note = Pipeline(args.ckpt, device, args.dtype), folder.with_suffix(".json")
+    about = {"ckpt": args.ckpt, "seed": args.seed, "dtype": str(pipe.dtype), "sampling": pipe.sampling,
+             "prompts": fingerprint(jobs)}
+    if folder.exists() and (not note.exists() or json.loads(read_text(note)) != about):
+        raise ValueError(f"{folder} holds pictures of other settings than these (see {note}): choose another --out")
+    write_whole(note, json.dumps(about, indent=1) + "\n")
+    n, mine = len(jobs[0]["seeds"]), jobs[rank::world]
+    todo = [job for job in mine if not (folder / job["file"]).exists()]
+    step = max(1, BATCH // n)
+    for i in tqdm(range(0, len(todo), step), disable=None):
+        batch = todo[i:i + step]
+        seeds = [seed for job in batch for seed in job["seeds"]]
+        drawn = to_uint8(pipe.images([job["prompt"] for job in batch for _ in range(n)], seeds))
+        pipe.negatives.clear()                                       # one for each seed: they would fill the memory
+        for job, cells in zip(batch, drawn.reshape(len(batch), n, *drawn.shape[1:])):
+            if job["entry"]:
+                write_whole(folder / job["file"].split("/")[0] / "metadata.jsonl", json.dumps(job["entry"]) + "\n")
+            write_whole(folder / job["file"], cells[0] if n == 1 else np.concatenate(
+                [np.concatenate(list(row), 1) for row in (cells[:2], cells[2:])]))
+    print(f"{len(todo)} new files, {len(mine) - len(todo)} were there: {folder}")
+
+
+def fingerprint(content):
+    """16 hex digits that tell contents (objects or bytes) apart."""
+    return hashlib.sha256(content if isinstance(content, bytes) else json.dumps(content).encode()).hexdigest()[:16]
+
+
+def score_geneval(rows):
+    """Lines of GenEval's evaluate_images.py -> {skill, "overall" (the published score), "prompts" (any picture right)}.
+
+    Raises ValueError where prompts have unequal numbers of pictures: the scorer was stopped.
+    """
+    prompts = defaultdict(list)
+    for row in rows:
+        prompts[str(row.get("metadata", row["prompt"]))].append(row["correct"])
+    if len(set(map(len, prompts.values()))) > 1:
+        raise ValueError("some prompts have fewer results than others: let the scorer finish")
+    if strange := {str(row["tag"]) for row in rows} - set(data.SKILLS):
+        raise ValueError(f"{', '.join(strange)} is no skill of GenEval")
+    return {**by_skill([row["tag"] for row in rows], [bool(row["correct"]) for row in rows]),
+            "prompts": share(any(p) for p in prompts.values())}
+
+
+def score_wise(rows):
+    """Lines of WISE's gpt_eval.py -> {category or "overall": {"score", "low", "high", "n"}}, normal 95 % intervals.
+
+    WiScore = (0.7 consistency + 0.2 realism + 0.1 aesthetic quality) / 2. Raises ValueError where a result is missing,
+    or no number from 0 to 2 (999: the judge's answer could not be read).
+    """
+    marks = {}
+    for row in rows:
+        values = [row[key] for key in ("consistency", "realism", "aesthetic_quality")]
+        if not all(isinstance(v, (int, float)) and 0 <= v <= 2 for v in values):
+            raise ValueError(f"prompt {row['prompt_id']} has the marks {values}, not numbers from 0 to 2: judge again")
+        marks[row["prompt_id"]] = float(np.dot((0.35, 0.1, 0.05), values))
+    if absent := [i for i in range(1, 1001) if i not in marks]:
+        raise ValueError(f"{len(absent)} of 1000 prompts have no result (first: {absent[0]}): let the scorer finish")
+    parts = {name: np.array([marks[i] for i in range(first, last + 1)]) for name, (first, last, _) in WISE.items()}
+    means = {name: float(values.mean()) for name, values in parts.items()}
+    errors = {name: values.std(ddof=1) / math.sqrt(len(values)) for name, values in parts.items()}
+    means["overall"] = sum(WISE[name][2] * mean for name, mean in means.items())
+    errors["overall"] = math.sqrt(sum((WISE[name][2] * error) ** 2 for name, error in errors.items()))
+    return {name: {"score": mean, "low": mean - 1.959964 * errors[name], "high": mean + 1.959964 * errors[name],
+                   "n": len(parts.get(name, marks))} for name, mean in means.items()}
+
+
+def run_score(args):
+    """The published figures, with intervals, from the file that the official scorer wrote; several files: joined."""
+    need = {"geneval": ("tag", "prompt", "correct"),
+            "wise": ("prompt_id", "consistency", "realism", "aesthetic_quality")}
+    rows = [row for file in args.results for row in read_records(file, need[args.bench])]
+    table = {"geneval": score_geneval, "wise": score_wise}[args.bench](rows)
+    if args.bench == "geneval" and len(rows) != 4 * 553:
+        print(f"eval.py: published scores are of 2212 pictures, this one of {len(rows)}", file=sys.stderr)
+    show(f"{args.bench}, {len(rows)} results", table)
+    save(args, {"table": table}, f"score-{args.bench}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Benchmarks of looking: questions as they are published, answers by their rules
+# ----------------------------------------------------------------------------------------------------------------------
+TASKS = {"choice": 128, "mme": 16, "pope": 128, "vqav2": 128, "textvqa": 128, "mmvet": 1024}  # most tokens of an answer
+SHORT = "Answer the question using a single word or phrase."
+LETTER = "Answer with the option's letter from the given choices directly."
+THINK = "First please perform reasoning, and think step by step to provide best answer to the following question: \n\n"
+PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+OFFICIAL_PIXELS = {"min_pixels": 256 * 28 * 28, "max_pixels": 1605632}      # of the official run of lmms-eval
+
+
+def as_list(cell):
+    """A table's cell as a list: "['a', 'b']" has two entries, anything else is one."""
+    try:
+        cell = ast.literal_eval(cell) if str(cell)[0] == "[" and isinstance(cell, str) else cell
+    except (ValueError, SyntaxError):
+        pass
+    return cell if isinstance(cell, list) else [cell]
+
+
+def read_table(path):
+    """The rows of a TSV file as dicts without empty cells; ValueError where one has not as many cells as the header."""
+    csv.field_size_limit(2 ** 31 - 1)                                # a cell can be a picture
+    header, *lines = csv.reader(io.StringIO(read_text(path), newline=""), delimiter="\t")
+    for number, cells in enumerate(lines, 1):
+        if len(cells) != len(header):
+            raise ValueError(f"row {number} of {path} has {len(cells)} cells, not {len(header)}: is it cut short?")
+    if not lines:
+        raise ValueError(f"{path} has a header, but no rows")
+    return [{name: cell for name, cell in zip(header, cells) if cell} for cells in lines]
+
+
+def read_questions(path, task=None, images=None):
+    """A file's (task, [{"index", "pictures": [bytes or path], "question", "hint", "options": {letter: text}, "answers",
+    "category", "group"}]). task None is "choice" where there are options, else "vqav2".
+
+    .tsv: the layout of VLMEvalKit, pictures in base64, a short one being the index of the row whose picture is meant.
+    .jsonl (or .json): question or text, answer, answers or label, and image, a file in the folder `images` (the data's
+    if None). group: what the two questions of MME about one picture have in common.
+    """
+    table, found = Path(path).suffix == ".tsv", []
+    rows = read_table(path) if table else read_records(path)
+    cells = {str(row.get("index")): row.get("image") for row in rows}
+    for number, row in enumerate(rows, 1):
+        where, pictures = f"row {number} of {path}", []
+
+        def field(*names):
+            values = [row[name] for name in names if row.get(name) not in (None, "")]
+            if not values:
+                raise ValueError(f"{where} has no {' or '.join(names)}")
+            return values[0]
+        for cell in as_list(field("image", "image_path", "imagename")):
+            if table and "image" in row:
+                try:
+                    pictures.append(base64.b64decode(cells.get(cell, cell), validate=True))
+                    data.load_image(io.BytesIO(pictures[-1]))        # a broken one is found before the work begins
+                except ValueError:                                   # binascii's is one, too
+                    raise ValueError(f"{where}: its image is no picture in base64") from None
+            else:
+                pictures.append(Path(images or Path(path).parent) / cell)
+                if not pictures[-1].is_file():
+                    raise ValueError(f"{where}: there is no picture {pictures[-1]}")
+        answers = [a["answer"] if isinstance(a, dict) else str(a) for a in as_list(field("answers", "answer", "label"))]
+        options = {name: str(row[name]) for name in sorted(row) if re.fullmatch("[A-Z]", name)}
+        if options and answers[0] not in options:
+            raise ValueError(f"{where}: the answer {answers[0]!r} is none of its options {', '.join(options)}")
+        index = next((row[name] for name in ("index", "question_id", "key") if name in row), number)
+        category = str(row.get("category", "all"))
+        found.append({"index": str(index), "pictures": pictures, "question": str(field("question", "text")),
+                      "hint": row.get("hint"), "options": options, "answers": answers, "category": category,
+                      "group": (category, row.get("image_path", pictures[0]))})
+    if len({q["index"] for q in found}) < len(found):
+        raise ValueError(f"two rows of {path} have the same index")
+    return task or ("choice" if any(q["options"] for q in found) else "vqav2"), found
+
+
+def official_text(task, q):
+    """The text that goes to the model with the pictures of a question, worded as in the official evaluation."""
+    text = re.sub(r"<image(?: \d+)?>", "", q["question"]).strip()
+    if task == "choice":
+        lines = [*filter(None, [q["hint"], text]), *(f"{letter}. {option}" for letter, option in q["options"].items())]
+        return "\n".join([*lines, LETTER if q["options"] else SHORT])
+    bare = re.sub(r"\s*Please answer yes or no\.", "", text) if task == "mme" else text
+    return {"mme": f"{bare}\n{SHORT}", "pope": f"{text}\n{SHORT}", "textvqa": f"{text.capitalize()}\n{SHORT}",
+            "mmvet": THINK + text, "vqav2": text}[task]
+
+
+def pick_option(answer, options):
+    """The letter that an answer chooses: at its beginning, alone in it, or through the option's words; else None."""
+    letters, said = "".join(options), answer.strip().lower().removesuffix(".")
+    if first := re.match(rf"\(?([{letters}])(?:[).:,]|$)", answer.strip()):
+        return first[1]
+    named = set(re.findall(rf"(?<![\w'])([{letters}])(?![\w'])", answer))
+    if len(named) == 1 and not (named == {"A"} and re.search(r"\bA [a-z]", answer)):         # "A cat" names no option
+        return named.pop()
+    inside = [k for k, text in options.items() if re.search(rf"(?<!\w){re.escape(text.lower())}(?!\w)", said)]
+    equal = [k for k in inside if options[k].lower() == said]
+    return equal[0] if equal else inside[0] if len(inside) == 1 else None
+
+
+def yes_or_no(task, answer):
+    """MME's reading: "yes" or "no" within the first four characters, else "other". POPE's: "no" if the first sentence
+    has the word no or not, else "yes"."""
+    if task == "pope":
+        return "no" if {"No", "no", "not"} & set(answer.split(".")[0].replace(",", "").split(" ")) else "yes"
+    return next((word for word in ("yes", "no") if word in answer.strip().lower()[:4]), "other")
+
+
+# The contractions that VQA's evaluation restores: each may have lost one of its apostrophes.
+CONTRACTIONS = {word[:i] + word[i + 1:]: word for word in (
+    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd "
+    "he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't "
+    "needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've "
+    "somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll "
+    "that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've "
+    "weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll "
+    "why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"
+).split() for i, letter in enumerate(word) if letter == "'"}
+DIGITS = dict(zip("none zero one two three four five six seven eight nine ten".split(), map(str, (0, *range(11)))))
+
+
+def vqa_normal(text):
+    """An answer in the normal form of VQA's evaluation: lower case, no articles, numbers as digits, no punctuation
+    (it becomes nothing where it stands beside a space or the text has a number like 1,000, else a space)."""
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    out, comma = text, re.search(r"\d,\d", text)
+    for mark in ";/[]\"{}()=+\\_-><@`,?!":
+        out = out.replace(mark, "" if comma or f"{mark} " in text or f" {mark}" in text else " ")
+    words = [DIGITS.get(word, word) for word in re.sub(r"\.(?!\d)", "", out).lower().split()]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
+def vqa_score(answer, truths):
+    """VQA's soft accuracy: min(1, people who said it / 3), averaged over leaving out each one; one truth: exact match.
+
+    Both sides are normalised, as in TextVQA; VQAv2's own script leaves them as they are where all ten people agree.
+    """
+    said, truths = vqa_normal(answer), [vqa_normal(t) for t in truths]
+    if len(truths) == 1:
+        return float(said == truths[0])
+    return sum(min(1, (truths.count(said) - (truth == said)) / 3) for truth in truths) / len(truths)
+
+
+def grade(task, q, answer):
+    """(what an answer says, its score from 0 to 1) by the task's rule."""
+    if task == "choice" and q["options"]:
+        said = pick_option(answer, q["options"])
+        return said, float(said == q["answers"][0])
+    if task in ("mme", "pope"):
+        said = yes_or_no(task, answer)
+        return said, float(said == q["answers"][0].lower())
+    return vqa_normal(answer), vqa_score(answer, q["answers"])
+
+
+def tabulate(task, questions, answers):
+    """Questions and answers -> the table of a task: a row for each category, then one for all.
+
+    "baseline" is what always giving the commonest answer of each category would score: more than a model gets without
+    looking, since it knows the answers' frequencies. POPE adds F1, precision, recall and the share of yes; MME adds
+    accuracy+ (both questions of a picture right) and points (accuracy and accuracy+ in per cent, summed).
+    """
+    graded, rows, table = [grade(task, q, a) for q, a in zip(questions, answers)], defaultdict(list), {}
+    for i, q in enumerate(questions):
+        rows[q["category"]].append(i)
+    common = {name: Counter(a for i in mine for a in questions[i]["answers"]).most_common(1)[0][0]
+              for name, mine in rows.items()}
+    blind = [grade(task, q, common[q["category"]])[1] for q in questions]
+    if len(rows) > 1:
+        rows["overall"] = range(len(questions))
+    for name, mine in rows.items():
+        table[name] = {**share(graded[i][1] for i in mine), "baseline": sum(blind[i] for i in mine) / len(mine)}
+        if task == "pope":
+            pairs = Counter((graded[i][0], questions[i]["answers"][0].lower()) for i in mine)
+            true, false, missed = pairs["yes", "yes"], pairs["yes", "no"], pairs["no", "yes"]
+            table[name].update({
+                "F1": 2 * true / max(1, 2 * true + false + missed), "precision": true / max(1, true + false),
+                "recall": true / max(1, true + missed), "yes": (true + false) / len(mine)})
+        if task == "mme":
+            groups = defaultdict(list)
+            for i in mine:
+                groups[questions[i]["group"]].append(graded[i][1])
+            if any(len(pair) != 2 for pair in groups.values()):
+                raise ValueError(f"MME asks two questions about each picture; those of {name} don't come in pairs")
+            plus = sum(all(pair) for pair in groups.values()) / len(groups)
+            table[name].update({"plus": plus, "points": 100 * (table[name]["score"] + plus)})
+    for name, members in (("perception", PERCEPTION), ("cognition", COGNITION)):
+        if task == "mme" and set(members) <= set(table):
+            table[name] = {"points": sum(table[m]["points"] for m in members)}
+    return table
+
+
+def answer_file(args):
+    """`understanding --data NAME.tsv`: answer the questions, into OUT/NAME.answers.jsonl, then score them, into
+    OUT/NAME.score.json (MM-Vet: write what its judge reads, OUT/NAME.predictions.json).
+
+    The same line goes on where a run stopped. Prompts are worded as in the official run; with --official, pictures go
+    through JPEG and are scaled as there, too.
+    """
+    path, done = Path(args.data), {}
+    task, questions = read_questions(path, args.task, args.images)
+    file = Path(args.out) / f"{path.stem}.answers.jsonl"
+    if task != "mmvet":
+        tabulate(task, questions, [""] * len(questions))             # what can't be scored is found before the work
+    about = {"ckpt": args.ckpt, "task": task, "official": args.official, "data": fingerprint(path.read_bytes())}
+    if file.exists():
+        try:                                                         # the rest of a killed run's last line is dropped
+            before, *told = map(json.loads, file.read_text("utf-8").split("\n")[:-1])
+        except ValueError:
+            raise ValueError(f"{file} is broken: remove it, or choose another --out") from None
+        if before != about:
+            raise ValueError(f"{file} holds answers of another run ({before}): choose another --out")
+        done = {line["index"]: line["prediction"] for line in told}
+    pipe, todo = Pipeline(args.ckpt, args.device, args.dtype), [q for q in questions if q["index"] not in done]
+    pipe.limits = OFFICIAL_PIXELS if args.official else {}
+    lines = [about, *({"index": index, "prediction": answer} for index, answer in done.items())]
+    write_whole(file, "".join(json.dumps(line) + "\n" for line in lines))
+    with open(file, "a", encoding="utf-8") as log:
+        for i in tqdm(range(0, len(todo), BATCH), disable=None):
+            conversations = []
+            for q in todo[i:i + BATCH]:
+                shown = [data.load_image(io.BytesIO(p) if isinstance(p, bytes) else p) for p in q["pictures"]]
+                shown = [Image.fromarray(jpeg(np.asarray(p))) for p in shown] if args.official else shown
+                conversations.append(([(official_text(task, q), None)], [shown]))
+            for q, answer in zip(todo[i:], pipe.ask(conversations, TASKS[task])):
+                done[q["index"]] = answer
+                log.write(json.dumps({"index": q["index"], "prediction": answer}) + "\n")
+            log.flush()
+    if task == "mmvet":                                              # only its judge can score these
+        named = {f"v1_{index}" if index.isdigit() else index: answer for index, answer in done.items()}
+        file = file.with_name(f"{path.stem}.predictions.json")
+        write_whole(file, json.dumps(named, indent=1) + "\n")
+        return print(f"{file} is for MM-Vet's judge")
+    answers = [done[q["index"]] for q in questions]
+    table = tabulate(task, questions, answers)
+    show(f"{path.name}, {len(questions)} questions, as {task}", table)
+    save(args, {"table": table, "task": task, "answers": [
+        {"index": q["index"], "asked": official_text(task, q), "answer": answer, "expected": q["answers"],
+         **dict(zip(("read", "score"), grade(task, q, answer)))} for q, answer in zip(questions, answers)]},
+         f"{path.stem}.score")
+
+
+def write_questions(args):
+    """`understanding --write FILE.tsv`: the questions of this seed about the world, in VLMEvalKit's layout."""
+    text = io.StringIO()
+    out = csv.writer(text, delimiter="\t", lineterminator="\n")
+    out.writerow(["index", "image", "question", "answer", "category"])
+    for i, (scene, kind, question, answer) in enumerate(draw_questions(args.seed, args.n)):
+        file = io.BytesIO()
+        Image.fromarray(data.draw(scene)).save(file, "PNG")
+        out.writerow([i, base64.b64encode(file.getvalue()).decode(), question, answer, kind])
+    write_whole(Path(args.write), text.getvalue())
+    print(args.write)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Distances between pictures, and between sets of them
+# ----------------------------------------------------------------------------------------------------------------------
+def psnr(a, b):
+    """Peak signal-to-noise ratio in dB of two batches (B, 3, H, W) in [0, 1] -> (B,)."""
+    return -10 * torch.log10(((a - b) ** 2).mean((1, 2, 3)).clamp(min=1e-10))
+
+
+def ssim(a, b):
+    """Structural similarity (Wang et al. 2004) of two batches (B, 3, H, W) in [0, 1] -> (B,), the channels' mean.
+
+    Gaussian windows of 11 x 11, standard deviation 1.5, only where they lie within the picture.
+    """
+    bell = torch.exp(-(torch.arange(11.0, dtype=torch.float64) - 5) ** 2 / (2 * 1.5 ** 2))
+    window = torch.outer(bell, bell)[None, None] / bell.sum() ** 2                           # (1, 1, 11, 11)
+    a, b = (x.double().flatten(0, 1)[:, None] for x in (a, b))                               # (B * 3, 1, H, W)
+    ma, mb, aa, bb, ab = (F.conv2d(x, window) for x in (a, b, a * a, b * b, a * b))   # each (B * 3, 1, H - 10, W - 10)
+    light = (2 * ma * mb + 0.01 ** 2) / (ma ** 2 + mb ** 2 + 0.01 ** 2)
+    shape = (2 * (ab - ma * mb) + 0.03 ** 2) / (aa - ma ** 2 + bb - mb ** 2 + 0.03 ** 2)
+    return (light * shape).mean((1, 2, 3)).view(-1, 3).mean(1)
+
+
+def frechet(x, y):
+    """Frechet distance of the normal distributions with the moments of two sets of features (N, C), (M, C)."""
+    (mx, cx), (my, cy) = ((z.mean(0), np.atleast_2d(np.cov(z, rowvar=False))) for z in (np.float64(x), np.float64(y)))
+    values, vectors = np.linalg.eigh(cx)
+    root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T      # trace sqrt(cx cy) = trace sqrt(root cy root)
+    both = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cy @ root), 0)).sum()
+    return float(((mx - my) ** 2).sum() + np.trace(cx) + np.trace(cy) - 2 * both)
+
+
+def mmd(x, y):
+    """Unbiased squared maximum mean discrepancy of features (N, C) and (M, C), with KID's kernel (x.y / C + 1)^3."""
+    def total(a, b):                                                 # in blocks: 30,000 pictures would take 7 GB
+        return sum((((a[i:i + 1024] @ b.T) / a.shape[1] + 1) ** 3).sum() for i in range(0, len(a), 1024))
+
+    def within(a):                                                   # without the pairs of a picture with itself
+        return (total(a, a) - (((a * a).mean(1) + 1) ** 3).sum()) / (len(a) * (len(a) - 1))
+    x, y = np.float64(x), np.float64(y)
+    return float(within(x) + within(y) - 2 * total(x, y) / (len(x) * len(y)))
+
+
+@torch.no_grad()
+def clip_features(pipe, pictures):
+    """The image encoder's features (B, 64, C) of PIL pictures, fp32 on the CPU."""
+    pixels = torch.cat([data.preprocess_clip(p, pipe.eva.config.image_size) for p in pictures])
+    return pipe.eva.encode(pixels.to(pipe.device, pipe.dtype)).float().cpu()
+
+
+def run_fid(args):
+    """How far two folders of pictures are apart: Frechet distance and unbiased MMD of features of the model's own CLIP
+    tower, averaged over each picture. NOT the Inception FID of papers: compare only numbers of one tower.
+
+    Beside it the noise floor: the same between random halves of A, which differ by chance alone.
+    """
+    pipe = Pipeline(args.ckpt, args.device, args.dtype)
+    a, b = (np.concatenate([clip_features(pipe, [p for _, p in batch]).mean(1).numpy()
+                            for batch in read_pictures(folder)]) for folder in (args.a, args.b))
+    if (fewest := min(len(a), len(b))) < 4:
+        raise ValueError(f"one folder holds {fewest} pictures: the distance of two sets needs four or more")
+    if fewest < 5000:
+        print(f"eval.py: {fewest} pictures are fewer than 5,000: the Frechet distance comes out far too large, and is "
+              "comparable only at the same number; the MMD is unbiased, but noisy", file=sys.stderr)
+    order = np.random.default_rng(args.seed).permutation(len(a))
+    table = {name: {"Frechet": frechet(x, y), "MMD": mmd(x, y), "n": f"{len(x)} and {len(y)}"} for name, x, y in
+             (("A and B", a, b), ("noise floor, halves of A", a[order[::2]], a[order[1::2]]))}
+    show(f"distances of {args.a} and {args.b} in features of this model's CLIP tower (not Inception)", table)
+    save(args, {"table": table})
+
+
+def reconstruct_files(args):
+    """`reconstruction --images DIR`: PSNR, SSIM and cosine of CLIP features between pictures (middle squares) and what
+    the decoder makes of their 64 features."""
+    pipe, found, names = Pipeline(args.ckpt, args.device, args.dtype), {}, ("dB", "SSIM", "cosine")
+    for batch in read_pictures(args.images):
+        files, pictures = zip(*batch)
+        made = pipe.reconstruct(pictures, range(len(found), len(found) + len(files)))          # (B, 3, H, W)
+        truth = np.stack([data.crop_square(p, made.shape[-1]) for p in pictures])
+        truth = torch.from_numpy(truth).permute(0, 3, 1, 2) / 255
+        before, after = (clip_features(pipe, ps) for ps in (pictures, map(Image.fromarray, to_uint8(made))))
+        values = psnr(made, truth), ssim(made, truth), F.cosine_similarity(before, after, dim=-1).mean(1)
+        found.update((str(file), row) for file, *row in zip(files, *(v.tolist() for v in values)))
+    table = {f"{len(found)} pictures": dict(zip(names, np.mean(list(found.values()), 0).tolist()))}
+    show(f"{args.images}: pictures and their reconstructions", table)
+    save(args, {"table": table, "pictures": {file: dict(zip(names, row)) for file, row in found.items()}})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What people prefer
+# ----------------------------------------------------------------------------------------------------------------------
+# The two questions of the paper's study, in our words.
+ASKED = {"quality": "Which picture looks better: appeal, layout, clarity, shapes, cleanliness?",
+         "alignment": "Which picture shows better what the text says?"}
+PAGE = Path(__file__).parent / "assets" / "compare.html"
+
+
+def a_is_left(seed, number):
+    """Is the picture of A on the left in pair `number` of a page? A coin that the votes' reader can toss again."""
+    return bool(np.random.default_rng((seed, number)).integers(2))
+
+
+def data_url(path, most=768):
+    """A picture file as a data: URL, scaled down to `most` pixels; small ones as PNG, large ones as JPEG."""
+    image, file = data.load_image(path), io.BytesIO()
+    image.thumbnail((most, most))
+    kind = "PNG" if max(image.size) <= 256 else "JPEG"
+    image.save(file, kind, quality=92)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def sign_test(wins, losses):
+    """Two-sided p-value of `wins` against `losses` where both are equally likely (exact binomial; ties left out)."""
+    n = wins + losses
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(max(wins, losses), n + 1)) / 2 ** n)
+
+
+def run_compare(args):
+    """A blind comparison by people: A and B, two folders of `generate` for one prompt file, become OUT/compare.html.
+
+    One page without network: pairs in random order, sides by coin, two questions, votes kept in the browser and
+    exported as JSON. With --votes, everybody's exported files: how often A won, with a sign test's two-sided p-value.
+    """
+    if args.votes:
+        return count_votes(args)
+    if len(args.folders) != 2 or not args.prompts:
+        raise ValueError("compare takes two folders of pictures and --prompts, or --votes")
+    pairs = []
+    for number, job in enumerate(read_prompts(args.bench, args.prompts)):
+        urls = [data_url(Path(folder) / job["file"]) for folder in args.folders]
+        left, right = urls if a_is_left(args.seed, number) else urls[::-1]
+        pairs.append({"id": number, "prompt": job["prompt"], "left": left, "right": right})
+    pairs = [pairs[i] for i in np.random.default_rng(args.seed).permutation(len(pairs))]
+    a, b = args.folders
+    study = {"id": fingerprint(pairs), "seed": args.seed, "a": a, "b": b, "asked": ASKED, "pairs": pairs}
+    file = Path(args.out) / "compare.html"
+    write_whole(file, read_text(PAGE).replace("/*STUDY*/", json.dumps(study).replace("<", "\\u003c")))
+    print(file)
+
+
+def count_votes(args):
+    """`compare --votes FILE ...`: wins of A and B, the share that A won (ties left out), interval, p-value."""
+    tallies, study = {name: Counter() for name in ASKED}, None
+    for file in args.votes:
+        try:
+            ballot = json.loads(read_text(file))
+            study = study or ballot
+            for number, vote in ballot["votes"].items():
+                sides = ("left", "right") if a_is_left(ballot["seed"], int(number)) else ("right", "left")
+                for name, side in vote.items():
+                    tallies[name][{sides[0]: "A", sides[1]: "B", "alike": "alike"}[side]] += 1
+            other, a, b = ballot["id"] != study["id"], ballot["a"], ballot["b"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{file} is cut short, or no export of a comparison page") from None
+        if other:
+            raise ValueError(f"{file} is of another page than {args.votes[0]}")
+    table = {name: {**share([True] * t["A"] + [False] * t["B"]), "A": t["A"], "B": t["B"], "alike": t["alike"],
+                    "p": sign_test(t["A"], t["B"])} for name, t in tallies.items() if t["A"] + t["B"]}
+    if not table:
+        raise ValueError(f"no votes for either side in {', '.join(args.votes)}")
+    show(f"how often A = {a} beat B = {b}, {len(args.votes)} people", table)
+    save(args, {"table": table})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Was the test trained on?
+# ----------------------------------------------------------------------------------------------------------------------
+def shingles(text):
+    """(normalised text, its set of word pairs, the ends included): case and punctuation don't count."""
+    words = re.findall(r"\w+", text.lower())
+    return " ".join(words), set(zip(["^", *words], [*words, "$"]))
+
+
+def find_leaks(prompts, texts, least):
+    """For each prompt (Jaccard similarity of its word pairs with the nearest training caption, that caption, are all
+    words the same?); (0, None, False) below `least`. Prompts are indexed by word pairs, captions stream by."""
+    known, where, best = [shingles(p) for p in prompts], defaultdict(list), [(0.0, None, False)] * len(prompts)
+    for i, (_, pairs) in enumerate(known):
+        for pair in pairs:
+            where[pair].append(i)
+    for text in texts:
+        words, pairs = shingles(text)
+        for i, common in Counter(i for pair in pairs for i in where.get(pair, ())).items():
+            found = common / (len(pairs) + len(known[i][1]) - common), text.strip(), words == known[i][0]
+            if found[0] >= least and found[::2] > best[i][::2]:
+                best[i] = found
+    return best
+
+
+def run_leakage(args):
+    """Which evaluation prompts stand in the training captions, word for word or nearly (word pairs, Jaccard)?
+
+    Without --prompts: those of `alignment`. Without --train: the captions of the first --n training pictures of the world.
+    """
+    jobs = read_prompts(args.bench, args.prompts) if args.prompts else data.skill_prompts()
+    if not 0 < args.near <= 1:
+        raise ValueError(f"--near lies between 0 and 1, not {args.near}")
+    prompts, source = list(dict.fromkeys(job["prompt"] for job in jobs)), data.open_source(args.train)
+    samples = data.Samples(source)
+
+    def captions():
+        for i in tqdm(range(len(source) if args.train else args.n), disable=None):
+            with suppress(data.BadSample):                           # training passes over these, too
+                yield from source.read(i, True)[1].get("captions", ()) if args.train else [samples[i]["caption"]]
+    best = find_leaks(prompts, captions(), args.near)
+    table = {"word for word": share(same for _, _, same in best),
+             f"{args.near:.2f} alike or more": share(s > 0 for s, _, _ in best)}
+    show(f"{len(prompts)} different prompts found in the captions of {args.train or 'the synthetic world'}", table)
+    save(args, {"table": table, "found": [{"prompt": p, "similarity": s, "exact": same, "caption": text}
+                                          for p, (s, text, same) in zip(prompts, best) if text is not None]})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -685,29 +1360,49 @@ def run_speed(args):
 
 
 COMMANDS = {"judge": run_judge, "alignment": run_alignment, "understanding": run_understanding,
-            "reconstruction": run_reconstruction, "speed": run_speed}
+            "reconstruction": run_reconstruction, "generate": run_generate, "score": run_score, "fid": run_fid,
+            "compare": run_compare, "leakage": run_leakage, "speed": run_speed}
 
 
 def parse(argv):
     """The command line; ValueError for what can't be meant."""
     parser = Parser("eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
-    for name, seed, counts in (("judge", 1, {"n": 1000, "size": 64}), ("alignment", 0, {"n-prompts": 200, "images": 4}),
-                               ("understanding", 1, {"n": 600}), ("reconstruction", 1, {"n": 200}), ("speed", 0, {"rounds": 5})):
+    commands, add = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS)), {}
+    for name, seed, counts in (("judge", 1, {"n": 1000, "size": 64}), ("alignment", 0, {"n-prompts": 553, "images": 4}),
+                               ("understanding", 1, {"n": 600}), ("reconstruction", 1, {"n": 200}),
+                               ("speed", 0, {"rounds": 5}), ("generate", 0, {}), ("score", 0, {}), ("fid", 0, {}), ("compare", 0, {}),
+                               ("leakage", 0, {"n": 20000})):
         command = commands.add_parser(name, description=COMMANDS[name].__doc__)
+        add[name] = command.add_argument
         for option, value in counts.items():
             command.add_argument(f"--{option}", type=int, default=value)
         command.add_argument("--seed", type=int, default=seed, help="of the prompts and pictures")
         command.add_argument("--out", default="runs/eval", help="folder of the results")
-        if name not in ("judge", "speed"):
+        if name in ("alignment", "understanding", "reconstruction", "generate", "fid"):
             command.add_argument("--ckpt", default=str(Path(__file__).parent / "weights" / "nano"), help="model folder")
             command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
             command.add_argument("--dtype", default="auto", help="auto, fp32, bf16, fp16")
-        if name == "alignment":
-            command.add_argument("--novel", action="store_true", help="pairs of colour and shape never trained on")
+        if name in ("generate", "compare", "leakage"):
+            command.add_argument("--bench", choices=BENCHES, default="geneval", help="whose prompt file it is")
+            command.add_argument("--prompts", required=name == "generate", help="prompt file or folder as published")
+    add["alignment"]("--novel", action="store_true", help="pairs of colour and shape never trained on")
+    add["understanding"]("--data", help="questions: .tsv as VLMEvalKit's, .jsonl, or MM-Vet's .json")
+    add["understanding"]("--task", choices=TASKS, help="wording and scoring (choice, or vqav2 without options)")
+    add["understanding"]("--images", help="folder of the pictures that a .jsonl names (its own)")
+    add["understanding"]("--official", action="store_true", help="JPEG and scale pictures as the official run")
+    add["understanding"]("--write", help="write --n questions about the world to this .tsv, and stop")
+    add["reconstruction"]("--images", help="a folder of pictures instead of the world's")
+    add["score"]("bench", choices=("geneval", "wise"))
+    add["score"]("--results", nargs="+", required=True, help="what the official scorer wrote (.jsonl)")
+    add["fid"]("--a", required=True, help="a folder of pictures")
+    add["fid"]("--b", required=True, help="another")
+    add["compare"]("folders", nargs="*", help="two folders that `generate` filled, A and B")
+    add["compare"]("--votes", nargs="+", help="files that the page exported")
+    add["leakage"]("--train", help="shards as in train.py --data (the world's first --n captions)")
+    add["leakage"]("--near", type=float, default=0.7, help="least similarity of a near-duplicate")
     args = parser.parse_args(argv)
     for name in ("n", "n_prompts", "images", "size", "rounds"):
-        if vars(args).get(name, 1) < 1:
+        if isinstance(vars(args).get(name), int) and vars(args)[name] < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {vars(args)[name]}")
     if not 0 <= args.seed < 1000:                                    # each has a million seeds of pictures
         raise ValueError(f"--seed must lie between 0 and 999, not {args.seed}")

@@ -7,6 +7,7 @@ References (transformers, diffusers; requirements-dev.txt) are compared at tiny 
 reference isn't installed is skipped and says so. Tests that show the size of a known bug prove that the others can fail.
 """
 import ast
+import base64
 import io
 import json
 import math
@@ -4378,6 +4379,608 @@ def test_understanding_command_compares_with_the_commonest_answer(tmp_path, monk
     table = json.loads((tmp_path / "understanding.json").read_text())["table"]
     assert table["existence"]["answer"] == "yes" and table["existence"]["score"] == table["existence"]["baseline"] > 0.3
     assert table["background"]["score"] == table["caption, objects"]["score"] == 0 < table["background"]["baseline"]
+
+
+def test_alignment_shuffled_prompts_and_large_sheets(tmp_path, monkeypatch):
+    """Perfect pictures fail under other prompts; of many pictures, whole prompts at even distances are on the sheet."""
+    monkeypatch.setattr(scores, "Pipeline", EvalOracle)
+    monkeypatch.setattr(scores, "SHEET", 12)
+    assert scores.main(["alignment", "--n-prompts", "12", "--images", "3", "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "alignment.json").read_text())
+    assert results["shuffled"]["overall"]["score"] < 0.4 < results["model"]["overall"]["score"] == 1
+    sheet = data.load_image(tmp_path / "alignment.png")              # prompts 0, 3, 6 and 9: twelve cells, one row
+    assert sheet.size == (12 * 144, 180) and len(results["pictures"]) == 36
+
+
+# ---- published benchmarks: drawing ----
+class EvalPainter(EvalOracle):
+    """A stand-in whose pictures (8 x 8) are a function of prompt and seed; `drawn` collects what it was asked."""
+    sampling, dtype, drawn = {}, torch.float32, []
+
+    def __init__(self, *_):
+        super().__init__()
+        self.negatives = {}
+
+    def images(self, prompts, seeds):
+        self.drawn.extend(zip(prompts, seeds))
+        return torch.stack([torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(zlib.crc32(p.encode()) + s))
+                            for p, s in zip(prompts, seeds)])
+
+
+@pytest.fixture
+def eval_painter(monkeypatch):
+    """eval.py with EvalPainter for a model."""
+    monkeypatch.setattr(scores, "Pipeline", EvalPainter)
+    monkeypatch.setattr(EvalPainter, "drawn", [])
+    return EvalPainter
+
+
+def eval_lines(path, rows):
+    """Write objects as jsonl; returns the path as a string."""
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def eval_generate(bench, prompts, out):
+    return scores.main(["generate", "--bench", bench, "--prompts", str(prompts), "--out", str(out)])
+
+
+def eval_tree(folder):
+    """{relative path: bytes} of all files below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+def test_generate_geneval_folder_passes_the_scorers_walk(eval_painter, tmp_path):
+    """All 553 prompts: every numbered folder has the entry and four readable pictures, all with seeds of their own."""
+    entries = data.skill_prompts(553)
+    assert eval_generate("geneval", eval_lines(tmp_path / "prompts.jsonl", entries), tmp_path) == 0
+    root, walked = tmp_path / "geneval", {}
+    for folder in sorted(os.listdir(root)):                          # as GenEval's evaluate_images.py walks it
+        assert folder.isdigit() and os.path.isdir(root / folder)
+        with open(root / folder / "metadata.jsonl") as file:
+            metadata = json.load(file)
+        names = [n for n in os.listdir(root / folder / "samples") if re.match(r"\d+\.png", n)]
+        assert sorted(names) == sorted(os.listdir(root / folder / "samples")) and len(names) == 4
+        for name in names:
+            with Image.open(root / folder / "samples" / name) as image:
+                assert image.convert("RGB").size == (8, 8) and image.format == "PNG"
+        walked[int(folder)] = metadata
+    assert [walked[i] for i in range(553)] == entries and len(walked) == 553
+    assert len({seed for _, seed in eval_painter.drawn}) == 4 * 553
+    assert [prompt for prompt, _ in eval_painter.drawn] == [e["prompt"] for e in entries for _ in range(4)]
+
+
+def test_generate_shards_batches_and_restarts_change_no_picture(eval_painter, monkeypatch, tmp_path, capsys):
+    """Three processes of other batch sizes, one of them restarted after losing files, make what one process makes."""
+    prompts = eval_lines(tmp_path / "prompts.jsonl", data.skill_prompts(9))
+    assert eval_generate("geneval", prompts, tmp_path / "one") == 0
+    whole = eval_tree(tmp_path / "one")
+    assert len(whole) == 1 + 9 * 5
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setattr(scores, "BATCH", 5 + 2 * rank)
+        assert eval_generate("geneval", prompts, tmp_path / "three") == 0
+        assert len(eval_painter.drawn) == 36 + 12 * (rank + 1)       # a third each
+    assert eval_tree(tmp_path / "three") == whole
+    lost = sorted(tmp_path.glob("three/geneval/*/samples/0002.png"))[:4]
+    for file in lost:
+        file.unlink()
+    del eval_painter.drawn[:]
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.delenv("RANK")
+    assert eval_generate("geneval", prompts, tmp_path / "three") == 0
+    assert eval_tree(tmp_path / "three") == whole and len(eval_painter.drawn) == 4
+    assert "4 new files, 32 were there" in capsys.readouterr().out
+    assert scores.main(["generate", "--prompts", prompts, "--seed", "1", "--out", str(tmp_path / "one")]) == 2
+    assert "other settings" in capsys.readouterr().err and eval_tree(tmp_path / "one") == whole
+
+
+def test_generate_with_a_real_model(sample_folder, tmp_path):
+    """The pictures in the folder are those of sample.Pipeline for that prompt and seed."""
+    prompts = eval_lines(tmp_path / "prompts.jsonl", data.skill_prompts(2))
+    line = ["generate", "--prompts", prompts, "--ckpt", sample_folder, "--seed", "2", "--out", str(tmp_path)]
+    assert scores.main(line) == 0
+    pipe, prompt = sample.Pipeline(sample_folder), data.skill_prompts(2)[1]["prompt"]
+    alone = sample.to_uint8(pipe.images([prompt], [2 * 10 ** 6 + 6])[0]).astype(int)
+    assert abs(np.asarray(Image.open(tmp_path / "geneval/00001/samples/0002.png")) - alone).max() <= 1
+
+
+def test_generate_other_benchmarks_layouts(eval_painter, tmp_path):
+    """DPG-Bench: 2 x 2 as its scorer cuts them; WISE: numbers; MJHQ: a folder for each category."""
+    (tmp_path / "dpg").mkdir()
+    for name, text in (("drawbench_7", "A long text.\n"), ("COCOval_1", "Another.")):
+        (tmp_path / "dpg" / f"{name}.txt").write_text(text)
+    assert eval_generate("dpg", tmp_path / "dpg", tmp_path / "out") == 0
+    assert sorted(eval_tree(tmp_path / "out/dpg")) == ["COCOval_1.png", "drawbench_7.png"]
+    picture = Image.open(tmp_path / "out/dpg/drawbench_7.png")
+    boxes = [(0, 0, 8, 8), (8, 0, 16, 8), (0, 8, 8, 16), (8, 8, 16, 16)]
+    for box, seed in zip(boxes, (4, 5, 6, 7)):                       # the second file by name: seeds from 4 on
+        alone = sample.to_uint8(EvalPainter().images(["A long text."], [seed])[0])
+        assert (np.asarray(picture.crop(box)) == alone).all()
+    wise = [{"Prompt": f"p{i}", "Explanation": "e", "Category": "c", "prompt_id": i} for i in (701, 3)]
+    (tmp_path / "natural_science.json").write_text(json.dumps(wise))
+    assert eval_generate("wise", tmp_path / "natural_science.json", tmp_path / "out") == 0
+    assert sorted(eval_tree(tmp_path / "out/wise")) == ["3.png", "701.png"]
+    mjhq = {"ab12": {"category": "food", "prompt": "soup"}, "cd34": {"category": "people", "prompt": "a smile"}}
+    (tmp_path / "meta_data.json").write_text(json.dumps(mjhq))
+    assert eval_generate("mjhq", tmp_path / "meta_data.json", tmp_path / "out") == 0
+    assert sorted(eval_tree(tmp_path / "out/mjhq")) == ["food/ab12.png", "people/cd34.png"]
+
+
+def test_score_geneval_by_hand(tmp_path, capsys):
+    """The unweighted mean of the skills, not of the pictures; prompts count if any picture is right."""
+    plan = {"single_object": [[1, 1], [1, 0], [0, 0]], "counting": [[0, 0]], "colors": [[1, 1]]}
+    rows = [{"tag": tag, "prompt": "same", "metadata": f'{{"index": "{tag}{i}"}}', "correct": bool(c), "filename": "f"}
+            for tag, prompts in plan.items() for i, pair in enumerate(prompts) for c in pair]
+    table = scores.score_geneval(rows)
+    assert table["single_object"]["score"] == pytest.approx(3 / 6) and table["counting"]["score"] == 0
+    assert table["overall"]["score"] == pytest.approx((1 / 2 + 0 + 1) / 3) and table["overall"]["n"] == 10
+    assert table["prompts"]["score"] == pytest.approx(3 / 5)
+    file = eval_lines(tmp_path / "r.jsonl", rows)
+    assert scores.main(["score", "geneval", "--results", file, "--out", str(tmp_path)]) == 0
+    assert "50.0 %" in capsys.readouterr().out
+    assert json.loads((tmp_path / "score-geneval.json").read_text())["table"] == table
+
+
+def test_score_wise_by_hand():
+    """Published rows (category figures and overall, PKU-YuanGroup/WISE), then marks counted by hand."""
+    published = {"GPT4o": (.81, .71, .89, .83, .79, .74, .80), "FLUX.1-dev": (.48, .58, .62, .42, .51, .35, .50),
+                 "MetaQuery-XL": (.56, .55, .62, .49, .63, .41, .55),
+                 "Janus-Pro-7B": (.30, .37, .49, .36, .42, .26, .35)}
+    fields = ("consistency", "realism", "aesthetic_quality")
+    for *parts, overall in published.values():                       # three equal marks of 2 m make a WiScore of m
+        means = [m for m, (first, last, _) in zip(parts, scores.WISE.values()) for _ in range(first, last + 1)]
+        table = scores.score_wise([{"prompt_id": i, **dict.fromkeys(fields, 2 * m)} for i, m in enumerate(means, 1)])
+        assert round(table["overall"]["score"], 2) == overall
+    rows = [{"prompt_id": i, "consistency": 2 * (i <= 400), "realism": i % 2 * 2, "aesthetic_quality": 1}
+            for i in range(1, 1001)]
+    table = scores.score_wise(rows)
+    assert table["cultural"]["score"] == pytest.approx((0.7 * 2 + 0.2 * 1 + 0.1) / 2)
+    assert table["physics"]["score"] == pytest.approx((0.2 * 1 + 0.1) / 2)
+    assert table["time"]["score"] == pytest.approx((0.2 * 2 * 84 / 167 + 0.1) / 2)
+    values = np.array([0.85 + 0.1 * (-1) ** i for i in range(400)])
+    half = table["cultural"]["high"] - table["cultural"]["score"]
+    assert half == pytest.approx(1.96 * values.std(ddof=1) / 20, rel=1e-4)
+    assert table["overall"]["score"] == pytest.approx(0.4 * 0.85 + 0.6 * 0.15, abs=1e-3)
+
+
+# ---- published benchmarks: looking ----
+def eval_base64(colour="red", size=(9, 7)):
+    """A plain picture as VLMEvalKit keeps it in a cell."""
+    return base64.b64encode(data_bytes(Image.new("RGB", size, colour))).decode()
+
+
+def eval_tsv(path, rows):
+    """Write dicts as a TSV file with the first row's columns; returns the path as a string."""
+    cell = lambda x: '"' + str(x).replace('"', '""') + '"' if any(c in str(x) for c in '\n\t"') else str(x)
+    lines = ["\t".join(rows[0])] + ["\t".join(cell(row.get(name, "")) for name in rows[0]) for row in rows]
+    Path(path).write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+class EvalReader(EvalOracle):
+    """A stand-in that answers with `answer(question, pictures)`, and keeps the questions it got."""
+    answer, asked = staticmethod(lambda question, pictures: "yes"), []
+
+    def ask(self, conversations, max_new_tokens):
+        self.asked.extend((turns[0][0], pictures[0]) for turns, pictures in conversations)
+        return [self.answer(turns[0][0], pictures[0]) for turns, pictures in conversations]
+
+
+@pytest.fixture
+def eval_reader(monkeypatch):
+    """eval.py with EvalReader for a model."""
+    monkeypatch.setattr(scores, "Pipeline", EvalReader)
+    monkeypatch.setattr(EvalReader, "asked", [])
+    return EvalReader
+
+
+def eval_understanding(file, out, *more):
+    return scores.main(["understanding", "--data", str(file), "--out", str(out), *more])
+
+
+def test_choice_table_in_vlmevalkits_layout(eval_reader, monkeypatch, tmp_path):
+    """Options, hints, line breaks, pictures of other rows, several pictures; accuracy and baseline by hand."""
+    red, blue = eval_base64("red"), eval_base64("blue")
+    rows = [{"index": 10, "image": red, "hint": "Look.", "question": "What\ncolour?", "A": "red", "B": "blue", "C": "",
+             "answer": "A", "category": "colour"},
+            {"index": 11, "image": "10", "question": 'The "same"?', "A": "no", "B": "yes", "answer": "B",
+             "category": "same"},
+            {"index": 12, "image": blue, "question": "Colour?", "A": "red", "B": "blue", "C": "green", "answer": "B",
+             "category": "colour"},
+            {"index": 13, "image": str([red, blue]), "question": "<image 1> or <image 2>?", "A": "x", "B": "y",
+             "answer": "A", "category": "colour"}]
+    said = {"What": "A", "The": "I think (B).", "Colour": "C. green", "or": "both"}
+    monkeypatch.setattr(eval_reader, "answer", staticmethod(
+        lambda question, pictures: next(a for start, a in said.items() if start in question)))
+    assert eval_understanding(eval_tsv(tmp_path / "bench.tsv", rows), tmp_path) == 0
+    (first, pictures), (second, again), _, (last, two) = eval_reader.asked
+    assert first == f"Look.\nWhat\ncolour?\nA. red\nB. blue\n{scores.LETTER}"
+    assert second == f'The "same"?\nA. no\nB. yes\n{scores.LETTER}' and last.startswith("or ?")
+    assert pictures[0].getpixel((0, 0)) == again[0].getpixel((0, 0)) == (255, 0, 0) and pictures[0].size == (9, 7)
+    assert [p.getpixel((0, 0)) for p in two] == [(255, 0, 0), (0, 0, 255)]
+    results = json.loads((tmp_path / "bench.score.json").read_text())
+    assert {name: (row["score"], row["baseline"]) for name, row in results["table"].items()} == {
+        "colour": (1 / 3, 2 / 3), "same": (1, 1), "overall": (0.5, 0.75)}
+    assert [a["read"] for a in results["answers"]] == ["A", "B", "C", None]
+    lines = [json.loads(line) for line in (tmp_path / "bench.answers.jsonl").read_text().splitlines()]
+    assert lines[1:] == [{"index": str(10 + i), "prediction": a} for i, a in enumerate(said.values())]
+
+
+def test_understanding_goes_on_where_it_was_cut(eval_reader, monkeypatch, tmp_path, capsys):
+    """A kill in the middle of a line costs that answer alone; another run's answers are refused."""
+    rows = [{"index": i, "image": eval_base64(), "question": f"q{i}?", "answer": "ny"[i % 2]} for i in range(7)]
+    file = eval_tsv(tmp_path / "qa.tsv", rows)
+    assert eval_understanding(file, tmp_path) == 0
+    whole, score = (tmp_path / "qa.answers.jsonl").read_bytes(), (tmp_path / "qa.score.json").read_bytes()
+    (tmp_path / "qa.answers.jsonl").write_bytes(b"".join(whole.splitlines(True)[:4]) + b'{"index": "3", "pre')
+    (tmp_path / "qa.score.json").unlink()
+    del eval_reader.asked[:]
+    monkeypatch.setattr(scores, "BATCH", 2)
+    assert eval_understanding(file, tmp_path) == 0
+    assert (tmp_path / "qa.answers.jsonl").read_bytes() == whole and (tmp_path / "qa.score.json").read_bytes() == score
+    assert [q for q, _ in eval_reader.asked] == ["q3?", "q4?", "q5?", "q6?"]
+    assert eval_understanding(file, tmp_path, "--task", "pope") == 2
+    assert "another run" in capsys.readouterr().err and (tmp_path / "qa.answers.jsonl").read_bytes() == whole
+
+
+def test_worlds_questions_as_a_table(eval_reader, monkeypatch, tmp_path):
+    """`--write`, read back: the questions of draw_questions, all right for a model that knows; the baseline by hand."""
+    assert scores.main(["understanding", "--write", str(tmp_path / "w.tsv"), "--n", "60", "--out", str(tmp_path)]) == 0
+    asked = scores.draw_questions(1, 60)
+    truth = {(q, data.draw(scene).tobytes()): a for scene, _, q, a in asked}
+    monkeypatch.setattr(eval_reader, "answer", staticmethod(
+        lambda q, pictures: truth[q, np.asarray(pictures[0]).tobytes()].capitalize() + "."))
+    assert eval_understanding(tmp_path / "w.tsv", tmp_path) == 0
+    table = json.loads((tmp_path / "w.score.json").read_text())["table"]
+    assert list(table) == [*data.QUESTIONS, "overall"] and all(row["score"] == 1 for row in table.values())
+    common = sum(Counter(a for _, k, _, a in asked if k == kind).most_common(1)[0][1] for kind in data.QUESTIONS)
+    assert table["overall"]["baseline"] == pytest.approx(common / 60)
+
+
+def test_understanding_with_a_real_model(sample_folder, monkeypatch, tmp_path):
+    """The answers in the file are those of sample.Pipeline; with --official, of the picture after JPEG, enlarged."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    picture.save(tmp_path / "p.png")
+    file = eval_lines(tmp_path / "q.jsonl", [{"question_id": 5, "image": "p.png", "text": "a circle?", "label": "yes"}])
+    line = ["--task", "pope", "--ckpt", sample_folder]
+    assert eval_understanding(file, tmp_path / "out", *line) == 0
+    told = json.loads((tmp_path / "out/q.score.json").read_text())["answers"][0]
+    pipe, looked = sample.Pipeline(sample_folder), []
+    assert told["answer"] == pipe.answer(picture, f"a circle?\n{scores.SHORT}", 128) and told["index"] == "5"
+    monkeypatch.setattr(sample.Pipeline, "look", lambda self, image, look=sample.Pipeline.look: looked.append(
+        (image, look(self, image))) or looked[-1][1])
+    assert eval_understanding(file, tmp_path / "official", "--official", *line) == 0
+    (image, (patches, _)), = looked
+    after = scores.jpeg(np.asarray(picture))
+    assert (np.asarray(image) == after).all() and (after != np.asarray(picture)).any()
+    assert 200704 <= len(patches) * 8 ** 2 <= 1605632                 # patches of 8 x 8 pixels
+
+
+def test_options_are_read_off_answers():
+    """A letter at the beginning or alone, or an option's words; nothing where that is ambiguous."""
+    options = {"A": "a cat", "B": "dog", "C": "hot dog"}
+    cases = {"A": "A", "(B)": "B", "B.": "B", "C: hot dog": "C", "The answer is B": "B", "It must be (C), surely": "C",
+             "A cat sits there": "A", "dog": "B", "Hot dog.": "C", "It is a cat": "A", "A or B": None, "D": None,
+             "": None, "A hot dog": None, "neither": None, "I'd say B": "B", "Because": None}
+    for answer, letter in cases.items():
+        assert scores.pick_option(answer, options) == letter, answer
+
+
+def test_mme_by_hand(eval_reader, monkeypatch, tmp_path):
+    """Accuracy and accuracy+ of each category; perception sums ten categories, cognition four; the official wording."""
+    rows = []
+    for c, category in enumerate((*scores.PERCEPTION, *scores.COGNITION)):
+        for pair in range(2):
+            for answer in ("Yes", "No"):
+                rows.append({"index": len(rows), "image": eval_base64(size=(8 + pair, 8 + c)), "category": category,
+                             "question": f"Is {category} {pair}? Please answer yes or no.", "answer": answer})
+    # Always "Yes, ...": half of the questions, no pair. In "count" the first pair is right as well.
+    def answer(question, pictures, turn=iter(range(100))):
+        return "No." if next(turn) % 2 and question.startswith("Is count 0?") else "Yes, it is"
+    monkeypatch.setattr(eval_reader, "answer", staticmethod(answer))
+    assert eval_understanding(eval_tsv(tmp_path / "mme.tsv", rows), tmp_path, "--task", "mme") == 0
+    assert eval_reader.asked[0][0] == f"Is existence 0?\n{scores.SHORT}"
+    table = json.loads((tmp_path / "mme.score.json").read_text())["table"]
+    assert table["count"]["score"] == 0.75 and table["count"]["plus"] == 0.5 and table["count"]["points"] == 125
+    assert table["scene"]["points"] == 50 and table["cognition"]["points"] == 200
+    assert table["perception"]["points"] == 9 * 50 + 125
+    assert [scores.yes_or_no("mme", a) for a in ("yes", "No, it", " nope", "The", "It is yes", "Yes.")] == [
+        "yes", "no", "no", "other", "other", "yes"]
+
+
+def test_pope_by_hand():
+    """3 true yes, 1 false yes, 2 missed, 4 true no: precision 3/4, recall 3/5, F1 2/3; POPE's reading of sentences."""
+    said, truths = ["Yes"] * 4 + ["No."] * 6, ["yes"] * 3 + ["no"] + ["yes"] * 2 + ["no"] * 4
+    questions = [{"category": "random", "answers": [truth], "options": {}} for truth in truths]
+    row = scores.tabulate("pope", questions, said)["random"]
+    assert row["score"] == 0.7 and row["F1"] == pytest.approx(2 / 3) and row["yes"] == 0.4
+    assert row["precision"] == 0.75 and row["recall"] == 0.6 and row["baseline"] == 0.5
+    read = {"Yes, there is.": "yes", "No": "no", "There is not one. Yes": "no", "I see no dog": "no", "a dog": "yes",
+            "Yes. No.": "yes", "No, sir": "no", "nothing": "yes"}
+    assert {a: scores.yes_or_no("pope", a) for a in read} == read
+
+
+def test_vqa_by_hand():
+    """The official normal form (vqaEval.py of VQA), and soft accuracy with its leave-one-out mean."""
+    normal = {"The  Red, ball!": "red ball", "two": "2", "none": "0", "dont": "don't", "Couldn'tve": "couldn't've",
+              "youd've": "you'd've", "1,000": "1000", "u.s.": "us", "3.5": "3.5", "black/white": "black white",
+              "t-shirt": "t shirt", "left - right": "left right", "An apple\n": "apple", "it's": "it's",
+              "What? ": "what", "ten.": "10",
+              "1,000 (red)": "1000 red", "6:30": "6:30", "A": ""}
+    assert {text: scores.vqa_normal(text) for text in normal} == normal
+    people = ["yes"] * 3 + ["no"] * 2 + ["two", "2", "maybe", "a cat", "cat"]
+    # 3 of 10: the three themselves have two others, 2/3; the seven rest see three, 1.
+    assert scores.vqa_score("Yes.", people) == pytest.approx((3 * 2 / 3 + 7) / 10)
+    assert scores.vqa_score("no", people) == pytest.approx((2 * 1 / 3 + 8 * 2 / 3) / 10)
+    assert [scores.vqa_score(answer, people) for answer in ("2", "Two.", "the cat")] == pytest.approx([0.6] * 3)
+    assert scores.vqa_score("perhaps", people) == 0 and scores.vqa_score("yes", ["yes"] * 10) == 1
+    assert scores.vqa_score("Two", ["2"]) == 1
+
+
+def test_questions_of_other_layouts(eval_reader, tmp_path):
+    """VQAv2's lists of people, TextVQA's lists in a cell, MM-Vet's json and predictions for its judge."""
+    Image.new("RGB", (9, 9), "blue").save(tmp_path / "a.jpg")
+    people = [{"answer": "yes", "answer_id": i} for i in range(5)] + [{"answer": "no", "answer_id": 9}] * 5
+    row = {"question_id": 77, "image": "a.jpg", "question": "Blue?", "answers": people}
+    file = eval_lines(tmp_path / "vqa.jsonl", [row])
+    assert eval_understanding(file, tmp_path / "out") == 0
+    results = json.loads((tmp_path / "out/vqa.score.json").read_text())
+    assert results["table"]["all"]["score"] == 1 and results["answers"][0]["asked"] == "Blue?"
+    rows = [{"index": 0, "image": eval_base64(), "question": "what does it SAY?",
+             "answer": str(["yes"] * 2 + ["no"] * 8)}]
+    assert eval_understanding(eval_tsv(tmp_path / "text.tsv", rows), tmp_path / "out", "--task", "textvqa") == 0
+    results = json.loads((tmp_path / "out/text.score.json").read_text())
+    assert results["answers"][0]["asked"] == f"What does it say?\n{scores.SHORT}"
+    assert results["answers"][0]["score"] == pytest.approx((2 * 1 / 3 + 8 * 2 / 3) / 10)
+    vet = {"v1_0": {"imagename": "a.jpg", "question": "Why?", "answer": "because", "capability": ["rec"]}}
+    (tmp_path / "mm-vet.json").write_text(json.dumps(vet))
+    assert eval_understanding(tmp_path / "mm-vet.json", tmp_path, "--task", "mmvet") == 0
+    assert json.loads((tmp_path / "mm-vet.predictions.json").read_text()) == {"v1_0": "yes"}
+    assert json.loads((tmp_path / "mm-vet.json").read_text()) == vet
+    last = eval_reader.asked[-1][0]
+    assert last.startswith("First please perform reasoning") and last.endswith("Why?")
+
+
+# ---- distances ----
+def test_psnr_and_ssim_equal_scikit_image():
+    """Against skimage.metrics, on noise, on shifted renders and on equal pictures."""
+    from skimage import metrics
+    rng = np.random.default_rng(0)
+    a = np.stack([rng.random((40, 52, 3)), data.draw(data.make_scene(1, 0), 52)[:40] / 255, np.full((40, 52, 3), 0.3)])
+    b = np.stack([rng.random((40, 52, 3)), np.roll(a[1], 2, 0), a[2]])
+    to = lambda x: torch.from_numpy(x).permute(0, 3, 1, 2).float()
+    theirs = [metrics.structural_similarity(x, y, data_range=1, channel_axis=2, gaussian_weights=True, sigma=1.5,
+                                            use_sample_covariance=False) for x, y in zip(a, b)]
+    assert scores.ssim(to(a), to(b)).tolist() == pytest.approx(theirs, abs=1e-5) and theirs[1] < 0.95
+    theirs = [metrics.peak_signal_noise_ratio(x, y, data_range=1) for x, y in zip(a[:2], b)]
+    assert scores.psnr(to(a), to(b))[:2].tolist() == pytest.approx(theirs, abs=1e-4)
+
+
+def test_frechet_and_mmd_equal_independent_forms():
+    """Against scipy's matrix square root, normal distributions in one dimension, and the MMD's sums written out."""
+    from scipy import linalg
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(60, 5)) @ rng.normal(size=(5, 5)), rng.normal(size=(50, 5)) + 0.5
+    cx, cy = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    theirs = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(cx + cy - 2 * linalg.sqrtm(cx @ cy).real)
+    assert scores.frechet(x, y) == pytest.approx(theirs, rel=1e-8)
+    assert scores.frechet(x, x) == pytest.approx(0, abs=1e-8)
+    a, b = x[:, :1], y[:, :1]                                        # differences of means and of deviations, squared
+    assert scores.frechet(a, b) == pytest.approx((a.mean() - b.mean()) ** 2 + (a.std(ddof=1) - b.std(ddof=1)) ** 2)
+    kernel = lambda p, q: (sum(p[i] * q[i] for i in range(5)) / 5 + 1) ** 3
+    within = lambda s: np.mean([kernel(s[i], s[j]) for i in range(len(s)) for j in range(len(s)) if i != j])
+    across = np.mean([kernel(p, q) for p in x for q in y])
+    assert scores.mmd(x, y) == pytest.approx(within(x) + within(y) - 2 * across, rel=1e-9)
+    halves = rng.normal(size=(400, 2, 30, 5))
+    assert abs(np.mean([scores.mmd(p, q) for p, q in halves])) < 0.02           # unbiased: zero for equal distributions
+
+
+def test_fid_and_reconstruction_of_folders(sample_folder, tmp_path, capsys):
+    """Folders of pictures through a real tower: features by hand, the noise floor, the warning, the three measures."""
+    for name, seed in (("a", 1), ("b", 2)):
+        for i in range(6):
+            (tmp_path / name / "sub").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(data.draw(data.make_scene(seed, i), 40)).save(tmp_path / name / "sub" / f"{i}.png")
+    line = ["--ckpt", sample_folder, "--out", str(tmp_path)]
+    assert scores.main(["fid", "--a", str(tmp_path / "a"), "--b", str(tmp_path / "b"), *line]) == 0
+    assert "fewer than 5,000" in capsys.readouterr().err
+    table = json.loads((tmp_path / "fid.json").read_text())["table"]
+    eva, sets = clip_decoder.EvaClip.from_pretrained(sample_folder), []
+    with torch.no_grad():
+        for seed in (1, 2):
+            pictures = [Image.fromarray(data.draw(data.make_scene(seed, i), 40)) for i in range(6)]
+            sets.append(eva.encode(torch.cat([data.preprocess_clip(p, 32) for p in pictures])).mean(1).numpy())
+    assert table["A and B"]["Frechet"] == pytest.approx(scores.frechet(*sets), rel=1e-3)
+    assert table["A and B"]["MMD"] == pytest.approx(scores.mmd(*sets), rel=1e-3)
+    assert set(table) == {"A and B", "noise floor, halves of A"}
+    assert scores.main(["reconstruction", "--images", str(tmp_path / "a"), *line]) == 0
+    results = json.loads((tmp_path / "reconstruction.json").read_text())
+    assert len(results["pictures"]) == 6
+    made = sample.Pipeline(sample_folder).reconstruct([data.load_image(tmp_path / "a/sub/3.png")], [3])[0]
+    truth = np.asarray(data.crop_square(data.load_image(tmp_path / "a/sub/3.png"), 32)) / 255
+    row = results["pictures"][str(tmp_path / "a/sub/3.png")]
+    assert row["dB"] == pytest.approx(-10 * math.log10(((made.permute(1, 2, 0).numpy() - truth) ** 2).mean()), abs=0.01)
+    assert -1 <= row["cosine"] <= 1 and -1 <= row["SSIM"] < 1
+
+
+# ---- people ----
+def eval_page(eval_painter, tmp_path, n=3):
+    """Two drawn folders and the comparison page of both; returns the page's path and its study."""
+    prompts = eval_lines(tmp_path / "prompts.jsonl", data.skill_prompts(n))
+    for name, seed in (("first", "0"), ("second", "1")):
+        assert scores.main(["generate", "--prompts", prompts, "--seed", seed, "--out", str(tmp_path / name)]) == 0
+    folders = [str(tmp_path / name / "geneval") for name in ("first", "second")]
+    assert scores.main(["compare", *folders, "--prompts", prompts, "--out", str(tmp_path), "--seed", "5"]) == 0
+    text = (tmp_path / "compare.html").read_text()
+    return tmp_path / "compare.html", json.loads(re.search(r"const study = (.*);\n", text)[1]), folders
+
+
+def eval_decoded(url):
+    kind, code = url.split(",")
+    assert kind == "data:image/png;base64"
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(code))))
+
+
+def test_compare_page_is_blind_whole_and_shuffled(eval_painter, tmp_path):
+    """Every pair once, in another order, sides by coin; pictures are in the page, which names no other address."""
+    page, study, folders = eval_page(eval_painter, tmp_path, 12)
+    assert not re.search(r"(?:src|href)=|https?:|url\(|@import", page.read_text())
+    ids = [pair["id"] for pair in study["pairs"]]
+    assert sorted(ids) == list(range(48)) != ids
+    for pair in study["pairs"]:
+        name = f"{pair['id'] // 4:05}/samples/{pair['id'] % 4:04}.png"
+        files = [data.load_image(Path(folder) / name) for folder in folders]
+        if not scores.a_is_left(5, pair["id"]):
+            files.reverse()
+        assert (eval_decoded(pair["left"]) == np.asarray(files[0])).all()
+        assert (eval_decoded(pair["right"]) == np.asarray(files[1])).all()
+    assert 12 < sum(scores.a_is_left(5, i) for i in range(48)) < 36
+
+
+def test_votes_are_counted_and_tested(tmp_path, capsys):
+    """By hand with sides undone; the p-value equals scipy's exact binomial test; files of two people add up."""
+    from scipy import stats
+    for wins, losses in ((0, 1), (5, 5), (8, 2), (3, 14), (60, 41), (900, 1000)):
+        assert scores.sign_test(wins, losses) == pytest.approx(stats.binomtest(wins, wins + losses).pvalue, rel=1e-9)
+    files = []
+    for person, prefers_a in enumerate((range(9), range(7))):
+        sides = {i: "left" if (i in prefers_a) == scores.a_is_left(3, i) else "right" for i in range(10)}
+        votes = {str(i): {"quality": side} for i, side in sides.items()}
+        votes["10"] = {"quality": "alike", "alignment": "alike"}
+        files.append(tmp_path / f"{person}.json")
+        files[-1].write_text(json.dumps({"id": "x", "seed": 3, "a": "ours", "b": "theirs", "votes": votes}))
+    assert scores.main(["compare", "--votes", *map(str, files), "--out", str(tmp_path)]) == 0
+    table = json.loads((tmp_path / "compare.json").read_text())["table"]
+    assert list(table) == ["quality"]                                # no side was ever chosen for the other question
+    row = table["quality"]
+    assert (row["A"], row["B"], row["alike"], row["score"]) == (16, 4, 2, 0.8)
+    assert row["p"] == pytest.approx(stats.binomtest(16, 20).pvalue)
+    assert "ours beat B = theirs" in capsys.readouterr().out
+
+
+def test_compare_page_in_a_browser(eval_painter, tmp_path):
+    """Click through the page in headless Chromium, reload in between: the export is what was clicked, and counts."""
+    chromium = shutil.which("chromium")
+    if not chromium:
+        pytest.skip("no chromium on this machine")
+    playwright = pytest.importorskip("playwright.sync_api")
+    page_file, study, _ = eval_page(eval_painter, tmp_path)
+    clicked, rng = {}, np.random.default_rng(1)
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page, errors = browser.new_page(), []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.route(re.compile("^https?:"), lambda route: errors.append(route.request.url))
+        page.goto(page_file.as_uri())
+        for number, pair in enumerate(study["pairs"]):
+            if number == 5:
+                page.reload()                                        # goes on at the first unanswered pair
+            assert page.text_content("#prompt") == pair["prompt"]
+            assert page.evaluate("document.getElementById('left').naturalWidth") == 8
+            assert page.text_content("#count") == f"{number + 1} of 12, {number} answered"
+            for name in scores.ASKED:
+                for side in (data.pick(rng, ["left", "alike", "right"]) for _ in range(2)):  # minds change
+                    page.click(f"button[data-name={name}][data-side={side}]")
+                    clicked.setdefault(str(pair["id"]), {})[name] = side
+                assert page.locator(f"button[data-name={name}].on").count() == 1
+            if number < 11:
+                page.click("#next")
+        assert page.is_disabled("#next") and "12 answered" in page.text_content("#count")
+        with page.expect_download() as download:
+            page.click("#export")
+        download.value.save_as(tmp_path / "votes.json")
+        browser.close()
+    assert not errors and json.loads((tmp_path / "votes.json").read_text())["votes"] == clicked
+    assert scores.main(["compare", "--votes", str(tmp_path / "votes.json"), "--out", str(tmp_path)]) == 0
+    for name, row in json.loads((tmp_path / "compare.json").read_text())["table"].items():
+        sides = [(int(i), vote[name]) for i, vote in clicked.items()]
+        assert row["A"] == sum(side == ("left" if scores.a_is_left(5, i) else "right") for i, side in sides)
+        assert row["alike"] == sum(side == "alike" for _, side in sides) and row["A"] + row["B"] + row["alike"] == 12
+
+
+# ---- leakage ----
+def test_leaks_equal_brute_force(tmp_path):
+    """Nearest captions by every pair's Jaccard similarity; exact ones whatever the case; a folder as source."""
+    rng = np.random.default_rng(0)
+    texts = [data.caption(data.make_scene(0, i), rng) for i in range(300)]
+    prompts = [e["prompt"] for e in data.skill_prompts(40)] + [texts[7].upper() + "!", "nothing like it"]
+
+    def pairs(text):
+        words = ["^", *re.sub(r"[^a-z ]", "", text.lower()).split(), "$"]
+        return {*zip(words, words[1:])}
+    jaccard = lambda a, b: len(pairs(a) & pairs(b)) / len(pairs(a) | pairs(b))
+    found = scores.find_leaks(prompts, texts, 0.5)
+    for prompt, (similarity, text, _) in zip(prompts, found):
+        best = max(jaccard(prompt, t) for t in texts)
+        assert similarity == pytest.approx(best if best >= 0.5 else 0)
+        assert text is None or jaccard(prompt, text) == pytest.approx(best)
+    assert found[-1] == (0, None, False) and found[-2][0] == 1 and found[-2][2]
+    for i, text in enumerate((b"A photo of a circle.", b"\xff\xfe", b"a photo of two big stars")):
+        (tmp_path / f"{i}.png").write_bytes(b"pictures are not read; captions that training passes over don't count")
+        (tmp_path / f"{i}.txt").write_bytes(text)
+    prompts = "a photo of a circle", "a photo of two stars", "a dog"
+    prompts = eval_lines(tmp_path / "p.jsonl", [{"tag": "t", "include": [], "prompt": p} for p in prompts])
+    line = ["leakage", "--train", str(tmp_path), "--prompts", prompts, "--near", "0.5", "--out", str(tmp_path / "out")]
+    assert scores.main(line) == 0
+    results = json.loads((tmp_path / "out/leakage.json").read_text())
+    assert [row["score"] for row in results["table"].values()] == pytest.approx([1 / 3, 2 / 3])
+    assert [row["exact"] for row in results["found"]] == [True, False]
+
+
+def test_benchmark_mistakes_are_sentences(eval_painter, tmp_path, capsys):
+    """Broken files of others: one line on stderr that says where, exit code 2, and nothing written."""
+    def file(name, text):
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+    good = {"index": 1, "image": eval_base64(), "question": "q?", "answer": "yes"}
+    entry = json.dumps({"tag": "colors", "include": [], "prompt": "a red dog"})
+    geneval = json.dumps({"tag": "colors", "prompt": "p", "correct": True})
+    other = geneval.replace('"p"', '"q"')
+    wise = json.dumps({"prompt_id": 1, "consistency": 2, "realism": 999, "aesthetic_quality": 1})
+    answer, cut = "understanding --data", {**good, "index": 2, "image": eval_base64(size=(90, 70))[:100]}
+    without = lambda name: [{k: v for k, v in good.items() if k != name}]
+    cases = [  # command, file, what the sentence must say
+        (answer, eval_tsv(tmp_path / "0.tsv", [{**good, "image": "%%%notbase64" * 9}]), "row 1 .*no picture in base64"),
+        (answer, eval_tsv(tmp_path / "1.tsv", [good, cut]), "row 2 .*no picture in base64"),
+        (answer, eval_tsv(tmp_path / "2.tsv", without("answer")), "no answers or answer"),
+        (answer, eval_tsv(tmp_path / "3.tsv", without("image")), "no image"),
+        (answer, file("4.tsv", "index\timage\tquestion\tanswer\n1\tab"), "row 1 .*2 cells, not 4"),
+        (answer, eval_tsv(tmp_path / "5.tsv", [{**good, "A": "x", "B": "y"}]), "none of its options"),
+        (answer, eval_tsv(tmp_path / "6.tsv", [good, good]), "same index"),
+        ("understanding --task mme --data", eval_tsv(tmp_path / "24.tsv", [good]), "don't come in pairs"),
+        ("generate --bench wise --prompts", file("25.json", '{"a": 1}'), "entry 1 .* no object"),
+        ("generate --bench mjhq --prompts", file("26.json", "[3]"), "entry 1 .* no object"),
+        (answer, file("7.jsonl", '{"image": "none.png", "question": "q", "answer": "a"}'), "no picture .*none.png"),
+        (answer, file("8.tsv", "index\timage\n"), "no rows"),
+        ("generate --prompts", file("9.jsonl", ""), "is empty"),
+        ("generate --prompts", file("10.jsonl", f'{entry}\n{entry[:20]}'), "line 2, is cut short"),
+        ("generate --prompts", file("11.jsonl", '{"tag": "x", "include": []}'), "entry 1 .*lacks the field prompt"),
+        ("generate --prompts", file("12.jsonl", entry.replace("a red dog", " ")), "is empty"),
+        ("generate --bench dpg --prompts", str(tmp_path), "no prompts of dpg"),
+        ("generate --bench wise --prompts", file("13.json", json.dumps([{"prompt_id": 1, "Prompt": "a"}] * 2)),
+         "there twice"),
+        ("generate --bench mjhq --prompts", file("14.json", '{"a": {"prompt"'), "cut short"),
+        ("score geneval --results", file("15.jsonl", f"{geneval}\n{geneval[:-4]}"), "line 2, is cut short"),
+        ("score geneval --results", file("16.jsonl", f"{geneval}\n{geneval}\n{other}"), "finish"),
+        ("score wise --results", file("17.jsonl", wise), "judge again"),
+        ("score wise --results", file("18.jsonl", wise.replace("999", "1")), "999 of 1000"),
+        ("compare --votes", file("19.json", '{"id": 3, "votes"'), "cut short"),
+        ("compare --votes", file("20.json", '{"id": 1, "seed": 0, "a": "", "b": "", "votes": {}}'), "no votes"),
+        ("compare --prompts", file("21.jsonl", entry), "two folders"),
+        ("fid --b x --a", str(tmp_path), "no picture"),
+        ("reconstruction --images", str(tmp_path), "no picture"),
+        ("leakage --train /nowhere --prompts", file("22.jsonl", entry), "no shard or folder"),
+        ("leakage --near 2 --prompts", file("23.jsonl", entry), "between 0 and 1"),
+    ]
+    for command, broken, says in cases:
+        out = tmp_path / "out"
+        assert scores.main([*command.split(), broken, "--out", str(out)]) == 2, broken
+        message = capsys.readouterr().err
+        assert message.startswith("eval.py: ") and message.count("\n") == 1, (broken, message)
+        assert re.search(says, message), (broken, message)
+        assert eval_tree(out) == {}, broken
 
 
 def test_eval_mistakes_are_sentences(tmp_path, capsys):
