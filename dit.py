@@ -234,16 +234,28 @@ class Block(nn.Module):
         self.ffn_norm2 = RMSNorm(config.dim, config.norm_eps)
         self.norm1_context = RMSNorm(config.dim, config.norm_eps)
 
-    def context(self, c):
-        """Keys and values of the condition c (B, L, D). No RoPE: a query state has no place in the grid."""
-        return self.attn2.key_value(self.norm1_context(c))
+    def context(self, c, n_uniform=0):
+        """The condition c (B, L, D) as cross-attention needs it. No RoPE: a query state has no place in the grid.
+
+        Of the first n_uniform samples, whose L tokens are all alike, the value of one token (n_uniform, heads, 1, hd):
+        whatever the weights of an attention, it is what they sum up to. Of the other samples keys and values.
+        """
+        k, v = self.attn2.key_value(self.norm1_context(c))
+        uniform = v[:n_uniform, :, :1].repeat_interleave(len(self.gate) // v.shape[1], dim=1)
+        return uniform, k[n_uniform:], v[n_uniform:]
+
+    def cross_attend(self, n, rope, context):
+        """n (B, N, D), normed -> what its tokens hear of the condition, (B, heads, N, hd)."""
+        uniform, k, v = context
+        # The queries are rotated, though the keys aren't: matches official.
+        o = attend(self.attn2.query(n[len(uniform):], rope), k, v)
+        return torch.cat([uniform.expand(-1, -1, n.shape[1], -1), o]) if len(uniform) else o
 
     def forward(self, h, mod, rope, context):
         """h (B, N, D), mod (B, M), rope (N, hd/2), context: what `context()` returned -> (B, N, D)."""
         n, gate_msa, scale_mlp, gate_mlp = self.norm1(h, mod)
         o = attend(self.attn1.query(n, rope), *self.attn1.key_value(n, rope))
-        # The cross-attention's queries are rotated too, though its keys aren't: matches official.
-        o = o + self.gate.tanh().view(-1, 1, 1) * attend(self.attn2.query(n, rope), *context)
+        o = o + self.gate.tanh().view(-1, 1, 1) * self.cross_attend(n, rope, context)
         o = self.attn2.to_out[0](o.transpose(1, 2).flatten(2))
         h = h + gate_msa * self.norm2(o)
         return h + gate_mlp * self.ffn_norm2(self.feed_forward(self.ffn_norm1(h) * scale_mlp))
@@ -264,7 +276,7 @@ def recomputed(layer, on, *inputs):
 class ConditionCache(NamedTuple):
     """What depends on the condition alone, so that all sampling steps share it; see NextDiT.cache_condition."""
     pooled: torch.Tensor  # (B, M), the condition's part of the modulation
-    contexts: list        # per layer: keys and values, each (B, kv heads, L, hd)
+    contexts: list        # per layer: what Block.context made of it
 
 
 class NextDiT(nn.Module):
@@ -300,13 +312,17 @@ class NextDiT(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def cache_condition(self, cond):
-        """cond (B, L, cond_dim) -> ConditionCache. The condition speaks twice: token by token, and as its mean."""
+    def cache_condition(self, cond, n_uniform=0):
+        """cond (B, L, cond_dim) -> ConditionCache. The condition speaks twice: token by token, and as its mean.
+
+        n_uniform: so many samples at the front have L equal tokens each, as guidance's null condition of zeros does.
+        They need no cross-attention; see Block.context.
+        """
         if cond.ndim != 3 or cond.shape[-1] != self.config.cond_dim:
             raise ValueError(f"the condition must be (B, L, {self.config.cond_dim}), not {tuple(cond.shape)}")
         c = self.caption_projection(cond.to(self.patch_embedder.proj.weight.dtype))  # (B, L, D)
         pooled = self.time_caption_embed["caption_embedder"](c.mean(1))  # (B, M)
-        return ConditionCache(pooled, [layer.context(c) for layer in self.layers])
+        return ConditionCache(pooled, [layer.context(c, n_uniform) for layer in self.layers])
 
     def forward(self, x, t, cond=None, cache=None):
         """The velocity at x (B, C, H, W) and t (B,) in [0, 1], given cond (B, L, cond_dim) or its cache.

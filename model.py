@@ -616,7 +616,7 @@ class BLIP3o(nn.Module):
         seen = torch.zeros(len(ids), self.config.text.vocab_size, device=ids.device)
         seen = seen.scatter_add_(1, ids, mask.to(seen.dtype)) > 0  # (B, V), tokens of the prompt
         padded = not bool(mask.all())
-        for _ in range(max_new_tokens):
+        for left in reversed(range(max_new_tokens)):
             scores = penalise(self.llm.head(hidden).float(), seen, repetition_penalty)  # (B, V)
             token = pick_token(scores, temperature, top_p, generator)  # (B,)
             done |= torch.isin(token, stop_ids)
@@ -625,7 +625,7 @@ class BLIP3o(nn.Module):
                 row.extend([] if t is None else [t])
             if on_token is not None:
                 on_token(step)
-            if all(t is None for t in step):
+            if not left or all(t is None for t in step):
                 break
             seen.scatter_(1, token[:, None], True)
             mask = F.pad(mask, (0, 1), value=True)
@@ -671,7 +671,7 @@ class BLIP3o(nn.Module):
             source = cond.device if generator is None else generator.device
             noise = torch.randn(shape, generator=generator, device=source).to(cond)
         velocity = guide(lambda x, t, cache: self.dit(x, t, cache=cache), cond, scale=guidance,
-                         prepare=self.dit.cache_condition)
+                         prepare=lambda both: self.dit.cache_condition(both, n_uniform=len(both) - len(cond)))
         return euler_sample(velocity, noise, steps, self.config.shift).flatten(2).transpose(1, 2)  # row-major cells
 
     # -- training --

@@ -373,7 +373,7 @@ def test_dit_known_bug_rope_on_the_conditions_keys(monkeypatch):
         right = model(x, t, cond)
         assert gap(model(x, t, cond.flip(1)), right) < 1e-5
         rope = dit.rope_2d(2, 3, DIT_TINY.head_dim)
-        monkeypatch.setattr(dit.Block, "context", lambda self, c: self.attn2.key_value(self.norm1_context(c), rope))
+        monkeypatch.setattr(dit.Block, "context", lambda self, c, n: (c[:0], *self.attn2.key_value(self.norm1_context(c), rope)))
         assert gap(model(x, t, cond), right) > 1e-3
 
 
@@ -389,6 +389,20 @@ def test_dit_cache_changes_nothing(rope):
             t = torch.full((3,), time)
             assert torch.equal(model(x, t, cache=cache), model(x, t, cond))
         assert gap(model(x, 0 * t, cache=cache), model(x, t, cond)) > 1e-2  # time is not part of the cache
+
+
+def test_dit_uniform_conditions_need_no_attention():
+    """Equal condition tokens: their value stands for the attention, with the same velocity; n_kv_heads < n_heads too."""
+    for config in (DIT_TINY, replace(DIT_TINY, n_kv_heads=3)):
+        model = randomise(NextDiT(config))
+        x, t, cond = dit_inputs(config)
+        cond[0], cond[1] = 0, cond[1, :1]
+        with torch.no_grad():
+            expected = model(x, t, cond)
+            for n in range(3):
+                assert gap(model(x, t, cache=model.cache_condition(cond, n_uniform=n)), expected) < 1e-5
+            wrong = model(x, t, cache=model.cache_condition(cond, n_uniform=3))  # the third's tokens differ
+        assert gap(wrong[:2], expected[:2]) < 1e-5 and gap(wrong[2], expected[2]) > 1e-3
 
 
 def test_dit_batch_independence():
