@@ -13,12 +13,13 @@ needed. Generation is scored on the six skills of GenEval (arXiv 2310.11513) wit
     python eval.py fid --a DIR --b DIR                          how far two sets of pictures are apart
     python eval.py compare A B --prompts FILE                   a blind page for people; --votes FILE counts
     python eval.py leakage --train SHARDS --prompts FILE        were evaluation prompts trained on?
-    python eval.py speed                                        sampling, beside transformers and diffusers
+    python eval.py speed                                        sampling and training, beside transformers and diffusers
 """
 import argparse
 import ast
 import base64
 import csv
+import gc
 import hashlib
 import io
 import itertools
@@ -30,6 +31,7 @@ import sys
 import tarfile
 import tempfile
 import textwrap
+import threading
 import time
 from collections import Counter, defaultdict
 from contextlib import suppress
@@ -44,7 +46,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 import data
-from clip_decoder import PRESETS as DECODER_PRESETS, UNet, VAE
+from clip_decoder import PRESETS as DECODER_PRESETS, EvaClip, EvaConfig, UNet, VAE
 from dit import DiTConfig
 from model import BLIP3o, BLIP3oConfig, TextConfig
 from sample import Parser, Pipeline, to_uint8
@@ -1284,9 +1286,113 @@ def products_share(run):
     return sum(spent.get(key, 0) for key in PRODUCTS) / sum(spent.values())
 
 
+def qwen_of(llm):
+    """A Transformer's language model as transformers' Qwen2.5-VL with the same weights (its vision tower is a token one)."""
+    import transformers
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "rms_norm_eps")
+    rope = dict(rope_type="default", rope_theta=llm.config.rope_theta, mrope_section=llm.config.mrope_section)
+    qwen = transformers.Qwen2_5_VLForConditionalGeneration(transformers.Qwen2_5_VLConfig(
+        text_config=dict({n: getattr(llm.config, n) for n in names}, tie_word_embeddings=False, bos_token_id=None,
+                         eos_token_id=None, pad_token_id=0, rope_parameters=rope),
+        vision_config=dict(depth=1, hidden_size=32, num_heads=2, intermediate_size=32, out_hidden_size=llm.config.hidden_size),
+        tie_word_embeddings=False, eos_token_id=None, pad_token_id=0)).eval()
+    qwen.model.language_model.load_state_dict({k: v for k, v in llm.state_dict().items() if not k.startswith("lm_head")})
+    qwen.lm_head.load_state_dict(llm.lm_head.state_dict())
+    return qwen
+
+
+def peak_growth(run):
+    """Most bytes by which the process grew while run() ran, sampled every two milliseconds."""
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    ended, most = threading.Event(), [0]
+
+    def watch():
+        while not ended.wait(0.002):
+            most[0] = max(most[0], resident())
+    gc.collect()
+    before, watcher = resident(), threading.Thread(target=watch)
+    watcher.start()
+    run()
+    ended.set()
+    watcher.join()
+    return max(most[0] - before, 0)
+
+
+def race_training(args):
+    """A step of stage 1 beside the official loop: equal weights, noise and times, equal gradients, runs in turn, fp32.
+
+    The official loop is rebuilt of transformers' language model and diffusers' DiT as the released code drives them: the
+    encoder runs at every step, the prompt and the queries go through the language model as one sequence with gradients and
+    activation checkpointing, and logits are computed that nobody uses. The encoder is the same on both sides.
+    """
+    from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
+    torch.manual_seed(0)
+    B, L, n = 4, 160, 64
+    text = TextConfig(2000, 768, 2816, 12, 12, 2, mrope_section=[8, 12, 12])
+    config = DiTConfig(in_channels=768, dim=896, n_layers=8, n_heads=14, n_kv_heads=14, ffn_dim=2560, cond_dim=768, rope="2d")
+    eva = EvaClip(EvaConfig(image_size=448, patch_size=14, width=768, layers=12, heads=12, mlp_hidden=4608)).eval().requires_grad_(False)
+    model = BLIP3o(BLIP3oConfig(text, dit=config))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.02)
+    model.llm.requires_grad_(False)
+    qwen, dit = qwen_of(model.llm), lumina(config)
+    dit.load_state_dict(model.dit.state_dict())
+    qwen.requires_grad_(False).train()
+    dit.train()
+    qwen.gradient_checkpointing_enable({"use_reentrant": False})
+    dit.gradient_checkpointing = True
+    queries = torch.nn.Parameter(model.latent_queries.detach().clone())
+    ids, pixels = torch.randint(10, 1900, (B, L)), torch.randn(B, 3, 448, 448)
+    x0, t = torch.randn(B, 768, 8, 8), torch.rand(B)
+    rope, mask = get_2d_rotary_pos_embed_lumina(config.head_dim, 384, 384), torch.ones(B, n)
+    cached = eva.encode(pixels)
+
+    def their_condition():
+        embeds = qwen.get_input_embeddings()(torch.cat([ids, torch.full((B, 1), text.vocab_size - 3)], 1))
+        found = qwen.model.language_model(inputs_embeds=torch.cat([embeds, queries.expand(B, -1, -1)], 1)).last_hidden_state
+        return found
+
+    def theirs():
+        features = eva.encode(pixels)
+        hidden = their_condition()
+        qwen.lm_head(hidden)
+        x1, s = features.transpose(1, 2).unflatten(2, (8, 8)), (1 - t).view(-1, 1, 1, 1)
+        v = dit((1 - s) * x1 + s * x0, torch.floor(1000 * (1 - t) + 1e-3), dit.caption_projection(hidden[:, -n:]), mask, rope,
+                cross_attention_kwargs={}).sample
+        (v - (x0 - x1)).square().mean().backward()
+
+    def ours(features=None):
+        features = eva.encode(pixels) if features is None else features
+        model(ids, features=features, drop=0.0, x0=x0, t=t)["flow"].mean().backward()
+
+    push = torch.randn(B, n, 768)
+    pairs = {"a step, features cached": (lambda: ours(cached), theirs), "a step, encoder live": (ours, theirs),
+             "the language model's part": (lambda: (model.condition(ids) * push).sum().backward(),
+                                           lambda: (their_condition()[:, -n:] * push).sum().backward())}
+    table = {}
+    for name, (mine, other) in pairs.items():
+        for module in (model, dit):
+            module.zero_grad(set_to_none=True)
+        queries.grad = None
+        mine()
+        other()
+        found = [(model.latent_queries.grad, queries.grad)]
+        found += [(p.grad, dict(dit.named_parameters())[k].grad) for k, p in model.dit.named_parameters() if p.grad is not None]
+        apart = max(((a - b).abs().max() / b.abs().max().clamp(min=1e-6)).item() for a, b in found)
+        grown = [peak_growth(run) / 2 ** 20 for run in (mine, other)]
+        table[name] = {"apart": apart, "MiB": grown[0], "their MiB": grown[1], **race(mine, other, args.rounds)}
+        row = table[name]
+        print(f"  {name:28} ours {row['ours']:6.2f} s, {grown[0]:5.0f} MiB   official {row['theirs']:6.2f} s, {grown[1]:5.0f} MiB   "
+              f"{row['ratio']:5.2f}x   gradients apart by {apart:.0e}", flush=True)
+    return table
+
+
 @torch.no_grad()
 def run_speed(args):
-    """Sampling beside transformers and diffusers: equal random weights, equal results, runs in turn, on the CPU in fp32.
+    """Sampling and training beside transformers and diffusers: equal random weights, equal results, runs in turn, on the CPU in fp32.
 
     Each part has 84 to 344 M parameters. The outputs are compared first: a race between different results means nothing.
     """
@@ -1330,15 +1436,7 @@ def run_speed(args):
     compare(f"DiT, {steps} guided steps", model.dit, lambda: model.generate_features(cond, steps, 3.0, noise), official_loop)
 
     # Text: greedy tokens after a prompt, with each side's own KV cache.
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-             "num_key_value_heads", "rms_norm_eps")
-    qwen = transformers.Qwen2_5_VLForConditionalGeneration(transformers.Qwen2_5_VLConfig(
-        text_config=dict({n: getattr(text, n) for n in names}, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None,
-                         pad_token_id=0, rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[8, 12, 12])),
-        vision_config=dict(depth=1, hidden_size=32, num_heads=2, intermediate_size=32, out_hidden_size=768),
-        tie_word_embeddings=False, eos_token_id=None, pad_token_id=0)).eval()
-    qwen.model.language_model.load_state_dict({k: v for k, v in model.llm.state_dict().items() if not k.startswith("lm_head")})
-    qwen.lm_head.load_state_dict(model.llm.lm_head.state_dict())
+    qwen = qwen_of(model.llm)
     ids = torch.randint(10, 1900, (1, 64))
     compare("text, 64 + 64 tokens", model.llm,
             lambda: model.generate_text(ids, max_new_tokens=64, stop_ids=[])[0].float(),
@@ -1364,6 +1462,8 @@ def run_speed(args):
     z = torch.randn(1, 4, 24, 24)
     compare("VAE decode, 192 px", vae, lambda: vae.decode(z),
             lambda: their_vae.decode(z / vae.config.scaling_factor).sample)
+    with torch.enable_grad():
+        table |= race_training(args)
     table["data"] = race_data(args)
     print("  data, 640 px JPEG to 448     one worker: ours {:4.0f} images/s   webdataset {:4.0f} images/s   {:5.2f}x   apart by {}"
           .format(*table["data"]["images_per_s"], table["data"]["ratio"], table["data"]["apart"]), flush=True)
