@@ -600,8 +600,11 @@ class Shards:
         path, row, _ = self.place(i)
         if path.is_dir():
             picture = Path(os.fsdecode(self.names[row[0]:row[0] + row[1]].numpy().tobytes()))
-            image, text, record = (file.read_bytes() if at >= 0 else None for at, file in zip(
-                row[::2], (picture, picture.with_suffix(".txt"), picture.with_suffix(".json"))))
+            try:
+                image, text, record = (file.read_bytes() if at >= 0 else None for at, file in zip(
+                    row[::2], (picture, picture.with_suffix(".txt"), picture.with_suffix(".json"))))
+            except OSError as error:                                 # it went away, or is a folder
+                raise BadSample("no picture", str(error)) from None
         else:
             with open(path, "rb", buffering=0) as file:
                 image, text, record = (os.pread(file.fileno(), size, at) if at >= 0 else None
