@@ -653,8 +653,11 @@ class Shards:
         if texts_only:
             row[0] = -1
         if path.is_dir():
-            image, text, record = (file.read_bytes() if at >= 0 else None for at, file in zip(
-                row[::2], (picture, picture.with_suffix(".txt"), picture.with_suffix(".json"))))
+            try:
+                image, text, record = (file.read_bytes() if at >= 0 else None for at, file in zip(
+                    row[::2], (picture, picture.with_suffix(".txt"), picture.with_suffix(".json"))))
+            except OSError as error:                                 # it went away, or is a folder
+                raise BadSample("no picture", str(error)) from None
         else:
             with open(path, "rb", buffering=0) as file:
                 image, text, record = (os.pread(file.fileno(), size, at) if at >= 0 else None

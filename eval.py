@@ -1242,13 +1242,12 @@ def race(ours, theirs, rounds):
     return {"ours": np.median(times[:, 0]), "theirs": np.median(times[:, 1]), "ratio": np.median(times[:, 1] / times[:, 0])}
 
 
-def race_data(args, n=128, shape=(480, 640), size=448):
+def race_data(args, webdataset, n=128, shape=(480, 640), size=448):
     """One reading worker beside the `webdataset` library: n JPEGs of a shard, decoded and cropped to `size`.
 
     Ours in the shuffled order of training, theirs as the shard has them; both must end in the same pixels. Returns seconds
     as `race` does, images/s of both, and the largest difference of a pixel.
     """
-    import webdataset
     rng, shard = np.random.default_rng(0), Path(args.out) / "speed.tar"
     with tarfile.open(shard, "w") as tar:
         for i in range(n):                                           # blotches and grain: about as many bytes as a photo
@@ -1399,7 +1398,7 @@ def run_speed(args):
     try:
         import diffusers
         import transformers
-        import webdataset  # noqa: F401 (for race_data; said here, before the first race is run)
+        import webdataset
         from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
     except ImportError as error:
         raise ValueError(f"{error}: the references come with pip install -r requirements-dev.txt") from None
@@ -1464,9 +1463,9 @@ def run_speed(args):
             lambda: their_vae.decode(z / vae.config.scaling_factor).sample)
     with torch.enable_grad():
         table |= race_training(args)
-    table["data"] = race_data(args)
-    print("  data, 640 px JPEG to 448     one worker: ours {:4.0f} images/s   webdataset {:4.0f} images/s   {:5.2f}x   apart by {}"
-          .format(*table["data"]["images_per_s"], table["data"]["ratio"], table["data"]["apart"]), flush=True)
+    table["data"] = race_data(args, webdataset)
+    print("  data, 640 px JPEG to 448     ours {:4.0f} images/s   webdataset {:4.0f} images/s   {:5.2f}x   apart by {}".format(
+        *table["data"]["images_per_s"], table["data"]["ratio"], table["data"]["apart"]), flush=True)
     save(args, {"table": table, "torch": torch.__version__, "transformers": transformers.__version__,
                 "diffusers": diffusers.__version__, "threads": torch.get_num_threads()})
 

@@ -2146,6 +2146,10 @@ def test_sources_of_json_and_several_captions(tmp_path):
             n = Counter(samples.choose(source[0], np.random.default_rng((1, p, 1))) for p in range(1000))
             assert least <= n["short"] <= most and n["short"] + n["long"] == 1000
             assert samples[4]["caption"] == samples.choose(source[0], np.random.default_rng((1, 4, 1)))
+    os.remove(tmp_path / "folder" / "k.png")
+    with pytest.raises(data.BadSample, match="No such file") as error:
+        source[0]
+    assert error.value.cause == "no picture"
     both = data_tar(tmp_path / "y.tar", {"k.png": (tmp_path / "a.png").read_bytes(), "k.txt": "first", "k.json": json.dumps(record)})
     assert data.open_source(str(both))[0]["captions"] == ["first", "long", "short"]
     drawn = {data.Samples(data.open_source(str(both)), 8)[p]["caption"] for p in range(30)}
@@ -2347,8 +2351,8 @@ def test_train_counts_corrupt_samples_by_cause(tmp_path, capsys):
 
 def test_reading_equals_webdataset(tmp_path):
     """The two readers that `eval.py speed` races make the same pixels of the same shard."""
-    pytest.importorskip("webdataset")
-    row = scores.race_data(SimpleNamespace(out=tmp_path, rounds=1), n=4, shape=(60, 80), size=32)
+    peer = pytest.importorskip("webdataset")
+    row = scores.race_data(SimpleNamespace(out=tmp_path, rounds=1), peer, n=4, shape=(60, 80), size=32)
     assert row["apart"] == 0 and min(row["images_per_s"]) > 0 and not (tmp_path / "speed.tar").exists()
 
 
@@ -3464,7 +3468,8 @@ def test_imports_go_one_way():
     """Who imports whom is a tree that a reader can walk, and at run time seven packages are enough."""
     ours = {"flow": set(), "dit": set(), "clip_decoder": set(), "data": set(), "model": {"dit", "flow"},
             "train": {"model", "clip_decoder", "data", "flow"}, "sample": {"model", "clip_decoder", "data"},
-            "eval": {"model", "clip_decoder", "data", "sample", "dit", "transformers", "diffusers"}}      # speed's peers
+            "eval": {"model", "clip_decoder", "data", "sample", "dit", "transformers", "diffusers",
+                     "webdataset"}}                                   # the last three: speed's peers
     packages = {"torch", "numpy", "safetensors", "tokenizers", "PIL", "tqdm"}
     for name, siblings in ours.items():
         nodes = list(ast.walk(ast.parse((Path(train.__file__).parent / f"{name}.py").read_text("utf-8"))))
