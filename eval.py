@@ -1188,7 +1188,7 @@ def find_leaks(prompts, texts, least):
 def run_leakage(args):
     """Which evaluation prompts stand in the training captions, word for word or nearly (word pairs, Jaccard)?
 
-    Without --prompts: those of `alignment`. Without --train: the captions of the first --n training pictures of the world.
+    Without --prompts: those of `alignment`. Without --train: captions of the world's first --n training pictures.
     """
     jobs = read_prompts(args.bench, args.prompts) if args.prompts else data.skill_prompts()
     if not 0 < args.near <= 1:
@@ -1481,8 +1481,8 @@ def parse(argv):
     commands, add = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS)), {}
     for name, seed, counts in (("judge", 1, {"n": 1000, "size": 64}), ("alignment", 0, {"n-prompts": 553, "images": 4}),
                                ("understanding", 1, {"n": 600}), ("reconstruction", 1, {"n": 200}),
-                               ("speed", 0, {"rounds": 5}), ("generate", 0, {}), ("score", 0, {}), ("fid", 0, {}), ("compare", 0, {}),
-                               ("leakage", 0, {"n": 20000})):
+                               ("speed", 0, {"rounds": 5}), ("generate", 0, {}), ("score", 0, {}), ("fid", 0, {}),
+                               ("compare", 0, {}), ("leakage", 0, {"n": 20000})):
         command = commands.add_parser(name, description=COMMANDS[name].__doc__)
         add[name] = command.add_argument
         for option, value in counts.items():
