@@ -1393,7 +1393,7 @@ def race_training(args):
 def run_speed(args):
     """Sampling and training beside transformers and diffusers: equal random weights, equal results, runs in turn, on the CPU in fp32.
 
-    Each part has 84 to 344 M parameters. The outputs are compared first: a race between different results means nothing.
+    The parts have 84 to 344 M parameters. Outputs are compared first: a race between different results means nothing.
     """
     try:
         import diffusers
@@ -1411,7 +1411,8 @@ def run_speed(args):
         table[name] = {"M": sum(p.numel() for p in module.parameters()) / 1e6, "apart": apart,
                        **race(ours, theirs, args.rounds), "products": products_share(ours)}
         print(f"  {name:28}{table[name]['M']:6.0f} M   ours {table[name]['ours']:7.2f} s   reference "
-              f"{table[name]['theirs']:7.2f} s   {table[name]['ratio']:5.2f}x   products {table[name]['products']:4.0%}   apart by {apart:.0e}", flush=True)
+              f"{table[name]['theirs']:7.2f} s   {table[name]['ratio']:5.2f}x   apart by {apart:.0e}   "
+              f"{table[name]['products']:4.0%} products", flush=True)
 
     # The DiT: the whole sampling loop with guidance. The reference loop is the official pipeline's.
     text = TextConfig(2000, 768, 2816, 12, 12, 2, mrope_section=[8, 12, 12])
