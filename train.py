@@ -640,7 +640,7 @@ class FeatureCache:
 
     def __getitem__(self, i):
         """{"frozen": {name: tensor}, and the texts}; raises BadSample."""
-        _, texts = self.source.read(i)
+        _, texts = self.source.read(i, texts_only=True)
         part, row = divmod(i, self.part)
         if part not in self.opened:
             file = safe_open(self.file(part), framework="pt")
