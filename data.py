@@ -217,16 +217,16 @@ DIRECTIONS = {"left of": ("left", "right"), "right of": ("right", "left"), "abov
 def things_told(text):
     """The things that a caption of the world names, each with all that it says of it, in its order; [] for other texts.
 
-    "A red circle to the left of two stars" -> ["a red circle left", "two stars right"].
+    "A red circle to the left of two stars on black" -> ["a red circle left on black", "two stars right on black"].
     """
     found = list(MENTION.finditer(text.lower()))
     things = [mention[0] for mention in found]
     if len(found) == 2:
         between = text[found[0].end():found[1].start()]
-        for link, sides in DIRECTIONS.items():
-            if link in between:
-                return [f"{thing} {side}" for thing, side in zip(things, sides)]
-    return things
+        sides = next((sides for link, sides in DIRECTIONS.items() if link in between), None)
+        things = [f"{thing} {side}" for thing, side in zip(things, sides)] if sides else things
+    ground = next((f" on {name}" for name in BACKGROUNDS if name in text.lower()), "")
+    return [thing + ground for thing in things]
 
 
 def exchange_colours(text):

@@ -19,7 +19,6 @@ import argparse
 import ast
 import base64
 import csv
-import gc
 import hashlib
 import io
 import itertools
@@ -31,7 +30,6 @@ import sys
 import tarfile
 import tempfile
 import textwrap
-import threading
 import time
 from collections import Counter, defaultdict
 from contextlib import suppress
@@ -1301,22 +1299,12 @@ def qwen_of(llm):
     return qwen
 
 
-def peak_growth(run):
-    """Most bytes by which the process grew while run() ran, sampled every two milliseconds."""
-    def resident():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    ended, most = threading.Event(), [0]
-
-    def watch():
-        while not ended.wait(0.002):
-            most[0] = max(most[0], resident())
-    gc.collect()
-    before, watcher = resident(), threading.Thread(target=watch)
-    watcher.start()
-    run()
-    ended.set()
-    watcher.join()
-    return max(most[0] - before, 0)
+def most_memory(run):
+    """Most bytes that tensors made during run() took at one time."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    return int(np.cumsum([0] + [e.nbytes() for e in events]).max())
 
 
 def race_training(args):
@@ -1363,12 +1351,14 @@ def race_training(args):
                 cross_attention_kwargs={}).sample
         (v - (x0 - x1)).square().mean().backward()
 
-    def ours(features=None):
+    def ours(features=None, checkpointing=False):
+        model.dit.checkpointing = model.llm.checkpointing = checkpointing
         features = eva.encode(pixels) if features is None else features
         model(ids, features=features, drop=0.0, x0=x0, t=t)["flow"].mean().backward()
 
     push = torch.randn(B, n, 768)
     pairs = {"a step, features cached": (lambda: ours(cached), theirs), "a step, encoder live": (ours, theirs),
+             "cached, with --checkpointing": (lambda: ours(cached, True), theirs),
              "the language model's part": (lambda: (model.condition(ids) * push).sum().backward(),
                                            lambda: (their_condition()[:, -n:] * push).sum().backward())}
     table = {}
@@ -1381,7 +1371,7 @@ def race_training(args):
         found = [(model.latent_queries.grad, queries.grad)]
         found += [(p.grad, dict(dit.named_parameters())[k].grad) for k, p in model.dit.named_parameters() if p.grad is not None]
         apart = max(((a - b).abs().max() / b.abs().max().clamp(min=1e-6)).item() for a, b in found)
-        grown = [peak_growth(run) / 2 ** 20 for run in (mine, other)]
+        grown = [most_memory(run) / 2 ** 20 for run in (mine, other)]
         table[name] = {"apart": apart, "MiB": grown[0], "their MiB": grown[1], **race(mine, other, args.rounds)}
         row = table[name]
         print(f"  {name:28} ours {row['ours']:6.2f} s, {grown[0]:5.0f} MiB   official {row['theirs']:6.2f} s, {grown[1]:5.0f} MiB   "

@@ -742,7 +742,7 @@ class BLIP3o(nn.Module):
                    for name, tensor in self.state_dict().items()}
         if (folder / WEIGHTS).exists():
             own = {component(key) for key in tensors}
-            own |= {"dit", "regressor"} if "queries" in own else set()  # of another design: it can't read these queries
+            own |= {"dit", "regressor"} if own & {"dit", "regressor"} else set()  # one generator at a time
             with safe_open(folder / WEIGHTS, framework="pt") as f:
                 tensors |= {key: f.get_tensor(key) for key in f.keys() if component(key) not in own}
         save_file(tensors, folder / (WEIGHTS + ".tmp"), metadata={"format": "pt"})

@@ -253,10 +253,11 @@ class UnderstandingStage(Stage):
     belong together: exchanging two colours moved them by 2 % of what another prompt does, and the DiT learnt to draw bags
     of words. So the queries are taught here to pass everything on (`echo`): their states stand where a picture's tokens
     would, and the same language model answers questions and repeats the caption from them alone, as from gist tokens
-    (Mu et al., arXiv 2304.08467). The first query alone must tell the first thing that the caption names, the second the
-    second: cross-attention in the DiT can then ask "who is red?" and hear "a circle". The paper has no such loss; it has a
-    language model of 7B.
+    (Mu et al., arXiv 2304.08467). Each query alone must tell one thing of the caption and what lies behind it, the things
+    taking turns: cross-attention in the DiT can then ask "who is red?" and hear "a circle". The paper has no such loss; it
+    has a language model of 7B.
     """
+    alone = 4                       # queries that are asked so for each caption
     talk = True
     questions = 4                   # in one conversation: the prompt is read once, so more questions cost little
 
@@ -311,8 +312,9 @@ class UnderstandingStage(Stage):
         text, scene, n = sample["caption"], sample.get("scene"), self.trained.config.n_query
         asked = [] if scene is None else [data.ask(scene, sample["rng"], text) for _ in range(self.questions)]
         things = data.things_told(text)
-        alone = [([(data.THING, thing)], [i]) for i, thing in enumerate([*things, "nothing"][:n])] if things else []
-        return [(asked + [(data.REPEAT, text)], range(n)), *alone]
+        alone = sample["rng"].permutation(n)[:self.alone].tolist() if things else []
+        return [(asked + [(data.REPEAT, text)], range(n)),
+                *(([(data.THING, things[i % len(things)])], [i]) for i in sorted(alone))]
 
     def forward(self, batch):
         losses = {"text": self.trained(batch["ids"], batch["mask"], labels=batch["labels"], pixels=batch["patches"],
