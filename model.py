@@ -681,8 +681,8 @@ class BLIP3o(nn.Module):
         """Losses of a batch: "flow" or "mse" (B,) if features (B, grid^2, C) are given, "text" (n,) if labels (B, L) are.
 
         "flow" (section 3.2): velocity error of the DiT given what the queries heard, the condition dropped with
-        probability `drop` (or where `drop` (B,) is True), at noise x0 and times t as in flow_matching_loss. "mse" (section 3.3): error of the regressor.
-        "text": cross-entropy of each of the n tokens whose label isn't -100, given those before it.
+        probability `drop` (or where `drop` (B,) is True), at noise x0 and times t as in flow_matching_loss. "mse"
+        (section 3.3): error of the regressor. "text": cross-entropy of each of the n tokens whose label isn't -100, given those before it.
         """
         losses = {}
         if features is not None:

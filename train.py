@@ -6,13 +6,16 @@
     python train.py --stage decoder --init runs/nano --save runs/nano      # 64 features -> latents (UNet); needs clip, vae
     python train.py --stage 1       --init runs/nano --save runs/nano      # 64 queries + DiT; needs clip, 0
     python train.py --stage 2       --init runs/nano --save runs/nano      # the same, on short prompts
+    python train.py --stage 1 --design vae-fm                              # Figure 3; also clip-mse
+    python train.py --stage 1 --joint 0.5                                  # Figure 5: the language model learns along
+    python train.py --stage 1 --data 'shards/*.tar' --cache runs/features  # your pictures; --dry-run: what will it take?
 
 The paper trains stages 1 and 2 and takes the other parts from Qwen2.5-VL, EVA-CLIP and Emu2; a nano model has nobody to
 take them from. Without --data the pictures are the synthetic world of data.py. `torchrun --nproc_per_node=2 train.py ...`
 runs the same on two processes. A run stopped by anything goes on with the same line.
 
 What is trained (everything else is frozen):
-    clip     EVA-CLIP tower (+ text tower)          0   Qwen2.5-VL: vision tower and language model
+    clip     EVA-CLIP tower (+ text tower)          0   Qwen2.5-VL: vision tower, language model; queries
     vae      VAE encoder and decoder                1   latent queries and DiT
     decoder  SDXL UNet                              2   latent queries and DiT
 """
@@ -917,7 +920,8 @@ class Log:
                 import wandb
             except ImportError:
                 raise ValueError("--wandb needs the package wandb: pip install wandb") from None
-            self.remote = wandb.init(project=args.wandb, config={k: str(v) for k, v in vars(args).items()}, name=args.out, resume="allow")
+            config = {key: str(value) for key, value in vars(args).items()}
+            self.remote = wandb.init(project=args.wandb, config=config, name=args.out, resume="allow")
 
     def note(self, row):
         """One more line. A full disk costs the line, not the run."""
