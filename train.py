@@ -84,6 +84,7 @@ class Stage(nn.Module):
     size = 64                       # side of the pictures that this stage reads
     captions = None                 # of the world. True: long captions, False: short ones, None: a mixture
     talk = False                    # does it learn from conversations, too? Else each sample must have a caption
+    query_lr = 1.0                  # learning rate of the queries, as a share of the others'
     heavy = None                    # the part whose shapes never change: what torch.compile gets on CUDA
 
     def collate(self, samples):
@@ -366,8 +367,11 @@ class GenerationStage(Stage):
         drawn = {"regressor" if stored.mse_channels else "dit"} if go_on else set()
         dtype = torch.float32 if args.joint else args.frozen_dtype
         self.trained = BLIP3o.from_pretrained(init, dtype=dtype, parts={"llm"} | looks | heard(init) | drawn)
+        taught = self.trained.latent_queries
         if not go_on:
             self.trained.add_generator(self.new_config(stored, args))
+        if taught is self.trained.latent_queries and self.trained.config.query_std < 0.1 and not args.joint:
+            self.query_lr = 0.0                                      # one step of Adam would be a 15th of such small ones
         self.design, self.shift = design_of(self.trained.config), self.trained.config.shift
         if self.design == "vae-fm" and self.decoder is None:
             raise ValueError(f"design vae-fm makes a VAE's latents: {args.eva} has no diffusion-decoder (--eva names one)")
@@ -937,12 +941,14 @@ class Log:
 
 def optimizer_of(stage, args, world, device):
     """AdamW, or Muon for hidden matrices and AdamW for the rest; with --zero each process keeps a share of the moments."""
-    params = [p for p in stage.trained.parameters() if p.requires_grad]
-    groups = [{"params": params}]
+    named = {name: p for name, p in stage.trained.named_parameters() if p.requires_grad}
+    queries = [named.pop("latent_queries")] if "latent_queries" in named else []
+    groups = [{"params": list(named.values())}, {"params": queries, "share": stage.query_lr if args.query_lr is None else args.query_lr}]
     if args.optimizer == "muon":                                     # the head of a language model is no hidden matrix
         hidden = {m.weight for name, m in stage.trained.named_modules() if isinstance(m, nn.Linear) and name != "llm.lm_head"}
-        groups = [{"params": [p for p in params if p not in hidden]},
-                  {"params": [p for p in params if p in hidden], "matrices": True}]
+        groups += [{"params": [p for p in named.values() if p in hidden], "matrices": True}]
+        groups[0] = {"params": [p for p in named.values() if p not in hidden]}
+    groups = [group for group in groups if group["params"]]
     options = dict(lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=device.type == "cuda")
     if args.zero and world > 1:
         return ZeroRedundancyOptimizer(groups, optimizer_class=Muon, **options)
@@ -1039,7 +1045,7 @@ def train(args, rank, world, device):
     while step < args.steps and not halt:
         torch.manual_seed(hash((args.seed, step, rank)) % 2 ** 63)   # all noise is a function of (seed, step, rank)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
+            group["lr"] = learning_rate(step, args) * group.get("share", 1)
         for _ in range(args.accumulate):
             before = time.time()
             batch = to_device(next(loader), device)
@@ -1219,6 +1225,8 @@ def arguments():
     add("--accumulate", type=int, default=1, help="micro-batches of one step")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--optimizer", choices=["adamw", "muon"], help="muon: orthogonalised steps for hidden matrices, AdamW for the rest")
+    add("--query-lr", type=float, help="learning rate of the queries as a share of --lr. Default 1, but 0 for those of the "
+        "nano model that stage 0 has taught")
     add("--beta2", type=float, default=0.95)
     add("--weight-decay", type=float, default=0.0)
     add("--drop", type=float, default=0.1, help="stages 1, 2: probability of dropping the condition")
