@@ -766,7 +766,7 @@ def test_transformers_reads_our_folder(tmp_path):
     """What we save, transformers loads: same logits, flat fields of config.json understood."""
     hf = pytest.importorskip("transformers")
     for tied in (True, False):
-        ours = model_tiny(text=model_text_config(tie_word_embeddings=tied, rms_norm_eps=1e-5), dit=None)
+        ours = model_tiny(text=model_text_config(tie_word_embeddings=tied, rms_norm_eps=1e-5), dit=None, n_query=0)
         ours.save_pretrained(tmp_path / str(tied))
         theirs, info = hf.Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / str(tied),
                                                                              output_loading_info=True)
@@ -1112,7 +1112,7 @@ def test_official_parameter_counts(name, qwen, dit, trainable, total):
 def test_qwen_parameter_counts(name, vocab, total, vision, tensors):
     """With Qwen's own vocabulary and no DiT they are Qwen2.5-VL-3B and -7B."""
     config = M.preset(name, vocab_size=vocab)
-    config.dit = None
+    config.dit, config.n_query = None, 0
     with torch.device("meta"):
         model = BLIP3o(config)
     assert model_count(model) == total and model_count(model.visual) == vision
