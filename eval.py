@@ -8,6 +8,7 @@ needed. Generation is scored on the six skills of GenEval (arXiv 2310.11513) wit
     python eval.py understanding --ckpt weights/nano            picture -> text: questions and captions
     python eval.py understanding --data FILE.tsv|.jsonl         the same for MMBench, MME, POPE, VQAv2, MM-Vet, ...
     python eval.py reconstruction --ckpt weights/nano           picture -> features -> picture
+    python eval.py binding --ckpt weights/nano                  whose colour is it? the DiT's loss under exchanged colours
     python eval.py generate --bench geneval --prompts FILE      pictures as GenEval, DPG-Bench, WISE, MJHQ want them
     python eval.py score geneval --results FILE                 their scorers' outputs -> the published figures
     python eval.py fid --a DIR --b DIR                          how far two sets of pictures are apart
@@ -1207,6 +1208,56 @@ def run_leakage(args):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Binding: whose colour is it?
+# ----------------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def run_binding(args):
+    """Does the model know which colour belongs to which thing? Its velocity's error under captions that are true, that have
+    their two colours exchanged, that are another picture's, and under none.
+
+    Captions of two things of unlike shapes and colours, from unseen scenes. A DiT that hears a bag of words is as content
+    with exchanged colours as with true ones, whatever its loss. The first row is the same question to the condition: how far
+    the exchange moves the queries' states, as a share of what another prompt does.
+    """
+    pipe = Pipeline(args.ckpt, args.device, args.dtype)
+    if pipe.model.dit is None:
+        raise ValueError(f"the model in {args.ckpt} has no DiT: there is no velocity to measure")
+    rng, scenes, i = np.random.default_rng(args.seed), [], 0
+    captions = {"true": [], "exchanged": []}
+    while len(scenes) < args.n:
+        scene, i = data.make_scene(args.seed, i), i + 1
+        text = data.caption(scene, rng)
+        exchanged = data.exchange_colours(text)
+        if exchanged and len(scene.things) == 2 and scene.things[0].shape != scene.things[1].shape:
+            scenes.append(scene)
+            captions["true"].append(text)
+            captions["exchanged"].append(exchanged)
+    size = pipe.eva.config.image_size
+    x1 = torch.cat([pipe.eva.encode(data.to_pixels(np.stack([data.draw(s, size) for s in scenes[a:a + BATCH]]))
+                                    .to(pipe.device, pipe.dtype)) for a in range(0, args.n, BATCH)])
+    x1 = x1.float().transpose(1, 2).unflatten(2, (pipe.model.config.grid,) * 2)                # (n, C, 8, 8)
+    conds = {name: torch.cat([pipe.model.condition(*pipe.padded(pipe.rows(texts[a:a + BATCH])[0], 1 + pipe.model.config.n_query))
+                              for a in range(0, args.n, BATCH)]) for name, texts in captions.items()}
+    conds |= {"another's": conds["true"].roll(1, 0), "none": torch.zeros_like(conds["true"])}
+    moved = [(conds["true"] - conds[name]).square().mean().item() for name in ("exchanged", "another's")]
+    print(f"the exchange moves the condition by {moved[0] / moved[1]:.1%} of what another prompt does\n")
+    print("| t | " + " | ".join(conds) + " | exchanged - true |\n|" + "---|" * (len(conds) + 2))
+    noise, table = torch.randn(x1.shape, generator=torch.Generator().manual_seed(args.seed)).to(x1), {}
+    for t in (0.02, 0.05, 0.1, 0.15, 0.2, 0.3):
+        times = torch.full((args.n,), t, device=x1.device)
+        xt = (1 - t) * noise + t * x1
+        errors = {name: torch.cat([(pipe.model.dit(xt[a:a + BATCH], times[a:a + BATCH], cond[a:a + BATCH])
+                                    - (x1 - noise)[a:a + BATCH]).square().flatten(1).mean(1) for a in range(0, args.n, BATCH)])
+                  for name, cond in conds.items()}
+        gain = errors["exchanged"] - errors["true"]
+        table[t] = {name: e.mean().item() for name, e in errors.items()}
+        table[t] |= {"gain": gain.mean().item(), "standard error": (gain.std() / args.n ** 0.5).item()}
+        print(f"| {t} | " + " | ".join(f"{table[t][name]:.4f}" for name in conds)
+              + f" | {table[t]['gain']:+.4f} ± {table[t]['standard error']:.4f} |", flush=True)
+    save(args, {"moved": moved[0] / moved[1], "table": table})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Speed, beside the reference libraries
 # ----------------------------------------------------------------------------------------------------------------------
 def lumina(config):
@@ -1462,7 +1513,7 @@ def run_speed(args):
 
 
 COMMANDS = {"judge": run_judge, "alignment": run_alignment, "understanding": run_understanding,
-            "reconstruction": run_reconstruction, "generate": run_generate, "score": run_score, "fid": run_fid,
+            "reconstruction": run_reconstruction, "binding": run_binding, "generate": run_generate, "score": run_score, "fid": run_fid,
             "compare": run_compare, "leakage": run_leakage, "speed": run_speed}
 
 
@@ -1471,7 +1522,7 @@ def parse(argv):
     parser = Parser("eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands, add = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS)), {}
     for name, seed, counts in (("judge", 1, {"n": 1000, "size": 64}), ("alignment", 0, {"n-prompts": 553, "images": 4}),
-                               ("understanding", 1, {"n": 600}), ("reconstruction", 1, {"n": 200}),
+                               ("understanding", 1, {"n": 600}), ("reconstruction", 1, {"n": 200}), ("binding", 1, {"n": 256}),
                                ("speed", 0, {"rounds": 5}), ("generate", 0, {}), ("score", 0, {}), ("fid", 0, {}),
                                ("compare", 0, {}), ("leakage", 0, {"n": 20000})):
         command = commands.add_parser(name, description=COMMANDS[name].__doc__)
@@ -1480,7 +1531,7 @@ def parse(argv):
             command.add_argument(f"--{option}", type=int, default=value)
         command.add_argument("--seed", type=int, default=seed, help="of the prompts and pictures")
         command.add_argument("--out", default="runs/eval", help="folder of the results")
-        if name in ("alignment", "understanding", "reconstruction", "generate", "fid"):
+        if name in ("alignment", "understanding", "reconstruction", "binding", "generate", "fid"):
             command.add_argument("--ckpt", default=str(Path(__file__).parent / "weights" / "nano"), help="model folder")
             command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
             command.add_argument("--dtype", default="auto", help="auto, fp32, bf16, fp16")
@@ -1508,7 +1559,7 @@ def parse(argv):
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {vars(args)[name]}")
     if not 0 <= args.seed < 1000:                                    # each has a million seeds of pictures
         raise ValueError(f"--seed must lie between 0 and 999, not {args.seed}")
-    if args.command in ("understanding", "reconstruction") and args.seed == 0:
+    if args.command in ("understanding", "reconstruction", "binding") and args.seed == 0:
         raise ValueError("--seed 0 is the world that models are trained on: take another for unseen pictures")
     return args
 
