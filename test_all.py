@@ -5047,6 +5047,40 @@ def test_benchmark_mistakes_are_sentences(eval_painter, tmp_path, capsys):
         assert eval_tree(out) == {}, broken
 
 
+def test_eval_binding(tmp_path, capsys, monkeypatch):
+    """The table's errors are the flow's; a DiT that knows the truth of each row prefers true captions by what it was given."""
+    folder = Path(scores.__file__).parent / "weights" / "nano"
+    assert scores.main(["binding", "--ckpt", str(folder), "--n", "6", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "binding.json").read_text())
+    assert 0 < found["moved"] < 1 and "| 0.15 |" in capsys.readouterr().out
+    row = found["table"]["0.05"]
+    assert row["true"] < row["another's"] and row["gain"] == pytest.approx(row["exchanged"] - row["true"], abs=1e-5)
+    conditions = []
+
+    def knows(self, x, t, cond):                                      # off by 0.1 under the first condition of a time, else by 0.3
+        conditions.append(cond)
+        turn = (len(conditions) - 1) % 4
+        return truth[0] + (0.1 if turn == 0 else 0.3)
+    truth, kept = [], torch.randn
+
+    def watched(*args, **kwargs):
+        noise = kept(*args, **kwargs)
+        truth[:] = [features[0] - noise] if features and noise.shape == features[0].shape else truth
+        return noise
+    features, encode = [], clip_decoder.EvaClip.encode
+
+    def seen(self, pixels):
+        out = encode(self, pixels)
+        features[:] = [out.float().transpose(1, 2).unflatten(2, (8, 8))]
+        return out
+    monkeypatch.setattr(clip_decoder.EvaClip, "encode", seen)
+    monkeypatch.setattr(torch, "randn", watched)
+    monkeypatch.setattr(dit.NextDiT, "forward", knows)
+    assert scores.main(["binding", "--ckpt", str(folder), "--n", "6", "--out", str(tmp_path)]) == 0
+    for row in json.loads((tmp_path / "binding.json").read_text())["table"].values():
+        assert row["true"] == pytest.approx(0.01, rel=1e-3) and row["gain"] == pytest.approx(0.08, rel=1e-3)
+
+
 def test_eval_mistakes_are_sentences(tmp_path, capsys):
     """Exit code 2 and one line on stderr."""
     for line in ("", "paint", "alignment --ckpt /nowhere", "understanding --seed 0", "judge --n 0", "judge --size x",
