@@ -3350,15 +3350,16 @@ def test_train_ranks_see_the_same_samples_and_losses(tmp_path):
 
 
 @slow
-def test_train_thirty_kills_change_nothing(train_clip, tmp_path):
-    """A run killed (-9) thirty times at random moments, writing included, ends in the bits of the unbroken one."""
+def test_train_many_kills_change_nothing(train_clip, tmp_path):
+    """A run killed (-9) at random moments, writing included, ends in the bits of the unbroken one: thirty times with SLOW=1,
+    eight in CI."""
     rng = np.random.default_rng(0)
     command = [train.__file__, "--stage", "vae", "--steps", "160", "--batch", "2", "--save-every", "2", "--quiet", "--out"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = train_process(*command, tmp_path / "whole")
     assert done.returncode == 0, done.stderr
-    kills = 0
-    while kills < 30:
+    kills, wanted = 0, 30 if os.environ.get("SLOW") else 8
+    while kills < wanted:
         process = subprocess.Popen([sys.executable, *command, tmp_path / "killed"], stdout=subprocess.PIPE, env=env)
         process.stdout.readline()                                     # it stands in the loop now
         time.sleep(rng.uniform(0.05, 0.4))
@@ -3371,7 +3372,7 @@ def test_train_thirty_kills_change_nothing(train_clip, tmp_path):
             folder = tmp_path / "killed" / (tmp_path / "killed" / "latest").read_text()
             assert {f.name for f in folder.iterdir()} == {"model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"}
             train_weights(tmp_path / "killed")
-    assert kills >= 20
+    assert kills > wanted // 2
     assert train_process(*command, tmp_path / "killed").returncode == 0
     assert train_same(tmp_path / "killed", tmp_path / "whole")
 
@@ -3582,7 +3583,7 @@ def sample_run(*args):
                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"})
 
 
-def test_sample_draws_files_and_a_grid(sample_folder, tmp_path, capsys):
+def test_sample_draws_files_and_a_grid(sample_folder, tmp_path):
     """--prompt --n 2 writes two pictures and a grid, says where and how long it took, and draws the same ones again."""
     command = ["--prompt", "A red circle!", "--n", "2", "--seed", "5", "--ckpt", sample_folder,
                "--out", str(tmp_path)]
@@ -3596,8 +3597,8 @@ def test_sample_draws_files_and_a_grid(sample_folder, tmp_path, capsys):
     assert [p.shape for p in pictures] == [(32, 32, 3), (32, 32, 3), (196, 392, 3)]  # cells of 6 x 32 px, 2 px lines
     assert (pictures[0] != pictures[1]).any()
     assert (pictures[2][2:194, 198:390] == pictures[1].repeat(6, 0).repeat(6, 1)).all()
-    assert sample.main(command) == 0
-    assert capsys.readouterr().out == first.stdout and len(list(tmp_path.iterdir())) == 3
+    again = sample_run(*command)                                      # as many threads: their number moves the last bits
+    assert again.stdout == first.stdout and len(list(tmp_path.iterdir())) == 3
     assert (np.asarray(Image.open(tmp_path / names[0])) == pictures[0]).all()
 
 
