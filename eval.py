@@ -1367,10 +1367,12 @@ def race_training(args):
     """
     from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
     torch.manual_seed(0)
+    # 113 to 228 M parameters a part; the encoder is the largest, as in the released models (4.4 B, beside a DiT of 1.4 B).
     B, L, n = 4, 160, 64
-    text = TextConfig(2000, 768, 2816, 12, 12, 2, mrope_section=[8, 12, 12])
-    config = DiTConfig(in_channels=768, dim=896, n_layers=8, n_heads=14, n_kv_heads=14, ffn_dim=2560, cond_dim=768, rope="2d")
-    eva = EvaClip(EvaConfig(image_size=448, patch_size=14, width=768, layers=12, heads=12, mlp_hidden=4608)).eval().requires_grad_(False)
+    text = TextConfig(2000, 768, 2816, 14, 12, 2, mrope_section=[8, 12, 12])
+    config = DiTConfig(in_channels=768, dim=896, n_layers=7, n_heads=14, n_kv_heads=14, ffn_dim=2560, cond_dim=768, rope="2d")
+    eva = EvaClip(EvaConfig(image_size=448, patch_size=14, width=768, layers=24, heads=12, mlp_hidden=4608))
+    eva.eval().requires_grad_(False)
     model = BLIP3o(BLIP3oConfig(text, dit=config))
     with torch.no_grad():
         for p in model.parameters():
