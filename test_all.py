@@ -3354,11 +3354,12 @@ def test_train_many_kills_change_nothing(train_clip, tmp_path):
     """A run killed (-9) at random moments, writing included, ends in the bits of the unbroken one: thirty times with SLOW=1,
     eight in CI."""
     rng = np.random.default_rng(0)
-    command = [train.__file__, "--stage", "vae", "--steps", "160", "--batch", "2", "--save-every", "2", "--quiet", "--out"]
+    kills, wanted = 0, 30 if os.environ.get("SLOW") else 8
+    command = [train.__file__, "--stage", "vae", "--steps", str(5 * wanted), "--batch", "2", "--save-every", "2", "--quiet",
+               "--out"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = train_process(*command, tmp_path / "whole")
     assert done.returncode == 0, done.stderr
-    kills, wanted = 0, 30 if os.environ.get("SLOW") else 8
     while kills < wanted:
         process = subprocess.Popen([sys.executable, *command, tmp_path / "killed"], stdout=subprocess.PIPE, env=env)
         process.stdout.readline()                                     # it stands in the loop now

@@ -1077,8 +1077,9 @@ def train(args, rank, world, device):
                 bar.set_postfix({k: f"{row[k]:.4f}" for k in losses if k in row} | {"wait": f"{row['wait']:.0%}"})
         halt = any_process(bool(stopped), device)
         if step % args.save_every == 0 or step == args.steps or halt:
+            before = time.time()
             checkpoint(out, step, stage, ema, optimizer, test, log, args, dict(meter.counts + meter.new), rank, device)
-            meter.since = time.time()
+            meter.since += time.time() - before                      # samples/s are those of training
     bar.close()
     return step >= args.steps
 
