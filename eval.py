@@ -1220,8 +1220,10 @@ def run_binding(args):
     the exchange moves the queries' states, as a share of what another prompt does.
     """
     pipe = Pipeline(args.ckpt, args.device, args.dtype)
-    if pipe.model.dit is None:
-        raise ValueError(f"the model in {args.ckpt} has no DiT: there is no velocity to measure")
+    if pipe.model.latent_queries is None:
+        raise ValueError(f"the model in {args.ckpt} has no latent queries: there is no condition to measure")
+    if pipe.model.config.latents:
+        raise ValueError(f"the model in {args.ckpt} draws VAE latents; binding is measured on CLIP features")
     rng, scenes, i = np.random.default_rng(args.seed), [], 0
     captions = {"true": [], "exchanged": []}
     while len(scenes) < args.n:
@@ -1232,15 +1234,17 @@ def run_binding(args):
             scenes.append(scene)
             captions["true"].append(text)
             captions["exchanged"].append(exchanged)
-    size = pipe.eva.config.image_size
-    x1 = torch.cat([pipe.eva.encode(data.to_pixels(np.stack([data.draw(s, size) for s in scenes[a:a + BATCH]]))
-                                    .to(pipe.device, pipe.dtype)) for a in range(0, args.n, BATCH)])
-    x1 = x1.float().transpose(1, 2).unflatten(2, (pipe.model.config.grid,) * 2)                # (n, C, 8, 8)
     conds = {name: torch.cat([pipe.model.condition(*pipe.padded(pipe.rows(texts[a:a + BATCH])[0], 1 + pipe.model.config.n_query))
                               for a in range(0, args.n, BATCH)]) for name, texts in captions.items()}
     conds |= {"another's": conds["true"].roll(1, 0), "none": torch.zeros_like(conds["true"])}
     moved = [(conds["true"] - conds[name]).square().mean().item() for name in ("exchanged", "another's")]
     print(f"the exchange moves the condition by {moved[0] / moved[1]:.1%} of what another prompt does\n")
+    if pipe.model.dit is None:                                       # as stage 0 leaves a model
+        return save(args, {"moved": moved[0] / moved[1]})
+    size = pipe.eva.config.image_size
+    x1 = torch.cat([pipe.eva.encode(data.to_pixels(np.stack([data.draw(s, size) for s in scenes[a:a + BATCH]]))
+                                    .to(pipe.device, pipe.dtype)) for a in range(0, args.n, BATCH)])
+    x1 = x1.float().transpose(1, 2).unflatten(2, (pipe.model.config.grid,) * 2)                # (n, C, 8, 8)
     print("| t | " + " | ".join(conds) + " | exchanged - true |\n|" + "---|" * (len(conds) + 2))
     noise, table = torch.randn(x1.shape, generator=torch.Generator().manual_seed(args.seed)).to(x1), {}
     for t in (0.02, 0.05, 0.1, 0.15, 0.2, 0.3):

@@ -682,7 +682,8 @@ class BLIP3o(nn.Module):
 
         "flow" (section 3.2): velocity error of the DiT given what the queries heard, the condition dropped with
         probability `drop` (or where `drop` (B,) is True), at noise x0 and times t as in flow_matching_loss. "mse"
-        (section 3.3): error of the regressor. "text": cross-entropy of each of the n tokens whose label isn't -100, given those before it.
+        (section 3.3): error of the regressor. "text": cross-entropy of each of the n tokens whose label isn't -100, given
+        those before it.
         """
         losses = {}
         if features is not None:
@@ -704,7 +705,7 @@ class BLIP3o(nn.Module):
     def from_pretrained(cls, folder, device="cpu", dtype=torch.float32, parts=None):
         """Read a folder in the official layout: ours, BLIP3o-Model-4B/8B, a plain Qwen2.5-VL, Llama or SmolLM2.
 
-        parts: a set out of {"visual", "llm", "queries", "dit", "regressor"}, None for all that the folder has; the others become
+        parts: a set out of {"visual", "llm", "queries", "dit", "regressor"}, None for all of the folder; the others become
         None and aren't read. On the device "meta" nothing is read but the files' headers: sizes without memory. Raises
         ValueError where files and config.json don't match exactly.
         """

@@ -3268,6 +3268,15 @@ def test_train_echo_hears_only_what_the_queries_pass_on(train_folder):
     assert "echo" not in train_build("--stage", "0", "--init", train_folder, "--echo", 0)[0].collate([samples[0]])
 
 
+def test_train_stage_0_of_a_model_without_queries(train_tiny, tmp_path):
+    """A bare Qwen2.5-VL has no queries to teach: stage 0 trains the rest of it."""
+    tokenizer = data.Tokenizer.from_pretrained(train_tiny)
+    BLIP3o(train.nano_config(tokenizer, dit=None, n_query=0)).save_pretrained(tmp_path / "bare")
+    tokenizer.save(tmp_path / "bare")
+    assert train_run("--stage", "0", "--init", tmp_path / "bare", "--steps", 1, "--batch", 4, "--out", tmp_path / "run") == 0
+    assert "echo" not in train_log(tmp_path / "run")[0]
+
+
 def test_data_things_told_and_colours_exchanged():
     """What captions name, thing by thing; exchanging two colours is its own inverse and touches nothing else."""
     assert data.things_told("A tiny red circle to the left of two stars on grey.") == [
@@ -5057,6 +5066,9 @@ def test_eval_binding(tmp_path, capsys, monkeypatch):
     assert 0 < found["moved"] < 1 and "| 0.15 |" in capsys.readouterr().out
     row = found["table"]["0.05"]
     assert row["true"] < row["another's"] and row["gain"] == pytest.approx(row["exchanged"] - row["true"], abs=1e-5)
+    stage0 = folder.parent / "stage0"                                 # no DiT: the condition alone is measured
+    assert scores.main(["binding", "--ckpt", str(stage0), "--n", "6", "--out", str(tmp_path / "0")]) == 0
+    assert json.loads((tmp_path / "0" / "binding.json").read_text())["moved"] > found["moved"]
     conditions = []
 
     def knows(self, x, t, cond):                                      # off by 0.1 under the first condition of a time, else by 0.3
