@@ -3016,10 +3016,7 @@ def test_train_accumulated_micro_batches_are_one_batch(train_vae):
 
 def test_train_two_processes_are_one(train_vae, train_tiny, tmp_path):
     """torchrun with two processes over gloo gives the weights and gradient norms of one process at the same batch."""
-    script = tmp_path / "exact.py"
-    script.write_text(f"{TRAIN_EXACT}\nfrom pathlib import Path\nfrom clip_decoder import EvaConfig, VAEConfig\n"
-                      f"clip_decoder.PRESETS['nano'].update(clip={TRAIN_TINY['clip']!r}, vae={TRAIN_TINY['vae']!r})\n"
-                      f"train.NANO = Path({str(train_tiny)!r})\ntrain.main()\n")
+    script = train_script(tmp_path / "exact.py", train_tiny, TRAIN_EXACT)
     done = train_process("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *TRAIN_VAE,
                          "--quiet", "--log-every", 1, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr
@@ -3027,6 +3024,14 @@ def test_train_two_processes_are_one(train_vae, train_tiny, tmp_path):
     for a, b in zip(train_log(tmp_path / "two"), train_log(train_vae.plain)):
         assert a.get("grad", 0) == pytest.approx(b.get("grad", 0), rel=1e-4)
     assert done.stdout.count("trained parameters") == 1               # one process speaks
+
+
+def train_script(path, train_tiny, changes):
+    """Write a train.py of its own to `path`: the tiny presets, and what the lines `changes` do. Returns the path."""
+    path.write_text(f"import clip_decoder, train\nfrom clip_decoder import EvaConfig, VAEConfig\nfrom pathlib import Path\n"
+                    f"clip_decoder.PRESETS['nano'].update(clip={TRAIN_TINY['clip']!r}, vae={TRAIN_TINY['vae']!r})\n"
+                    f"train.NANO = Path({str(train_tiny)!r})\n{changes}\ntrain.main()\n")
+    return path
 
 
 def train_process(*args, **options):
@@ -3053,6 +3058,35 @@ def test_train_killed_process_goes_on_exactly(tmp_path):
         assert done.returncode == 0, done.stderr
         assert ("from step" in done.stdout) == (out == "killed")
     assert train_same(tmp_path / "killed", tmp_path / "whole")
+
+
+# Rank 1 is killed in the third step of its first life, rank 0 in that of its second. The processes of a new life don't arrive
+# at once: in the second rank 1 is late, in the third rank 0, so that whoever asks for the other finds what a dead one left.
+TRAIN_MORTAL = """
+import os, signal, time
+life, rank, calls, forward = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"]), [], train.VaeStage.forward
+def mortal(self, batch):
+    calls.append(1)
+    if len(calls) == 3 and (life, rank) in ((0, 1), (1, 0)):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return forward(self, batch)
+train.VaeStage.forward = mortal
+time.sleep(3 * ((life, rank) in ((1, 1), (2, 0))))
+"""
+
+
+@slow
+def test_train_torchrun_restarts_go_on_exactly(train_tiny, tmp_path):
+    """--max_restarts: with one worker after the other killed, a run goes on by itself and ends in the bits of a whole one."""
+    for name, changes in ("killed", TRAIN_MORTAL), ("whole", ""):
+        script = train_script(tmp_path / f"{name}.py", train_tiny, changes)
+        done = train_process("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=2", script,
+                             *TRAIN_VAE, "--steps", 6, "--save-every", 2, "--quiet", "--log-every", 1, "--out", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        assert re.findall("from the start|from step .", done.stdout) == ["from the start", "from step 2", "from step 4"][
+            :3 if name == "killed" else 1]
+    assert train_same(tmp_path / "killed", tmp_path / "whole")
+    assert [r["step"] for r in train_log(tmp_path / "killed") if "lr" in r] == [1, 2, 3, 4, 5, 6]
 
 
 @slow

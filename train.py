@@ -897,6 +897,26 @@ def to_device(batch, device):
     return batch.to(device, non_blocking=True) if torch.is_tensor(batch) else batch
 
 
+def connect(backend):
+    """init_process_group that survives `torchrun --max_restarts`.
+
+    torchrun keeps one store through all its restarts, so a new process would read where a dead one listened and call there.
+    Rank 0 draws a new name for the keys of this start; the others go by the name that it returns under a key of their own.
+    """
+    store, rank, world = next(dist.rendezvous("env://"))
+    mine = os.urandom(8).hex()
+    if rank == 0:
+        store.set("start", mine)
+        for other in range(1, world):
+            store.set(store.get(f"{mine}/{other}").decode(), mine)
+    else:
+        while not store.check([mine]):                               # what "start" says may be an earlier start's, and change
+            store.set(store.get("start").decode() + f"/{rank}", mine)
+            time.sleep(0.1)
+    start = mine if rank == 0 else store.get(mine).decode()
+    dist.init_process_group(backend, store=dist.PrefixStore(start, store), rank=rank, world_size=world)
+
+
 def from_all(value):
     """[value of rank 0, value of rank 1, ...]"""
     if not dist.is_initialized():
@@ -1302,7 +1322,7 @@ def main():
             torch.cuda.set_device(device)
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         if world > 1:
-            dist.init_process_group("nccl" if cuda else "gloo")
+            connect("nccl" if cuda else "gloo")
         finished = train(args, rank, world, device)
         if world > 1:
             dist.destroy_process_group()
