@@ -360,12 +360,12 @@ class CLIP(nn.Module):
         """ids (B, L), mask (B, L) True at real tokens -> unit vectors (B, E)."""
         return F.normalize(self.text(ids, mask), dim=-1)
 
-    def forward(self, pixels, ids, mask, noise=0.3, generator=None):
+    def forward(self, pixels, ids, mask, noise=0.3, generator=None, drawn=None):
         """Losses of a batch of pairs, each a mean: {"contrastive", "pixels", "places", "scale"}. Weigh and add them as you like.
 
         contrastive  symmetric InfoNCE (CLIP): every image finds its caption in the batch, every caption its image.
         pixels       MSE of each pooled feature's own block of the normalised image, predicted linearly from the feature
-                     plus Gaussian noise of std `noise`. The flow will add errors of that size, so shapes and colours
+                     plus Gaussian noise of std `noise`, which is `noise` times `drawn` (B, 64, C) if given. The flow will add errors of that size, so shapes and colours
                      have to sit in directions of large variance (the noise-augmented decoders of representation
                      autoencoders). Contrastive training alone collapses small towers to a few dimensions.
         places       the same for where a feature lies in the grid: the pixel decoder's cross-attention sees a set of features and
@@ -380,7 +380,9 @@ class CLIP(nn.Module):
         target = torch.arange(len(logits), device=logits.device)
         contrastive = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-        noisy = z + noise * torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
+        if drawn is None:
+            drawn = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
+        noisy = z + noise * drawn.to(z)
         flat = z.flatten(0, 1)                                                           # (B*64, C)
         return {"contrastive": contrastive,
                 "pixels": F.mse_loss(self.pixel_head(noisy), image_blocks(pixels, math.isqrt(z.shape[1]))),
@@ -619,12 +621,16 @@ class VAE(nn.Module):
         latents = (latents / self.config.scaling_factor).contiguous(memory_format=torch.channels_last)
         return self.decoder(self.post_quant_conv(latents))
 
-    def forward(self, pixels, generator=None):
-        """For training: (reconstruction (B, 3, H, W) of a sample, KL to the unit normal in nats per latent number)."""
+    def forward(self, pixels, generator=None, noise=None):
+        """For training: (reconstruction (B, 3, H, W) of a sample, KL to the unit normal in nats per latent number).
+
+        The sample's unit normal noise (B, latent, H/f, W/f) is drawn unless given.
+        """
         mean, logvar = self.moments(pixels)
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        if noise is None:
+            noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
         kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
-        return self.decoder(self.post_quant_conv(mean + (logvar / 2).exp() * noise)), kl
+        return self.decoder(self.post_quant_conv(mean + (logvar / 2).exp() * noise.to(mean))), kl
 
     @torch.no_grad()
     def calibrate(self, pixels):
@@ -940,23 +946,28 @@ class PixelDecoder(nn.Module):
         # The VAE runs in fp32: SDXL's overflows in fp16, and its config asks for it (official code still runs bf16).
         return (self.vae.decode(x) / 2 + 0.5).clamp(0, 1)
 
-    def loss(self, images, features, drop=0.1, generator=None, negative=None, max_weight=1.0):
+    def loss(self, images, features, drop=0.1, generator=None, negative=None, max_weight=1.0, t=None,
+             noise=None):
         """Mean squared error of the predicted noise (as Emu2 trains its decoder), a scalar.
 
         images: pixels (B, 3, H, W) in [-1, 1], encoded here without gradient, or scaled latents (B, 4, h, w).
         With probability `drop` a picture's features (B, 64, C) are replaced by `negative` (B or 1, 64, C), so that
         guidance has something to lead away from. Give what sampling will use: the features of an all-zero normalised
-        image. None means zeros.
+        image. None means zeros. What is random may also be given: t (B,) long, noise like the latents, drop (B,) bool.
         """
         z = images
         if images.shape[1] != self.unet.config.in_channels:
             with torch.no_grad():
                 z = self.vae.encode(images, sample=True, generator=generator)
         B, device = len(z), z.device
-        t = torch.randint(0, len(self.schedule.alpha_bar), (B,), generator=generator, device=device)
-        noise = torch.randn(z.shape, generator=generator, device=device, dtype=z.dtype)
-        dropped = torch.rand(B, 1, 1, generator=generator, device=device) < drop
-        cond = torch.where(dropped, torch.zeros_like(features) if negative is None else negative, features)
+        if t is None:
+            t = torch.randint(0, len(self.schedule.alpha_bar), (B,), generator=generator, device=device)
+        if noise is None:
+            noise = torch.randn(z.shape, generator=generator, device=device)
+        if not torch.is_tensor(drop):
+            drop = torch.rand(B, generator=generator, device=device) < drop
+        noise = noise.to(z)
+        cond = torch.where(drop.view(-1, 1, 1), torch.zeros_like(features) if negative is None else negative, features)
         size = (z.shape[2] * self.vae.factor, z.shape[3] * self.vae.factor)
         eps = self.unet(self.schedule.add_noise(z, noise, t), t, cond, *self.added_conditions(cond, size, size, (0, 0)))
         weight = (1 / self.schedule.alpha_bar.to(device)[t]).clamp(max=max_weight)                # 1 / alpha_bar = 1 + sigma^2

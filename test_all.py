@@ -2967,16 +2967,31 @@ def test_train_workers_change_nothing(train_clip, tmp_path):
     assert train_same(tmp_path, train_clip)
 
 
+@pytest.mark.parametrize("name", TRAIN_STAGES)
+def test_train_noise_belongs_to_the_sample(train_folder, name, tmp_path):
+    """What a stage draws for a sample is the same whatever else is in the batch and whatever torch's generator says, and
+    another sample's is other; the loss draws nothing more."""
+    stage, _ = train_build("--stage", name, "--init", train_folder, "--out", tmp_path)
+    samples = data.Samples(data.World(0, stage.size), stage.size, 0, stage.captions)
+    drawn = [stage.collate([samples[i] for i in which]) for which in ([4, 7, 2], [7, 5])]
+    keys = [k for k in ("noise", "feature_noise", "t", "x0", "drop") if k in drawn[0]]
+    assert len(keys) == {"clip": 1, "vae": 1, "decoder": 4, "0": 0}.get(name, 3)
+    for key in keys:
+        assert torch.equal(drawn[0][key][1], drawn[1][key][0])
+        assert key == "drop" or not torch.equal(drawn[0][key][1], drawn[0][key][2])
+    before = torch.get_rng_state()
+    losses = stage(drawn[0])
+    assert torch.equal(torch.get_rng_state(), before)
+    for key in keys:                                                  # and the loss does take what was drawn
+        other = drawn[0][key].roll(1, 0) if key != "drop" else ~drawn[0][key]
+        assert any(v != losses[k] for k, v in stage({**drawn[0], key: other}).items() if k[0] != "_"), key
+
+
 # What follows compares sums taken in another order. Adam divides a gradient by its own size, so one that is zero but
 # for rounding (a key's bias) would become a whole step: plain gradient descent shows what the loop itself does. The VAE
-# stage has means over equal batches as losses, and its only noise is taken out.
+# and decoder stages have means over equal batches as losses, and their noise belongs to the samples.
 TRAIN_EXACT = """
-import sys, torch
-import clip_decoder, train
-def noiseless(self, pixels, generator=None):
-    mean, logvar = self.moments(pixels)
-    return self.decoder(self.post_quant_conv(mean)), 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
-clip_decoder.VAE.forward = noiseless
+import torch, train
 train.Muon = lambda groups, lr, **_: torch.optim.SGD(groups, lr)
 """
 TRAIN_VAE = ("--stage", "vae", "--steps", 3, "--batch", 8, "--lr", 0.1, "--warmup", 1)
@@ -2989,8 +3004,7 @@ def train_vae(train_tiny, tmp_path_factory):
 
     def run(*args, name="plain"):
         with train_presets(train_tiny), pytest.MonkeyPatch.context() as patch:
-            for target, attribute in (clip_decoder.VAE, "forward"), (train, "Muon"):
-                patch.setattr(target, attribute, getattr(target, attribute))         # restored at the end
+            patch.setattr(train, "Muon", train.Muon)                                 # restored at the end
             exec(TRAIN_EXACT, {})
             assert train_run(*TRAIN_VAE, "--out", out / name, *args) == 0
         return out / name
@@ -3014,22 +3028,25 @@ def test_train_accumulated_micro_batches_are_one_batch(train_vae):
     assert train_apart(train_vae("--batch", 4, name="half"), train_vae.plain) > 1e-3
 
 
-def test_train_two_processes_are_one(train_vae, train_tiny, tmp_path):
-    """torchrun with two processes over gloo gives the weights and gradient norms of one process at the same batch."""
+@pytest.mark.parametrize("name", ("vae", "decoder"))
+def test_train_two_processes_are_one(train_vae, train_folder, train_tiny, tmp_path, name):
+    """torchrun with two processes over gloo gives the weights, losses and gradient norms of one at the same batch."""
+    stage = () if name == "vae" else ("--stage", name, "--init", train_folder)
     script = train_script(tmp_path / "exact.py", train_tiny, TRAIN_EXACT)
     done = train_process("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *TRAIN_VAE,
-                         "--quiet", "--log-every", 1, "--out", tmp_path / "two")
+                         *stage, "--quiet", "--log-every", 1, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr
-    assert train_apart(tmp_path / "two", train_vae.plain) < 1e-5
-    for a, b in zip(train_log(tmp_path / "two"), train_log(train_vae.plain)):
-        assert a.get("grad", 0) == pytest.approx(b.get("grad", 0), rel=1e-4)
+    plain = train_vae(*stage, name=name) if stage else train_vae.plain
+    assert train_apart(tmp_path / "two", plain) < 1e-5
+    for a, b in zip(train_log(tmp_path / "two"), train_log(plain)):
+        assert all(a[k] == pytest.approx(b[k], rel=1e-4, abs=2e-6) for k in ("l1", "mse", "epsilon", "grad") if k in a)
     assert done.stdout.count("trained parameters") == 1               # one process speaks
 
 
 def train_script(path, train_tiny, changes):
     """Write a train.py of its own to `path`: the tiny presets, and what the lines `changes` do. Returns the path."""
-    path.write_text(f"import clip_decoder, train\nfrom clip_decoder import EvaConfig, VAEConfig\nfrom pathlib import Path\n"
-                    f"clip_decoder.PRESETS['nano'].update(clip={TRAIN_TINY['clip']!r}, vae={TRAIN_TINY['vae']!r})\n"
+    path.write_text(f"import clip_decoder, train\nfrom clip_decoder import EvaConfig, UNetConfig, VAEConfig\n"
+                    f"from pathlib import Path\nclip_decoder.PRESETS['nano'] = {TRAIN_TINY!r}\n"
                     f"train.NANO = Path({str(train_tiny)!r})\n{changes}\ntrain.main()\n")
     return path
 

@@ -124,6 +124,11 @@ class Stage(nn.Module):
         return {}
 
 
+def unit_normal(samples, *shape):
+    """Noise (B, *shape) of the samples' own: the same on any number of processes."""
+    return torch.from_numpy(np.stack([s["rng"].standard_normal(shape, dtype=np.float32) for s in samples]))
+
+
 def show(pixels):
     """Normalised pixels -> [0, 1] for the eye."""
     return (data.to_signed(pixels) / 2 + 0.5).clamp(0, 1)
@@ -144,10 +149,11 @@ class ClipStage(Stage):
 
     def collate(self, samples):
         ids, mask = data.pad([self.tokenizer.encode(s["caption"])[:128] for s in samples])
-        return {**super().collate(samples), "ids": ids, "mask": mask}
+        noise = unit_normal(samples, self.trained.visual.config.n_query, self.trained.visual.config.width)
+        return {**super().collate(samples), "ids": ids, "mask": mask, "noise": noise}
 
     def forward(self, batch):
-        losses = self.trained(batch["pixels"], batch["ids"], batch["mask"])
+        losses = self.trained(batch["pixels"], batch["ids"], batch["mask"], drawn=batch["noise"])
         return {"pixels": 3 * losses["pixels"], "places": losses["places"], "contrastive": 0.3 * losses["contrastive"],
                 "scale": 0.3 * losses["scale"]}
 
@@ -177,9 +183,13 @@ class VaeStage(Stage):
         self.trained = VAE.from_pretrained(init) if holds(init, "vae") and not args.fresh else VAE(DECODER_PRESETS["nano"]["vae"])
         self.heavy = self.trained.to(memory_format=torch.channels_last)
 
+    def collate(self, samples):
+        side, channels = self.size // self.trained.factor, self.trained.config.latent_channels
+        return {**super().collate(samples), "noise": unit_normal(samples, channels, side, side)}
+
     def forward(self, batch):
         target = data.to_signed(batch["pixels"]).to(memory_format=torch.channels_last)
-        reconstruction, kl = self.trained(target)
+        reconstruction, kl = self.trained(target, noise=batch["noise"])
         return {"l1": F.l1_loss(reconstruction, target), "mse": F.mse_loss(reconstruction, target), "kl": 1e-6 * kl}
 
     def export(self, folder):
@@ -212,13 +222,19 @@ class DecoderStage(Stage):
         with torch.no_grad():                                        # the negative of guidance: a picture of the mean colour
             self.negative = self.eva.encode(torch.zeros(1, 3, self.size, self.size, dtype=args.frozen_dtype))
 
+    def collate(self, samples):
+        side, rngs = self.size // self.decoder.vae.factor, [s["rng"] for s in samples]
+        level = torch.tensor([self.noise * rng.random() for rng in rngs], dtype=torch.float32)
+        return {**super().collate(samples), "noise": unit_normal(samples, self.trained.config.in_channels, side, side),
+                "t": torch.tensor([int(rng.integers(len(self.decoder.schedule.alpha_bar))) for rng in rngs]),
+                "feature_noise": level.view(-1, 1, 1) * unit_normal(samples, self.eva.config.n_query, self.eva.config.width),
+                "drop": torch.tensor([rng.random() < 0.1 for rng in rngs])}
+
     def forward(self, batch):
         found = self.frozen(batch)
-        features = found["features"]
-        level = self.noise * torch.rand(len(features), 1, 1, device=features.device)
-        features = features + level * torch.randn_like(features)
-        return {"epsilon": self.decoder.loss(found["latents"], features, negative=self.negative.to(features),
-                                             max_weight=self.max_weight)}
+        features = found["features"] + batch["feature_noise"].to(found["features"])
+        return {"epsilon": self.decoder.loss(found["latents"], features, batch["drop"], negative=self.negative.to(features),
+                                             max_weight=self.max_weight, t=batch["t"], noise=batch["noise"])}
 
     def encode(self, pixels):
         return {"features": self.eva.encode(pixels), "latents": self.decoder.vae.encode(data.to_signed(pixels))}
@@ -348,8 +364,8 @@ class GenerationStage(Stage):
     samples whose prompt is the picture itself. --joint: that share of the samples are conversations instead, and the
     language model learns with the rest (section 3.4, Figure 5).
 
-    Noise, time and dropping of the condition (probability 0.1, for classifier-free guidance) belong to the sample, not to
-    the process: any number of ranks computes the same losses. The probe is the early warning: the loss close to noise with
+    As in every stage noise, time and dropping of the condition (probability 0.1, for classifier-free guidance) belong to the
+    sample, not to the process: any number of ranks computes the same losses. The probe is the early warning: the loss close to noise with
     the true, a shuffled and no condition. While they are equal, the DiT doesn't listen to the prompt; pictures show it
     hours later.
     """
@@ -430,10 +446,9 @@ class GenerationStage(Stage):
                               for s, look in zip(samples, looks)])
         shape = (config.gen_hidden_size, config.grid, config.grid)
         t = torch.tensor([s["rng"].random() for s in samples], dtype=torch.float32)
-        noise = np.stack([s["rng"].standard_normal(shape, dtype=np.float32) for s in samples])
-        batch = super().collate(samples)
+        x0, batch = unit_normal(samples, *shape), super().collate(samples)
         return {**batch, "ids": ids, "mask": mask, "captions": [s["caption"] for s in samples],
-                "x0": torch.from_numpy(noise), "t": flow.shift_time(t, self.shift),
+                "x0": x0, "t": flow.shift_time(t, self.shift),
                 "drop": torch.tensor([s["rng"].random() < self.drop for s in samples]),
                 **(look_at(batch["pixels"], looks, vision) if any(looks) else {"patches": None, "grid": None})}
 
@@ -1064,7 +1079,6 @@ def train(args, rank, world, device):
     stage.trained.train()
     halt = False
     while step < args.steps and not halt:
-        torch.manual_seed(hash((args.seed, step, rank)) % 2 ** 63)   # all noise is a function of (seed, step, rank)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args) * group.get("share", 1)
         for _ in range(args.accumulate):
