@@ -214,19 +214,44 @@ DIRECTIONS = {"left of": ("left", "right"), "right of": ("right", "left"), "abov
               "below": ("below", "above"), "under": ("below", "above")}
 
 
-def things_told(text):
-    """The things that a caption of the world names, each with all that it says of it, in its order; [] for other texts.
+TOLD = (*NUMBERS[2:], *SIZES, *COLOURS, *SHAPES, *BACKGROUNDS, *dict.fromkeys(sum(DIRECTIONS.values(), ())), "top", "bottom",
+        "middle")
 
-    "A red circle to the left of two stars on black" -> ["a red circle left on black", "two stars right on black"].
+
+def things_told(text):
+    """The things that a caption of the world names, in its order, each with the words of TOLD that it says of it, its shape
+    first; [] for other texts.
+
+    "A tiny red circle left of two stars on grey" -> [["circle", "small", "red", "left", "grey"],
+                                                      ["star", "two", "right", "grey"]]
     """
     found = list(MENTION.finditer(text.lower()))
-    things = [mention[0] for mention in found]
-    if len(found) == 2:
-        between = text[found[0].end():found[1].start()]
-        sides = next((sides for link, sides in DIRECTIONS.items() if link in between), None)
-        things = [f"{thing} {side}" for thing, side in zip(things, sides)] if sides else things
-    ground = next((f" on {name}" for name in BACKGROUNDS if name in text.lower()), "")
-    return [thing + ground for thing in things]
+    between = text[found[0].end():found[1].start()] if len(found) == 2 else ""
+    sides = next((sides for link, sides in DIRECTIONS.items() if link in between), [""] * len(found))
+    ground = [name for name in BACKGROUNDS if name in text.lower()]
+    canonical = {word: size for size, words in WORDS_OF_SIZE.items() for word in words}
+    canonical |= {f"{shape}s": shape for shape in SHAPES}
+    things = []
+    for mention, side in zip(found, sides):
+        said = [canonical.get(word, word) for word in re.findall("[a-z]+", mention[0])] + [side] + ground
+        things.append(sorted({word: 0 for word in said if word in TOLD}, key=lambda word: word not in SHAPES))
+    return things
+
+
+def code_told(text, n, dim):
+    """What n listeners shall hear of a caption, the things taking turns, as vectors: (n, dim) fp32; None if it names none.
+
+    Every word of TOLD has a random code, and with every shape another one: a red circle is more than something red and
+    something round. A thing is the sum of its codes, scaled to an rms of 1. Random directions are nearly orthogonal, so
+    one linear map can read off each word and each pair.
+    """
+    codes = np.random.default_rng(0).standard_normal((len(SHAPES) + 1, len(TOLD), dim), dtype=np.float32)
+    rows = []
+    for shape, *said in things_told(text):
+        words = [TOLD.index(word) for word in said]
+        row = codes[-1, TOLD.index(shape)] + codes[-1, words].sum(0) + codes[SHAPES.index(shape), words].sum(0)
+        rows.append(row / np.sqrt(np.square(row).mean()))
+    return np.stack(rows)[np.arange(n) % len(rows)] if rows else None
 
 
 def exchange_colours(text):
@@ -754,8 +779,6 @@ SYSTEM = "You are a helpful assistant."
 GENERATE = "Please generate image based on the following caption: {}"
 DESCRIBE = "Describe this image."
 RECONSTRUCT = "Please reconstruct the given image."
-REPEAT = "Repeat the caption."
-THING = "What is this?"
 # Qwen2.5's added tokens in the order of their ids, then the three of BLIP3-o: [IMG] is vocab_size - 3 at every size.
 SPECIAL = ("<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
            "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> "

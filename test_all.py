@@ -3290,33 +3290,28 @@ def test_train_reconstruct_shows_the_picture(train_folder):
     assert stage.trained.visual.blocks[0].attn.qkv.weight.grad is None        # it looks, but doesn't learn
 
 
-def test_train_echo_hears_only_what_the_queries_pass_on(train_folder):
-    """Stage 0: the conversations about a caption see query states, not the caption; a query alone tells its own thing;
-    gradients reach the queries and every layer of the language model."""
-    stage, _ = train_build("--stage", "0", "--init", train_folder)
+def test_train_queries_are_told_what_to_say(train_folder):
+    """Stage 0: the loss `tell` is the distance of each query's state from the code of its thing, over the captions that name
+    things; gradients reach the queries and every layer of the language model, but nothing else."""
+    stage, _ = train_build("--stage", "0", "--init", train_folder, "--tell", 2)
     samples = data.Samples(data.World(0, stage.size), stage.size)
-    batch = stage.collate([samples[i] for i in range(4)])
-    echo, n = batch["echo"], stage.trained.config.n_query
-    rows = [stage.tokenizer.bpe.decode(ids[m].tolist(), skip_special_tokens=False) for ids, m in zip(echo["ids"], echo["mask"])]
-    row, query = (x.tolist() for x in echo["heard"])
-    at = 0
-    for i in range(4):
-        text = samples[i]["caption"]
-        assert rows[at].count("<|image_pad|>") == n and rows[at].count(text) == 1 and rows[at].endswith(f"{text}<|im_end|>\n")
-        things, heard = data.things_told(text), [q for r, q in zip(row, query) if r == i]
-        assert heard[:n] == list(range(n)) and len(set(heard[n:])) == len(heard[n:]) == min(stage.alone, n)
-        for k, own in enumerate(heard[n:]):
-            alone = rows[at + 1 + k]
-            assert alone.count("<|image_pad|>") == 1 and f"{data.THING}<|im_end|>" in alone
-            assert f"\n{things[own % len(things)]}<|im_end|>" in alone
-        at += 1 + min(stage.alone, n)
-    assert at == len(rows)
-    found = stage(batch)
-    assert set(found) == {"text", "echo"}
-    found["echo"].backward()
+    samples = [samples[i] for i in range(4)]
+    samples[2] = {**samples[2], "caption": "a photograph of Paris", "scene": None}
+    batch = stage.collate(samples)
+    found, n, dim = stage(batch), stage.trained.config.n_query, stage.trained.config.text.hidden_size
+    one_by_one = []
+    for i in (0, 1, 3):
+        state = stage.trained.condition(torch.tensor([data.prompt_ids(stage.tokenizer, samples[i]["caption"])]))
+        code = data.code_told(samples[i]["caption"], n, dim)
+        one_by_one.append(((state[0].detach().numpy() - code) ** 2).mean())
+    assert abs(found["tell"].item() - 2 * np.mean(one_by_one)) < 1e-4
+    found["tell"].backward()
     assert stage.trained.latent_queries.grad.abs().sum() > 0
     assert all(layer.self_attn.q_proj.weight.grad.abs().sum() > 0 for layer in stage.trained.llm.layers)
-    assert "echo" not in train_build("--stage", "0", "--init", train_folder, "--echo", 0)[0].collate([samples[0]])
+    assert all(p.grad is None for p in stage.trained.visual.parameters())
+    nothing = stage(stage.collate(samples[2:3]))["tell"]
+    assert nothing == 0 and nothing.requires_grad                    # every process must have the same losses
+    assert "tell" not in train_build("--stage", "0", "--init", train_folder, "--tell", 0)[0](batch)
 
 
 def test_train_stage_0_of_a_model_without_queries(train_tiny, tmp_path):
@@ -3325,16 +3320,21 @@ def test_train_stage_0_of_a_model_without_queries(train_tiny, tmp_path):
     BLIP3o(train.nano_config(tokenizer, dit=None, n_query=0)).save_pretrained(tmp_path / "bare")
     tokenizer.save(tmp_path / "bare")
     assert train_run("--stage", "0", "--init", tmp_path / "bare", "--steps", 1, "--batch", 4, "--out", tmp_path / "run") == 0
-    assert "echo" not in train_log(tmp_path / "run")[0]
+    assert "tell" not in train_log(tmp_path / "run")[0]
 
 
 def test_data_things_told_and_colours_exchanged():
-    """What captions name, thing by thing; exchanging two colours is its own inverse and touches nothing else."""
+    """What captions name, thing by thing, and its codes; exchanging two colours is its own inverse and touches nothing else."""
     assert data.things_told("A tiny red circle to the left of two stars on grey.") == [
-        "a tiny red circle left on grey", "two stars right on grey"]
-    assert data.things_told("a black background with an orange star at the top, a square and a circle") == [
-        "an orange star at the top on black", "a square on black", "a circle on black"]
-    assert data.things_told("a photograph of Paris") == []
+        ["circle", "small", "red", "left", "grey"], ["star", "two", "right", "grey"]]
+    assert data.things_told("a black background with an orange star at the top, a square and a big circle") == [
+        ["star", "orange", "top", "black"], ["square", "black"], ["circle", "large", "black"]]
+    assert data.things_told("a photograph of Paris") == [] and data.code_told("a photograph of Paris", 4, 64) is None
+    code = data.code_told("a red circle and a blue star", 4, 4096)
+    assert code.shape == (4, 4096) and np.allclose(np.square(code).mean(1), 1, atol=1e-5)
+    assert (code[0] == code[2]).all() and (code[1] == code[3]).all()                  # the things take turns
+    alike = code[0] @ data.code_told("a blue circle", 1, 4096)[0] / 4096
+    assert abs(code[0] @ code[1] / 4096) < 0.06 and abs(alike - 1 / 3) < 0.06         # of three parts the shape is shared
     swap = data.exchange_colours
     assert swap("An orange star above a red circle") == "A red star above an orange circle"
     assert swap("two red stars") is None and swap("a red star and a red circle") is None
