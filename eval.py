@@ -14,7 +14,7 @@ needed. Generation is scored on the six skills of GenEval (arXiv 2310.11513) wit
     python eval.py fid --a DIR --b DIR                          how far two sets of pictures are apart
     python eval.py compare A B --prompts FILE                   a blind page for people; --votes FILE counts
     python eval.py leakage --train SHARDS --prompts FILE        were evaluation prompts trained on?
-    python eval.py speed                                        sampling and training, beside transformers and diffusers
+    python eval.py speed                                        beside transformers, diffusers and webdataset
 """
 import argparse
 import ast
@@ -35,6 +35,7 @@ import time
 from collections import Counter, defaultdict
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,13 +43,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter
 from safetensors import SafetensorError
+from torch import nn
 from tqdm import tqdm
 
 import data
-from clip_decoder import PRESETS as DECODER_PRESETS, EvaClip, EvaConfig, UNet, VAE
+from clip_decoder import (PRESETS as DECODER_PRESETS, EvaClip, EvaConfig, UNet, VAE, load_strict, read_weights,
+                          weight_map)
 from dit import DiTConfig
 from model import BLIP3o, BLIP3oConfig, TextConfig
-from sample import Parser, Pipeline, to_uint8
+from sample import Parser, Pipeline, pick_device, to_uint8
 
 BATCH = 32                                # pictures or questions that a model works on at a time
 SHEET = 192                               # most pictures of a contact sheet
@@ -1045,15 +1048,144 @@ def clip_features(pipe, pictures):
     return pipe.eva.encode(pixels.to(pipe.device, pipe.dtype)).float().cpu()
 
 
+# Inception v3 as the TensorFlow graph of 2015-12-05 has it, whose features FID is defined on (arXiv 1512.00567, figures
+# 5 to 7; 1706.08500). A block is its branches' convolutions in turn, (channels, height, width, stride if not 1); a list
+# of two is a fork: both read the same and are joined.
+MEAN = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+MAX, HALVE = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1), partial(F.max_pool2d, kernel_size=3, stride=2)
+
+
+def block_a(channels):
+    """The 35 x 35 blocks: they differ in the channels after the pool."""
+    return {"branch1x1": [(64, 1, 1)], "branch5x5": [(48, 1, 1), (64, 5, 5)],
+            "branch3x3dbl": [(64, 1, 1), (96, 3, 3), (96, 3, 3)], "branch_pool": [(channels, 1, 1)]}
+
+
+def block_c(c):
+    """The 17 x 17 blocks: they differ in the channels c inside their branches."""
+    return {"branch1x1": [(192, 1, 1)], "branch7x7": [(c, 1, 1), (c, 1, 7), (192, 7, 1)],
+            "branch7x7dbl": [(c, 1, 1), (c, 7, 1), (c, 1, 7), (c, 7, 1), (192, 1, 7)], "branch_pool": [(192, 1, 1)]}
+
+
+FORK = [(384, 1, 3), (384, 3, 1)]
+BLOCK_E = {"branch1x1": [(320, 1, 1)], "branch3x3": [(384, 1, 1), FORK],
+           "branch3x3dbl": [(448, 1, 1), (384, 3, 3), FORK], "branch_pool": [(192, 1, 1)]}
+BLOCKS = {  # name: (pool, branches). The last pool takes the maximum: an oddity of that graph, and part of FID
+    "Mixed_5b": (MEAN, block_a(32)), "Mixed_5c": (MEAN, block_a(64)), "Mixed_5d": (MEAN, block_a(64)),
+    "Mixed_6a": (HALVE, {"branch3x3": [(384, 3, 3, 2)], "branch3x3dbl": [(64, 1, 1), (96, 3, 3), (96, 3, 3, 2)],
+                         "branch_pool": []}),
+    "Mixed_6b": (MEAN, block_c(128)), "Mixed_6c": (MEAN, block_c(160)), "Mixed_6d": (MEAN, block_c(160)),
+    "Mixed_6e": (MEAN, block_c(192)),
+    "Mixed_7a": (HALVE, {"branch3x3": [(192, 1, 1), (320, 3, 3, 2)],
+                         "branch7x7x3": [(192, 1, 1), (192, 1, 7), (192, 7, 1), (192, 3, 3, 2)], "branch_pool": []}),
+    "Mixed_7b": (MEAN, BLOCK_E), "Mixed_7c": (MAX, BLOCK_E)}
+
+
+class ConvNorm(nn.Module):
+    """Convolution, batch norm, ReLU: (B, width, H, W) -> (B, channels, H', W'); of equal size where `same`."""
+
+    def __init__(self, width, channels, height, wide, stride=1, same=None):
+        super().__init__()
+        pad = (height // 2, wide // 2) if (stride == 1 if same is None else same) else 0
+        self.conv = nn.Conv2d(width, channels, (height, wide), stride, pad, bias=False)
+        self.bn = nn.BatchNorm2d(channels, eps=0.001)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)))
+
+
+class Mixed(nn.Module):
+    """A block of BLOCKS: (B, width, H, W) -> (B, self.width, H', W'), its branches side by side."""
+
+    def __init__(self, width, pool, branches):
+        super().__init__()
+        self.pool, self.width, self.chains = pool, 0, []             # chains: names of the layers, forks as lists
+        for branch, steps in branches.items():
+            last, chain = width, []
+            for number, step in enumerate(steps, 1):
+                forks = step if isinstance(step, list) else [step]
+                stem = f"{branch}_{number}" if len(steps) > 1 else branch
+                chain.append([stem + letter for letter in ("ab" if len(forks) > 1 else [""])])
+                for name, conv in zip(chain[-1], forks):
+                    self.add_module(name, ConvNorm(last, *conv))
+                last = sum(conv[0] for conv in forks)
+            self.width += last
+            self.chains.append((branch, chain))
+
+    def forward(self, x):
+        out = []
+        for branch, chain in self.chains:
+            y = self.pool(x) if branch == "branch_pool" else x
+            for forks in chain:
+                y = torch.cat([self.get_submodule(name)(y) for name in forks], 1)
+            out.append(y)
+        return torch.cat(out, 1)
+
+
+class Inception(nn.Module):
+    """Pixels (B, 3, 299, 299) in [-1, 1] -> the features of FID (B, 2048). Tensors are named as in pytorch-fid's file."""
+
+    def __init__(self):
+        super().__init__()
+        self.Conv2d_1a_3x3, self.Conv2d_2a_3x3 = ConvNorm(3, 32, 3, 3, 2), ConvNorm(32, 32, 3, 3, same=False)
+        self.Conv2d_2b_3x3, self.Conv2d_3b_1x1 = ConvNorm(32, 64, 3, 3), ConvNorm(64, 80, 1, 1)
+        self.Conv2d_4a_3x3, width = ConvNorm(80, 192, 3, 3, same=False), 192
+        for name, (pool, branches) in BLOCKS.items():
+            self.add_module(name, Mixed(width, pool, branches))
+            width = self.get_submodule(name).width
+        self.fc = nn.Linear(width, 1008)                             # is in the file; the features lie before it
+
+    def forward(self, x):
+        x = HALVE(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))))                   # (B, 64, 73, 73)
+        x = HALVE(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))                                       # (B, 192, 35, 35)
+        for name in BLOCKS:
+            x = self.get_submodule(name)(x)                                                        # (B, 2048, 8, 8) last
+        return x.mean((2, 3))
+
+
+CONVERT = ("make it once of the published file: python -c \"import torch, safetensors.torch as s; s.save_file({k: "
+           "v.contiguous() for k, v in torch.load('pt_inception-2015-12-05-6726825d.pth', weights_only=True).items()}, "
+           "'inception.safetensors')\"")
+
+
+def load_inception(file):
+    """The network in a safetensors file of pytorch-fid's tensors; for anything else ValueError, saying how to make one."""
+    try:
+        if not Path(file).is_file():
+            raise ValueError(f"there is no file {file}")
+        state = read_weights(weight_map(file))
+        for name in [name for name in state if name.endswith(".running_var")]:       # older files have no such counters
+            state.setdefault(name.replace("running_var", "num_batches_tracked"), torch.tensor(0.0))
+        return load_strict(Inception, state, file)
+    except ValueError as error:
+        raise ValueError(f"no weights of FID's Inception: {textwrap.shorten(str(error), 240)}; {CONVERT}") from None
+
+
+@torch.no_grad()
+def inception_features(net, pictures):
+    """FID's features (B, 2048) of PIL pictures, on the CPU. Resized as in pytorch-fid, which moves the numbers: bilinear
+    on the tensor, without antialiasing."""
+    device = next(net.parameters()).device
+    pixels = [torch.from_numpy(np.array(p)).to(device).permute(2, 0, 1)[None] / 255 for p in pictures]  # (1, 3, H, W)
+    return net(torch.cat([F.interpolate(x, (299, 299), mode="bilinear") for x in pixels]) * 2 - 1).cpu()
+
+
 def run_fid(args):
     """How far two folders of pictures are apart: Frechet distance and unbiased MMD of features of the model's own CLIP
     tower, averaged over each picture. NOT the Inception FID of papers: compare only numbers of one tower.
 
+    With --inception it is that FID (and the MMD is KID's, of all pictures at once), resized as pytorch-fid does it.
     Beside it the noise floor: the same between random halves of A, which differ by chance alone.
     """
-    pipe = Pipeline(args.ckpt, args.device, args.dtype)
-    a, b = (np.concatenate([clip_features(pipe, [p for _, p in batch]).mean(1).numpy()
-                            for batch in read_pictures(folder)]) for folder in (args.a, args.b))
+    if args.inception:
+        features, name = "FID's Inception of 2015-12-05, resized as in pytorch-fid: bilinear, no antialias", "fid-inception"
+        measure = partial(inception_features, load_inception(args.inception).to(pick_device(args.device)))
+    else:
+        features, name = "this model's CLIP tower (not Inception)", "fid"
+        pipe = Pipeline(args.ckpt, args.device, args.dtype)
+        measure = lambda pictures: clip_features(pipe, pictures).mean(1)
+    a, b = (np.concatenate([measure([p for _, p in batch]).numpy() for batch in read_pictures(folder)])
+            for folder in (args.a, args.b))
     if (fewest := min(len(a), len(b))) < 4:
         raise ValueError(f"one folder holds {fewest} pictures: the distance of two sets needs four or more")
     if fewest < 5000:
@@ -1062,8 +1194,8 @@ def run_fid(args):
     order = np.random.default_rng(args.seed).permutation(len(a))
     table = {name: {"Frechet": frechet(x, y), "MMD": mmd(x, y), "n": f"{len(x)} and {len(y)}"} for name, x, y in
              (("A and B", a, b), ("noise floor, halves of A", a[order[::2]], a[order[1::2]]))}
-    show(f"distances of {args.a} and {args.b} in features of this model's CLIP tower (not Inception)", table)
-    save(args, {"table": table})
+    show(f"distances of {args.a} and {args.b} in features of {features}", table)
+    save(args, {"features": features, "table": table}, name)
 
 
 def reconstruct_files(args):
@@ -1555,6 +1687,7 @@ def parse(argv):
     add["score"]("--results", nargs="+", required=True, help="what the official scorer wrote (.jsonl)")
     add["fid"]("--a", required=True, help="a folder of pictures")
     add["fid"]("--b", required=True, help="another")
+    add["fid"]("--inception", metavar="FILE", help="FID's Inception weights (.safetensors) instead of the CLIP tower")
     add["compare"]("folders", nargs="*", help="two folders that `generate` filled, A and B")
     add["compare"]("--votes", nargs="+", help="files that the page exported")
     add["leakage"]("--train", help="shards as in train.py --data (the world's first --n captions)")
