@@ -1023,11 +1023,11 @@ def ssim(a, b):
 
 def frechet(x, y):
     """Frechet distance of the normal distributions with the moments of two sets of features (N, C), (M, C)."""
-    (mx, cx), (my, cy) = ((z.mean(0), np.atleast_2d(np.cov(z, rowvar=False))) for z in (np.float64(x), np.float64(y)))
-    values, vectors = np.linalg.eigh(cx)
-    root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T      # trace sqrt(cx cy) = trace sqrt(root cy root)
-    both = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cy @ root), 0)).sum()
-    return float(((mx - my) ** 2).sum() + np.trace(cx) + np.trace(cy) - 2 * both)
+    (mx, rx), (my, ry) = ((z.mean(0), np.linalg.qr((z - z.mean(0)) / math.sqrt(len(z) - 1), "r"))   # r'r: the covariance
+                          for z in (np.float64(x), np.float64(y)))
+    # trace sqrt(cx cy) without the root of a covariance, whose zeros (fewer pictures than numbers) are only nearly so.
+    both = np.linalg.svd(rx @ ry.T, compute_uv=False).sum()
+    return float(((mx - my) ** 2).sum() + (rx ** 2).sum() + (ry ** 2).sum() - 2 * both)
 
 
 def mmd(x, y):
@@ -1123,7 +1123,7 @@ class Mixed(nn.Module):
 
 
 class Inception(nn.Module):
-    """Pixels (B, 3, 299, 299) in [-1, 1] -> the features of FID (B, 2048). Tensors are named as in pytorch-fid's file."""
+    """Pixels (B, 3, 299, 299) in [-1, 1] -> the features of FID (B, 2048); tensors named as in pytorch-fid's file."""
 
     def __init__(self):
         super().__init__()
@@ -1139,7 +1139,7 @@ class Inception(nn.Module):
         x = HALVE(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))))                   # (B, 64, 73, 73)
         x = HALVE(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))                                       # (B, 192, 35, 35)
         for name in BLOCKS:
-            x = self.get_submodule(name)(x)                                                        # (B, 2048, 8, 8) last
+            x = self.get_submodule(name)(x)                          # (B, 2048, 8, 8) in the end
         return x.mean((2, 3))
 
 
@@ -1149,7 +1149,7 @@ CONVERT = ("make it once of the published file: python -c \"import torch, safete
 
 
 def load_inception(file):
-    """The network in a safetensors file of pytorch-fid's tensors; for anything else ValueError, saying how to make one."""
+    """The network in a safetensors file of pytorch-fid's tensors; ValueError, saying how to make one, for all else."""
     try:
         if not Path(file).is_file():
             raise ValueError(f"there is no file {file}")
