@@ -5082,38 +5082,66 @@ def test_votes_are_counted_and_tested(tmp_path, capsys):
     assert "ours beat B = theirs" in capsys.readouterr().out
 
 
-def test_compare_page_in_a_browser(eval_painter, tmp_path):
-    """Click through the page in headless Chromium, reload in between: the export is what was clicked, and counts."""
-    chromium = shutil.which("chromium")
-    if not chromium:
-        pytest.skip("no chromium on this machine")
-    playwright = pytest.importorskip("playwright.sync_api")
-    page_file, study, _ = eval_page(eval_painter, tmp_path)
-    clicked, rng = {}, np.random.default_rng(1)
+@pytest.fixture
+def browser():
+    """Headless Chromium: the one that the variable CHROMIUM names, else one on PATH, else Playwright's own."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
+    names = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "headless_shell"
     with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page, errors = browser.new_page(), []
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.route(re.compile("^https?:"), lambda route: errors.append(route.request.url))
-        page.goto(page_file.as_uri())
-        for number, pair in enumerate(study["pairs"]):
-            if number == 5:
-                page.reload()                                        # goes on at the first unanswered pair
-            assert page.text_content("#prompt") == pair["prompt"]
-            assert page.evaluate("document.getElementById('left').naturalWidth") == 8
-            assert page.text_content("#count") == f"{number + 1} of 12, {number} answered"
-            for name in scores.ASKED:
-                for side in (data.pick(rng, ["left", "alike", "right"]) for _ in range(2)):  # minds change
-                    page.click(f"button[data-name={name}][data-side={side}]")
-                    clicked.setdefault(str(pair["id"]), {})[name] = side
-                assert page.locator(f"button[data-name={name}].on").count() == 1
-            if number < 11:
-                page.click("#next")
-        assert page.is_disabled("#next") and "12 answered" in page.text_content("#count")
-        with page.expect_download() as download:
-            page.click("#export")
-        download.value.save_as(tmp_path / "votes.json")
-        browser.close()
+        chromium = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), p.chromium.executable_path)
+        if "CHROMIUM" not in os.environ and not Path(chromium).is_file():
+            pytest.skip(f"none of {', '.join(names)} on PATH: apt install chromium, or say CHROMIUM=/path/to/it")
+        found = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.mark.parametrize("width, height", [(1280, 720), (360, 740), (740, 360)])
+def test_compare_page_fits_screens(eval_painter, browser, tmp_path, width, height):
+    """On a desk, on a phone and on a phone held across: no sideways scrolling, buttons on one line and large enough to
+    tap, pictures of equal size side by side that a tap enlarges."""
+    page = browser.new_page(viewport={"width": width, "height": height})
+    page.goto(eval_page(eval_painter, tmp_path)[0].as_uri())
+    page.evaluate("document.getElementById('prompt').textContent = 'many words '.repeat(30)")
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    boxes = [b.bounding_box() for b in page.locator("button").all()]
+    assert len(boxes) == 9 and all(36 <= b["height"] < 60 and 60 <= b["width"] for b in boxes)
+    assert all(0 <= b["x"] and b["x"] + b["width"] <= width for b in boxes)
+    left, right = (page.locator(f"#{side}").bounding_box() for side in ("left", "right"))
+    assert left["y"] == right["y"] and left["width"] == pytest.approx(right["width"], abs=1) and left["width"] > 150
+    assert left["height"] <= max(0.61 * height, 194)
+    page.click("#left")
+    assert page.locator("#left").bounding_box() == {"x": 0, "y": 0, "width": width, "height": height}
+    page.click("#left")
+    page.click("#right")
+    page.click("#right")
+    assert page.locator("#left").bounding_box()["width"] == left["width"]
+
+
+def test_compare_page_in_a_browser(eval_painter, browser, tmp_path):
+    """Click through the page in headless Chromium, reload in between: the export is what was clicked, and counts."""
+    page_file, study, _ = eval_page(eval_painter, tmp_path)
+    clicked, rng, page, errors = {}, np.random.default_rng(1), browser.new_page(), []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.route(re.compile("^https?:"), lambda route: errors.append(route.request.url))
+    page.goto(page_file.as_uri())
+    for number, pair in enumerate(study["pairs"]):
+        if number == 5:
+            page.reload()                                        # goes on at the first unanswered pair
+        assert page.text_content("#prompt") == pair["prompt"]
+        assert page.evaluate("document.getElementById('left').naturalWidth") == 8
+        assert page.text_content("#count") == f"{number + 1} of 12, {number} answered"
+        for name in scores.ASKED:
+            for side in (data.pick(rng, ["left", "alike", "right"]) for _ in range(2)):  # minds change
+                page.click(f"button[data-name={name}][data-side={side}]")
+                clicked.setdefault(str(pair["id"]), {})[name] = side
+            assert page.locator(f"button[data-name={name}].on").count() == 1
+        if number < 11:
+            page.click("#next")
+    assert page.is_disabled("#next") and "12 answered" in page.text_content("#count")
+    with page.expect_download() as download:
+        page.click("#export")
+    download.value.save_as(tmp_path / "votes.json")
     assert not errors and json.loads((tmp_path / "votes.json").read_text())["votes"] == clicked
     assert scores.main(["compare", "--votes", str(tmp_path / "votes.json"), "--out", str(tmp_path)]) == 0
     for name, row in json.loads((tmp_path / "compare.json").read_text())["table"].items():
