@@ -888,11 +888,42 @@ def vqa_score(answer, truths):
     return sum(min(1, (truths.count(said) - (truth == said)) / 3) for truth in truths) / len(truths)
 
 
+KEYS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")   # the answer follows
+NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+|(?=\.\d))(?:\.\d+)?(?:e[+-]?\d+)?(?![\d,]*\d)")
+
+
+def open_normal(text):
+    """What MMMU compares: of a number [its value to two decimals], of words [lower case], of one letter [it and a space
+    on either side]."""
+    text = text.strip().lower()
+    with suppress(ValueError):
+        return [round(float(text.replace(",", "")), 2)]
+    return [f" {text}", f"{text} "] if len(text) == 1 else [text]
+
+
+def open_score(answer, truths):
+    """MMMU's rule for questions without options: 1 if a truth stands in an answer's words or equals one of its numbers.
+
+    Of each line only what follows the last of KEYS counts (the shortest such end; in the last line also after "="), if
+    any line has one; else all. Numbers are read whole: the published script also takes the 234.5 of 1,234.5, and .5 for 5.
+    """
+    lines, ends = answer.strip().rstrip(".").lower().split("\n"), []
+    for i, line in enumerate(lines):
+        after = [line.rsplit(key, 1)[1].strip() for key in (*KEYS, *"="[:i == len(lines) - 1]) if key in line]
+        ends += [end for end in [min(after, key=len, default="")] if end.strip(":,.!?;'")]
+    ends = ends or ["\n".join(lines)]
+    said = [part for text in (*ends, *(n for end in ends for n in NUMBER.findall(end))) for part in open_normal(text)]
+    return float(any(truth in part if isinstance(truth, str) and isinstance(part, str) else truth == part
+                     for truth in sum(map(open_normal, truths), []) for part in said))
+
+
 def grade(task, q, answer):
     """(what an answer says, its score from 0 to 1) by the task's rule."""
     if task == "choice" and q["options"]:
         said = pick_option(answer, q["options"])
         return said, float(said == q["answers"][0])
+    if task == "choice":                                             # as some questions of MMMU
+        return answer.strip(), open_score(answer, q["answers"])
     if task in ("mme", "pope"):
         said = yes_or_no(task, answer)
         return said, float(said == q["answers"][0].lower())

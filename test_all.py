@@ -4794,6 +4794,23 @@ def test_vqa_by_hand():
     assert scores.vqa_score("Two", ["2"]) == 1
 
 
+def test_mmmu_open_questions_by_hand():
+    """MMMU's published rule: what follows a key word, numbers to two decimals, any truth within the words."""
+    cases = [("8", ["8"], 1), ("The answer is 8.", ["8"], 1), ("8 or 9", ["9.004"], 1), ("8.01", ["8"], 0),
+             ("It costs $1,234.50", ["1234.5"], 1), ("It costs $1,234.50", ["234.5"], 0), ("-3", ["3"], 0),
+             ("6e3 ohms", ["6000"], 1), ("x = 3\nso y = 4", ["3"], 0), ("so x is 3 = 4", ["4"], 1),
+             ("so x is 3 = 4", ["3"], 0),                            # the shortest end is the one after "="
+             ("x = 4\nfinal answer 5", ["4"], 0),                    # "=" counts in the last line alone
+             ("Transistor, therefore a diode", ["transistor"], 0), ("a Schottky diode", ["Diode"], 1),
+             ("diode", ["schottky diode"], 0), ("a diode", ["tube", "diode"], 1), ("the loop a b", ["b"], 1),
+             ("cab", ["b"], 0), ("b", ["B"], 1), (".5", ["0.5"], 1), ("12,34", ["12"], 0), ("", ["8"], 0),
+             ("The answer :", ["answer"], 1), ("24/7", ["24/7"], 1), ("2.999", ["3"], 1)]
+    for answer, truths, score in cases:
+        assert scores.open_score(answer, truths) == score, (answer, truths)
+    question = {"options": {}, "answers": ["$6", "6"], "category": "Math"}
+    assert scores.grade("choice", question, " It is 6.00 dollars") == ("It is 6.00 dollars", 1)
+
+
 def test_questions_of_other_layouts(eval_reader, tmp_path):
     """VQAv2's lists of people, TextVQA's lists in a cell, MM-Vet's json and predictions for its judge."""
     Image.new("RGB", (9, 9), "blue").save(tmp_path / "a.jpg")
@@ -5088,7 +5105,8 @@ def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
     names = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "headless_shell"
     with playwright.sync_playwright() as p:
-        chromium = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), p.chromium.executable_path)
+        there = [*filter(None, map(shutil.which, names)), p.chromium.executable_path]
+        chromium = os.environ.get("CHROMIUM") or there[0]
         if "CHROMIUM" not in os.environ and not Path(chromium).is_file():
             pytest.skip(f"none of {', '.join(names)} on PATH: apt install chromium, or say CHROMIUM=/path/to/it")
         found = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
