@@ -8,7 +8,7 @@ needed. Generation is scored on the six skills of GenEval (arXiv 2310.11513) wit
     python eval.py understanding --ckpt weights/nano            picture -> text: questions and captions
     python eval.py understanding --data FILE.tsv|.jsonl         the same for MMBench, MME, POPE, VQAv2, MM-Vet, ...
     python eval.py reconstruction --ckpt weights/nano           picture -> features -> picture
-    python eval.py binding --ckpt weights/nano                  whose colour is it? the DiT's loss under exchanged colours
+    python eval.py binding --ckpt weights/nano                  whose colour is it? the DiT's loss, colours exchanged
     python eval.py generate --bench geneval --prompts FILE      pictures as GenEval, DPG-Bench, WISE, MJHQ want them
     python eval.py score geneval --results FILE                 their scorers' outputs -> the published figures
     python eval.py fid --a DIR --b DIR                          how far two sets of pictures are apart
@@ -905,7 +905,7 @@ def open_score(answer, truths):
     """MMMU's rule for questions without options: 1 if a truth stands in an answer's words or equals one of its numbers.
 
     Of each line only what follows the last of KEYS counts (the shortest such end; in the last line also after "="), if
-    any line has one; else all. Numbers are read whole: the published script also takes the 234.5 of 1,234.5, and .5 for 5.
+    any line has one; else all. Numbers are read whole: the published script takes 1,234.5 for 234.5, too, and .5 for 5.
     """
     lines, ends = answer.strip().rstrip(".").lower().split("\n"), []
     for i, line in enumerate(lines):
@@ -1054,7 +1054,7 @@ def ssim(a, b):
 
 def frechet(x, y):
     """Frechet distance of the normal distributions with the moments of two sets of features (N, C), (M, C)."""
-    (mx, rx), (my, ry) = ((z.mean(0), np.linalg.qr((z - z.mean(0)) / math.sqrt(len(z) - 1), "r"))   # r'r: the covariance
+    (mx, rx), (my, ry) = ((z.mean(0), np.linalg.qr((z - z.mean(0)) / math.sqrt(len(z) - 1), "r"))  # r'r: the covariance
                           for z in (np.float64(x), np.float64(y)))
     # trace sqrt(cx cy) without the root of a covariance, whose zeros (fewer pictures than numbers) are only nearly so.
     both = np.linalg.svd(rx @ ry.T, compute_uv=False).sum()
@@ -1194,8 +1194,8 @@ def load_inception(file):
 
 @torch.no_grad()
 def inception_features(net, pictures):
-    """FID's features (B, 2048) of PIL pictures, on the CPU. Resized as in pytorch-fid, which moves the numbers: bilinear
-    on the tensor, without antialiasing."""
+    """FID's features (B, 2048), on the CPU, of PIL pictures resized as in pytorch-fid, on which the numbers depend:
+    bilinear on the tensor, without antialiasing."""
     device = next(net.parameters()).device
     pixels = [torch.from_numpy(np.array(p)).to(device).permute(2, 0, 1)[None] / 255 for p in pictures]  # (1, 3, H, W)
     return net(torch.cat([F.interpolate(x, (299, 299), mode="bilinear") for x in pixels]) * 2 - 1).cpu()
@@ -1209,10 +1209,10 @@ def run_fid(args):
     Beside it the noise floor: the same between random halves of A, which differ by chance alone.
     """
     if args.inception:
-        features, name = "FID's Inception of 2015-12-05, resized as in pytorch-fid: bilinear, no antialias", "fid-inception"
+        features = "FID's Inception of 2015-12-05, resized as in pytorch-fid: bilinear, no antialias"
         measure = partial(inception_features, load_inception(args.inception).to(pick_device(args.device)))
     else:
-        features, name = "this model's CLIP tower (not Inception)", "fid"
+        features = "this model's CLIP tower (not Inception)"
         pipe = Pipeline(args.ckpt, args.device, args.dtype)
         measure = lambda pictures: clip_features(pipe, pictures).mean(1)
     a, b = (np.concatenate([measure([p for _, p in batch]).numpy() for batch in read_pictures(folder)])
@@ -1226,7 +1226,7 @@ def run_fid(args):
     table = {name: {"Frechet": frechet(x, y), "MMD": mmd(x, y), "n": f"{len(x)} and {len(y)}"} for name, x, y in
              (("A and B", a, b), ("noise floor, halves of A", a[order[::2]], a[order[1::2]]))}
     show(f"distances of {args.a} and {args.b} in features of {features}", table)
-    save(args, {"features": features, "table": table}, name)
+    save(args, {"features": features, "table": table}, "fid-inception" if args.inception else "fid")
 
 
 def reconstruct_files(args):
@@ -1375,12 +1375,12 @@ def run_leakage(args):
 # ----------------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def run_binding(args):
-    """Does the model know which colour belongs to which thing? Its velocity's error under captions that are true, that have
-    their two colours exchanged, that are another picture's, and under none.
+    """Does the model know which colour belongs to which thing? Its velocity's error under captions that are true, that
+    have their two colours exchanged, that are another picture's, and under none.
 
-    Captions of two things of unlike shapes and colours, from unseen scenes. A DiT that hears a bag of words is as content
-    with exchanged colours as with true ones, whatever its loss. The first row is the same question to the condition: how far
-    the exchange moves the queries' states, as a share of what another prompt does.
+    Captions of two things of unlike shapes and colours, from unseen scenes. A DiT that hears a bag of words is as
+    content with exchanged colours as with true ones, whatever its loss. Printed before the table is the same question
+    to the condition: how far the exchange moves the queries' states, as a share of what another prompt does.
     """
     pipe = Pipeline(args.ckpt, args.device, args.dtype)
     if pipe.model.latent_queries is None:
@@ -1397,25 +1397,25 @@ def run_binding(args):
             scenes.append(scene)
             captions["true"].append(text)
             captions["exchanged"].append(exchanged)
-    conds = {name: torch.cat([pipe.model.condition(*pipe.padded(pipe.rows(texts[a:a + BATCH])[0], 1 + pipe.model.config.n_query))
-                              for a in range(0, args.n, BATCH)]) for name, texts in captions.items()}
+    batches, room = [slice(a, a + BATCH) for a in range(0, args.n, BATCH)], 1 + pipe.model.config.n_query
+    conds = {name: torch.cat([pipe.model.condition(*pipe.padded(pipe.rows(texts[part])[0], room)) for part in batches])
+             for name, texts in captions.items()}                    # each (n, queries, D)
     conds |= {"another's": conds["true"].roll(1, 0), "none": torch.zeros_like(conds["true"])}
     moved = [(conds["true"] - conds[name]).square().mean().item() for name in ("exchanged", "another's")]
     print(f"the exchange moves the condition by {moved[0] / moved[1]:.1%} of what another prompt does\n")
     if pipe.model.dit is None:                                       # as stage 0 leaves a model
         return save(args, {"moved": moved[0] / moved[1]})
     size = pipe.eva.config.image_size
-    x1 = torch.cat([pipe.eva.encode(data.to_pixels(np.stack([data.draw(s, size) for s in scenes[a:a + BATCH]]))
-                                    .to(pipe.device, pipe.dtype)) for a in range(0, args.n, BATCH)])
+    x1 = torch.cat([pipe.eva.encode(data.to_pixels(np.stack([data.draw(s, size) for s in scenes[part]]))
+                                    .to(pipe.device, pipe.dtype)) for part in batches])
     x1 = x1.float().transpose(1, 2).unflatten(2, (pipe.model.config.grid,) * 2)                # (n, C, 8, 8)
     print("| t | " + " | ".join(conds) + " | exchanged - true |\n|" + "---|" * (len(conds) + 2))
     noise, table = torch.randn(x1.shape, generator=torch.Generator().manual_seed(args.seed)).to(x1), {}
     for t in (0.02, 0.05, 0.1, 0.15, 0.2, 0.3):
         times = torch.full((args.n,), t, device=x1.device)
         xt = (1 - t) * noise + t * x1
-        errors = {name: torch.cat([(pipe.model.dit(xt[a:a + BATCH], times[a:a + BATCH], cond[a:a + BATCH])
-                                    - (x1 - noise)[a:a + BATCH]).square().flatten(1).mean(1) for a in range(0, args.n, BATCH)])
-                  for name, cond in conds.items()}
+        errors = {name: torch.cat([(pipe.model.dit(xt[part], times[part], cond[part]) - (x1 - noise)[part])
+                                   .square().flatten(1).mean(1) for part in batches]) for name, cond in conds.items()}
         gain = errors["exchanged"] - errors["true"]
         table[t] = {name: e.mean().item() for name, e in errors.items()}
         table[t] |= {"gain": gain.mean().item(), "standard error": (gain.std() / args.n ** 0.5).item()}
@@ -1455,20 +1455,22 @@ def race(ours, theirs, rounds):
             pair.append(time.perf_counter() - start)
         times.append(pair if i % 2 else pair[::-1])
     times = np.array(times[1:])
-    return {"ours": np.median(times[:, 0]), "theirs": np.median(times[:, 1]), "ratio": np.median(times[:, 1] / times[:, 0])}
+    return {"ours": np.median(times[:, 0]), "theirs": np.median(times[:, 1]),
+            "ratio": np.median(times[:, 1] / times[:, 0])}
 
 
 def race_data(args, webdataset, n=128, shape=(480, 640), size=448):
     """One reading worker beside the `webdataset` library: n JPEGs of a shard, decoded and cropped to `size`.
 
-    Ours in the shuffled order of training, theirs as the shard has them; both must end in the same pixels. Returns seconds
-    as `race` does, images/s of both, and the largest difference of a pixel.
+    Ours in the shuffled order of training, theirs as the shard has them; both must end in the same pixels. Returns
+    seconds as `race` does, images/s of both, and the largest difference of a pixel.
     """
     rng, shard = np.random.default_rng(0), Path(args.out) / "speed.tar"
     with tarfile.open(shard, "w") as tar:
-        for i in range(n):                                           # blotches and grain: about as many bytes as a photo
-            coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(shape[::-1], Image.BICUBIC)
-            grain, file = np.clip(np.asarray(coarse) + rng.normal(0, 6, (*shape, 1)), 0, 255).astype(np.uint8), io.BytesIO()
+        for i in range(n):                                           # blotches and grain: a photo has as many bytes
+            coarse, file = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)), io.BytesIO()
+            coarse = np.asarray(coarse.resize(shape[::-1], Image.BICUBIC))
+            grain = np.clip(coarse + rng.normal(0, 6, (*shape, 1)), 0, 255).astype(np.uint8)
             Image.fromarray(grain).save(file, "JPEG", quality=90)
             for suffix, content in ("jpg", file.getvalue()), ("txt", f"{i}".encode()):
                 member = tarfile.TarInfo(f"{i:06d}.{suffix}")
@@ -1502,7 +1504,7 @@ def products_share(run):
 
 
 def qwen_of(llm):
-    """A Transformer's language model as transformers' Qwen2.5-VL with the same weights (its vision tower is a token one)."""
+    """A Transformer's language model as transformers' Qwen2.5-VL with the same weights (its vision tower is tiny)."""
     import transformers
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
              "num_key_value_heads", "rms_norm_eps")
@@ -1510,9 +1512,11 @@ def qwen_of(llm):
     qwen = transformers.Qwen2_5_VLForConditionalGeneration(transformers.Qwen2_5_VLConfig(
         text_config=dict({n: getattr(llm.config, n) for n in names}, tie_word_embeddings=False, bos_token_id=None,
                          eos_token_id=None, pad_token_id=0, rope_parameters=rope),
-        vision_config=dict(depth=1, hidden_size=32, num_heads=2, intermediate_size=32, out_hidden_size=llm.config.hidden_size),
+        vision_config=dict(depth=1, hidden_size=32, num_heads=2, intermediate_size=32,
+                           out_hidden_size=llm.config.hidden_size),
         tie_word_embeddings=False, eos_token_id=None, pad_token_id=0)).eval()
-    qwen.model.language_model.load_state_dict({k: v for k, v in llm.state_dict().items() if not k.startswith("lm_head")})
+    state = {k: v for k, v in llm.state_dict().items() if not k.startswith("lm_head")}
+    qwen.model.language_model.load_state_dict(state)
     qwen.lm_head.load_state_dict(llm.lm_head.state_dict())
     return qwen
 
@@ -1521,23 +1525,25 @@ def most_memory(run):
     """Most bytes that tensors made during run() took at one time."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
-    events = sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
-    return int(np.cumsum([0] + [e.nbytes() for e in events]).max())
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return int(np.cumsum([0] + [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max())
 
 
 def race_training(args):
     """A step of stage 1 beside the official loop: equal weights, noise and times, equal gradients, runs in turn, fp32.
 
-    The official loop is rebuilt of transformers' language model and diffusers' DiT as the released code drives them: the
-    encoder runs at every step, the prompt and the queries go through the language model as one sequence with gradients and
-    activation checkpointing, and logits are computed that nobody uses. The encoder is the same on both sides.
+    The official loop is rebuilt of transformers' language model and diffusers' DiT as the released code drives them:
+    the encoder runs at every step, the prompt and the queries go through the language model as one sequence with
+    gradients and activation checkpointing, and logits are computed that nobody uses. The encoder is the same on both
+    sides. Returns {what is raced: {"apart" (gradients), "MiB", "their MiB", and what `race` says}}.
     """
     from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
     torch.manual_seed(0)
-    # 113 to 228 M parameters a part; the encoder is the largest, as in the released models (4.4 B, beside a DiT of 1.4 B).
+    # 113 to 228 M parameters a part; the encoder is the largest, as in the released models (4.4 B; the DiT has 1.4 B).
     B, L, n = 4, 160, 64
     text = TextConfig(2000, 768, 2816, 14, 12, 2, mrope_section=[8, 12, 12])
-    config = DiTConfig(in_channels=768, dim=896, n_layers=7, n_heads=14, n_kv_heads=14, ffn_dim=2560, cond_dim=768, rope="2d")
+    config = DiTConfig(in_channels=768, dim=896, n_layers=7, n_heads=14, n_kv_heads=14, ffn_dim=2560, cond_dim=768,
+                       rope="2d")
     eva = EvaClip(EvaConfig(image_size=448, patch_size=14, width=768, layers=24, heads=12, mlp_hidden=4608))
     eva.eval().requires_grad_(False)
     model = BLIP3o(BLIP3oConfig(text, dit=config))
@@ -1559,16 +1565,16 @@ def race_training(args):
 
     def their_condition():
         embeds = qwen.get_input_embeddings()(torch.cat([ids, torch.full((B, 1), text.vocab_size - 3)], 1))
-        found = qwen.model.language_model(inputs_embeds=torch.cat([embeds, queries.expand(B, -1, -1)], 1)).last_hidden_state
-        return found
+        embeds = torch.cat([embeds, queries.expand(B, -1, -1)], 1)
+        return qwen.model.language_model(inputs_embeds=embeds).last_hidden_state                # (B, L + 1 + n, 768)
 
     def theirs():
         features = eva.encode(pixels)
         hidden = their_condition()
         qwen.lm_head(hidden)
         x1, s = features.transpose(1, 2).unflatten(2, (8, 8)), (1 - t).view(-1, 1, 1, 1)
-        v = dit((1 - s) * x1 + s * x0, torch.floor(1000 * (1 - t) + 1e-3), dit.caption_projection(hidden[:, -n:]), mask, rope,
-                cross_attention_kwargs={}).sample
+        c, times = dit.caption_projection(hidden[:, -n:]), torch.floor(1000 * (1 - t) + 1e-3)
+        v = dit((1 - s) * x1 + s * x0, times, c, mask, rope, cross_attention_kwargs={}).sample
         (v - (x0 - x1)).square().mean().backward()
 
     def ours(features=None, checkpointing=False):
@@ -1588,20 +1594,21 @@ def race_training(args):
         queries.grad = None
         mine()
         other()
-        found = [(model.latent_queries.grad, queries.grad)]
-        found += [(p.grad, dict(dit.named_parameters())[k].grad) for k, p in model.dit.named_parameters() if p.grad is not None]
+        found, others = [(model.latent_queries.grad, queries.grad)], dict(dit.named_parameters())
+        found += [(p.grad, others[k].grad) for k, p in model.dit.named_parameters() if p.grad is not None]
         apart = max(((a - b).abs().max() / b.abs().max().clamp(min=1e-6)).item() for a, b in found)
         grown = [most_memory(run) / 2 ** 20 for run in (mine, other)]
         table[name] = {"apart": apart, "MiB": grown[0], "their MiB": grown[1], **race(mine, other, args.rounds)}
         row = table[name]
-        print(f"  {name:28} ours {row['ours']:6.2f} s, {grown[0]:5.0f} MiB   official {row['theirs']:6.2f} s, {grown[1]:5.0f} MiB   "
-              f"{row['ratio']:5.2f}x   gradients apart by {apart:.0e}", flush=True)
+        print(f"  {name:28} ours {row['ours']:6.2f} s, {grown[0]:5.0f} MiB   official {row['theirs']:6.2f} s, "
+              f"{grown[1]:5.0f} MiB   {row['ratio']:5.2f}x   gradients apart by {apart:.0e}", flush=True)
     return table
 
 
 @torch.no_grad()
 def run_speed(args):
-    """Sampling and training beside transformers and diffusers: equal random weights, equal results, runs in turn, on the CPU in fp32.
+    """Sampling and training beside transformers and diffusers: equal random weights, equal results, runs in turn, on
+    the CPU in fp32.
 
     The parts have 84 to 344 M parameters. Outputs are compared first: a race between different results means nothing.
     """
@@ -1626,9 +1633,10 @@ def run_speed(args):
 
     # The DiT: the whole sampling loop with guidance. The reference loop is the official pipeline's.
     text = TextConfig(2000, 768, 2816, 12, 12, 2, mrope_section=[8, 12, 12])
-    config = DiTConfig(in_channels=1024, dim=896, n_layers=8, n_heads=14, n_kv_heads=14, ffn_dim=2560, cond_dim=768, rope="2d")
+    config = DiTConfig(in_channels=1024, dim=896, n_layers=8, n_heads=14, n_kv_heads=14, ffn_dim=2560, cond_dim=768,
+                       rope="2d")
     model, steps = BLIP3o(BLIP3oConfig(text, dit=config)).eval(), 10
-    for p in model.parameters():                                     # gates at birth are zero: nothing would be compared
+    for p in model.parameters():                                     # gates are born as zeros, which compare nothing
         p.normal_(0, 0.02)
     reference = lumina(config)
     reference.load_state_dict(model.dit.state_dict())
@@ -1643,15 +1651,16 @@ def run_speed(args):
             null, true = reference(x.repeat(2, 1, 1, 1), t, c, mask, rope, cross_attention_kwargs={}).sample.chunk(2)
             x = x + (following - sigma) * (null + 3 * (true - null))
         return x.flatten(2).transpose(1, 2)
-    compare(f"DiT, {steps} guided steps", model.dit, lambda: model.generate_features(cond, steps, 3.0, noise), official_loop)
+    compare(f"DiT, {steps} guided steps", model.dit, lambda: model.generate_features(cond, steps, 3.0, noise),
+            official_loop)
 
     # Text: greedy tokens after a prompt, with each side's own KV cache.
     qwen = qwen_of(model.llm)
     ids = torch.randint(10, 1900, (1, 64))
     compare("text, 64 + 64 tokens", model.llm,
             lambda: model.generate_text(ids, max_new_tokens=64, stop_ids=[])[0].float(),
-            lambda: qwen.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, min_new_tokens=64,
-                                  do_sample=False)[0, 64:].float())
+            lambda: qwen.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=64,
+                                  min_new_tokens=64, do_sample=False)[0, 64:].float())
 
     # The pixel decoder's parts, written by us and read by diffusers.
     unet = UNet(replace(DECODER_PRESETS["official"]["unet"], block_out_channels=(160, 320, 640),
@@ -1675,15 +1684,17 @@ def run_speed(args):
     with torch.enable_grad():
         table |= race_training(args)
     table["data"] = race_data(args, webdataset)
-    print("  data, 640 px JPEG to 448     ours {:4.0f} images/s   webdataset {:4.0f} images/s   {:5.2f}x   apart by {}".format(
-        *table["data"]["images_per_s"], table["data"]["ratio"], table["data"]["apart"]), flush=True)
+    row = table["data"]
+    ours, theirs = row["images_per_s"]
+    print(f"  data, 640 px JPEG to 448     ours {ours:4.0f} images/s   webdataset {theirs:4.0f} images/s   "
+          f"{row['ratio']:5.2f}x   apart by {row['apart']}", flush=True)
     save(args, {"table": table, "torch": torch.__version__, "transformers": transformers.__version__,
                 "diffusers": diffusers.__version__, "threads": torch.get_num_threads()})
 
 
 COMMANDS = {"judge": run_judge, "alignment": run_alignment, "understanding": run_understanding,
-            "reconstruction": run_reconstruction, "binding": run_binding, "generate": run_generate, "score": run_score, "fid": run_fid,
-            "compare": run_compare, "leakage": run_leakage, "speed": run_speed}
+            "reconstruction": run_reconstruction, "binding": run_binding, "generate": run_generate,
+            "score": run_score, "fid": run_fid, "compare": run_compare, "leakage": run_leakage, "speed": run_speed}
 
 
 def parse(argv):
@@ -1691,9 +1702,9 @@ def parse(argv):
     parser = Parser("eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands, add = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS)), {}
     for name, seed, counts in (("judge", 1, {"n": 1000, "size": 64}), ("alignment", 0, {"n-prompts": 553, "images": 4}),
-                               ("understanding", 1, {"n": 600}), ("reconstruction", 1, {"n": 200}), ("binding", 1, {"n": 256}),
-                               ("speed", 0, {"rounds": 5}), ("generate", 0, {}), ("score", 0, {}), ("fid", 0, {}),
-                               ("compare", 0, {}), ("leakage", 0, {"n": 20000})):
+                               ("understanding", 1, {"n": 600}), ("reconstruction", 1, {"n": 200}),
+                               ("binding", 1, {"n": 256}), ("speed", 0, {"rounds": 5}), ("generate", 0, {}),
+                               ("score", 0, {}), ("fid", 0, {}), ("compare", 0, {}), ("leakage", 0, {"n": 20000})):
         command = commands.add_parser(name, description=COMMANDS[name].__doc__)
         add[name] = command.add_argument
         for option, value in counts.items():
@@ -1724,9 +1735,9 @@ def parse(argv):
     add["leakage"]("--train", help="shards as in train.py --data (the world's first --n captions)")
     add["leakage"]("--near", type=float, default=0.7, help="least similarity of a near-duplicate")
     args = parser.parse_args(argv)
-    for name in ("n", "n_prompts", "images", "size", "rounds"):
-        if isinstance(vars(args).get(name), int) and vars(args)[name] < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {vars(args)[name]}")
+    for name, least in {"n": 1, "n_prompts": 1, "images": 1, "rounds": 1, "size": 16}.items():
+        if isinstance(vars(args).get(name), int) and vars(args)[name] < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {vars(args)[name]}")
     if not 0 <= args.seed < 1000:                                    # each has a million seeds of pictures
         raise ValueError(f"--seed must lie between 0 and 999, not {args.seed}")
     if args.command in ("understanding", "reconstruction", "binding") and args.seed == 0:

@@ -4964,11 +4964,11 @@ def plain_inception(state, picture, mean_of_all=False, last_mean=False):
     x = torch.cat([chain(x, (b + "3x3_1",), (b + "3x3_2", 0, 2)),
                    chain(x, (b + "7x7x3_1",), (b + "7x7x3_2", wide), (b + "7x7x3_3", tall), (b + "7x7x3_4", 0, 2)),
                    halve(x)], 1)
-    for b, pool in (("Mixed_7b.branch", mean), ("Mixed_7c.branch", mean if last_mean else maximum)):
+    for b, near in (("Mixed_7b.branch", mean), ("Mixed_7c.branch", mean if last_mean else maximum)):
         y, z = conv(x, b + "3x3_1"), chain(x, (b + "3x3dbl_1",), (b + "3x3dbl_2", full))
         x = torch.cat([conv(x, b + "1x1"), conv(y, b + "3x3_2a", (0, 1)), conv(y, b + "3x3_2b", (1, 0)),
                        conv(z, b + "3x3dbl_3a", (0, 1)), conv(z, b + "3x3dbl_3b", (1, 0)),
-                       conv(pool(x), b + "_pool")], 1)
+                       conv(near(x), b + "_pool")], 1)
     return x.mean((0, 2, 3))
 
 
