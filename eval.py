@@ -258,6 +258,11 @@ def hits_strictly(entry, seen):
     return hits(entry, seen) and len(seen.things) == sum(clause["count"] for clause in entry["include"])
 
 
+def judge_all(entries, seen):
+    """The (hit, strict hit) of judged pictures under one entry each."""
+    return [(hits(e, s), hits_strictly(e, s)) for e, s in zip(entries, seen, strict=True)]
+
+
 def wilson(count, n, z=1.959964):
     """(low, high): Wilson's 95 % interval for a share of `count` hits in `n` independent trials, maybe not whole."""
     share, spread = count / n, z * z / n
@@ -297,7 +302,7 @@ def summarise(entries, verdicts):
 def score_images(images, entries):
     """Pictures (B, 3, H, W) in [0, 1] and their B entries of data.skill_prompts -> the table of `summarise`."""
     seen = [judge(image) for image in to_uint8(images.float().clamp(0, 1))]
-    return summarise(entries, [(hits(e, s), hits_strictly(e, s)) for e, s in zip(entries, seen, strict=True)])
+    return summarise(entries, judge_all(entries, seen))
 
 
 def scene_for(entry, rng):
@@ -400,6 +405,8 @@ def read_records(path, need=()):
         rows = [{"key": key, **row} if isinstance(row, dict) else row for key, row in rows[0].items()]
     elif whole:
         rows = rows[0] if isinstance(rows[0], list) else rows
+    if not rows:
+        raise ValueError(f"{path} has no entries")
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise ValueError(f"entry {number} of {path} is no object with fields")
@@ -413,8 +420,8 @@ def read_pictures(folder):
     found = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in data.PICTURES)
     if not found:
         raise ValueError(f"no picture ({', '.join(data.PICTURES)}) in {folder}")
-    for i in tqdm(range(0, len(found), BATCH), disable=None):
-        yield [(file, data.load_image(file)) for file in found[i:i + BATCH]]
+    return ([(file, data.load_image(file)) for file in found[i:i + BATCH]]
+            for i in tqdm(range(0, len(found), BATCH), disable=None))
 
 
 NUMBERS = {"dB": ".2f", "points": ".1f", "SSIM": ".3f", "cosine": ".3f", "Frechet": ".4g", "MMD": ".3g", "p": ".2g"}
@@ -518,12 +525,12 @@ def run_alignment(args):
     for i in tqdm(range(0, len(entries), BATCH), disable=None):
         pictures += list(to_uint8(pipe.images([e["prompt"] for e in entries[i:i + BATCH]], seeds[i:i + BATCH])))
     seen = [judge(picture) for picture in pictures]
-    verdicts = [(hits(e, s), hits_strictly(e, s)) for e, s in zip(entries, seen)]
+    verdicts = judge_all(entries, seen)
     rng = np.random.default_rng(args.seed)
     tables = {"model": summarise(entries, verdicts),
               "real": score_renders(entries, [data.draw(scene_for(e, rng), len(pictures[0])) for e in entries])}
     others = [seen[i] for i in rng.permutation(len(seen))]
-    tables["shuffled"] = summarise(entries, [(hits(e, s), hits_strictly(e, s)) for e, s in zip(entries, others)])
+    tables["shuffled"] = summarise(entries, judge_all(entries, others))
     show(f"{len(prompts)} prompts x {args.images} pictures", tables["model"])
     show("the same pictures under shuffled prompts", tables["shuffled"])
     show("the same prompts' true renders", tables["real"])
@@ -531,7 +538,7 @@ def run_alignment(args):
     chosen = [i for i in range(len(pictures)) if i // args.images % every == 0]
     sheet = contact_sheet([pictures[i] for i in chosen], [entries[i]["prompt"] for i in chosen],
                           [verdicts[i][0] for i in chosen], max(8, 4 * args.images))
-    sheet.save(Path(args.out) / "alignment.png")
+    write_whole(Path(args.out) / "alignment.png", np.asarray(sheet))
     save(args, {**tables, "pictures": [
         {"tag": e["tag"], "prompt": e["prompt"], "seed": seed, "hit": hit, "strict": strict, "seen": asdict(s)}
         for e, seed, (hit, strict), s in zip(entries, seeds, verdicts, seen)]})
@@ -614,7 +621,7 @@ def run_reconstruction(args):
         rows.append(to_uint8(made[:12]))
     show(f"{args.n} unseen pictures: PSNR, share judged fully right, right but for shape", table)
     sheet = np.concatenate([np.concatenate(list(row), 1) for row in rows])
-    Image.fromarray(sheet).save(Path(args.out) / "reconstruction.png")
+    write_whole(Path(args.out) / "reconstruction.png", sheet)
     save(args, {"table": table})
 
 
@@ -651,9 +658,10 @@ def read_prompts(bench, path, seed=0):
     if not jobs:
         raise ValueError(f"no prompts of {bench} in {path}")
     for file, prompt, _ in jobs:
-        if files[file] > 1 or not str(prompt).strip():
-            raise ValueError(f"{path}: the prompt of {file} is {'there twice' if files[file] > 1 else 'empty'}")
-    return [{"file": file, "prompt": str(prompt).strip(), "entry": entry,
+        if files[file] > 1 or not isinstance(prompt, str) or not prompt.strip():
+            problem = "there twice" if files[file] > 1 else "empty or no text"
+            raise ValueError(f"{path}: the prompt of {file} is {problem}")
+    return [{"file": file, "prompt": prompt.strip(), "entry": entry,
              "seeds": [seed * 10 ** 6 + i * n + k for k in range(n)]} for i, (file, prompt, entry) in enumerate(jobs)]
 
 
@@ -700,6 +708,8 @@ def score_geneval(rows):
     """
     prompts = defaultdict(list)
     for row in rows:
+        if row["correct"] not in (True, False):
+            raise ValueError(f"a result of the prompt {row['prompt']!r} is {row['correct']!r}, not true or false")
         prompts[str(row.get("metadata", row["prompt"]))].append(row["correct"])
     if len(set(map(len, prompts.values()))) > 1:
         raise ValueError("some prompts have fewer results than others: let the scorer finish")
@@ -720,6 +730,8 @@ def score_wise(rows):
         values = [row[key] for key in ("consistency", "realism", "aesthetic_quality")]
         if not all(isinstance(v, (int, float)) and 0 <= v <= 2 for v in values):
             raise ValueError(f"prompt {row['prompt_id']} has the marks {values}, not numbers from 0 to 2: judge again")
+        if row["prompt_id"] not in range(1, 1001):
+            raise ValueError(f"there is no prompt {row['prompt_id']!r}: those of WISE are 1 to 1000")
         marks[row["prompt_id"]] = float(np.dot((0.35, 0.1, 0.05), values))
     if absent := [i for i in range(1, 1001) if i not in marks]:
         raise ValueError(f"{len(absent)} of 1000 prompts have no result (first: {absent[0]}): let the scorer finish")
@@ -1208,6 +1220,7 @@ def run_fid(args):
     With --inception it is that FID (and the MMD is KID's, of all pictures at once), resized as pytorch-fid does it.
     Beside it the noise floor: the same between random halves of A, which differ by chance alone.
     """
+    folders = [read_pictures(folder) for folder in (args.a, args.b)]      # an empty one is found before the work
     if args.inception:
         features = "FID's Inception of 2015-12-05, resized as in pytorch-fid: bilinear, no antialias"
         measure = partial(inception_features, load_inception(args.inception).to(pick_device(args.device)))
@@ -1215,8 +1228,7 @@ def run_fid(args):
         features = "this model's CLIP tower (not Inception)"
         pipe = Pipeline(args.ckpt, args.device, args.dtype)
         measure = lambda pictures: clip_features(pipe, pictures).mean(1)
-    a, b = (np.concatenate([measure([p for _, p in batch]).numpy() for batch in read_pictures(folder)])
-            for folder in (args.a, args.b))
+    a, b = (np.concatenate([measure([p for _, p in batch]).numpy() for batch in folder]) for folder in folders)
     if (fewest := min(len(a), len(b))) < 4:
         raise ValueError(f"one folder holds {fewest} pictures: the distance of two sets needs four or more")
     if fewest < 5000:
@@ -1755,7 +1767,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError, SafetensorError) as error:
-        print(f"eval.py: {' '.join(str(error).split())}", file=sys.stderr)
+        missing = isinstance(error, OSError) and error.filename      # without Python's "[Errno 2]"
+        message = f"{error.filename}: {error.strerror}" if missing else str(error)
+        print(f"eval.py: {' '.join(message.split())}", file=sys.stderr)
         return 2
 
 

@@ -5241,6 +5241,12 @@ def test_benchmark_mistakes_are_sentences(eval_painter, tmp_path, capsys):
         ("reconstruction --images", str(tmp_path), "no picture"),
         ("leakage --train /nowhere --prompts", file("22.jsonl", entry), "no shard or folder"),
         ("leakage --near 2 --prompts", file("23.jsonl", entry), "between 0 and 1"),
+        ("leakage --prompts", file("28.jsonl", entry.replace('"a red dog"', "null")), "empty or no text"),
+        ("leakage --prompts", str(tmp_path / "none.jsonl"), "^eval.py: [^[]*none.jsonl: No such file"),
+        ("score geneval --results", file("29.jsonl", geneval.replace("true", '"no"')), "not true or false"),
+        ("score geneval --results", file("30.json", "[]"), "no entries"),
+        ("score wise --results", file("31.jsonl", wise.replace("999", "1").replace('id": 1', 'id": [1]')), "1 to 1000"),
+        (f"fid --a {Path(scores.__file__).parent / 'assets'} --b", str(tmp_path), "no picture"),
     ]
     for command, broken, says in cases:
         out = tmp_path / "out"
@@ -5291,7 +5297,7 @@ def test_eval_binding(tmp_path, capsys, monkeypatch):
 def test_eval_mistakes_are_sentences(tmp_path, capsys):
     """Exit code 2 and one line on stderr."""
     for line in ("", "paint", "alignment --ckpt /nowhere", "understanding --seed 0", "judge --n 0", "judge --size x",
-                 "alignment --seed -1"):
+                 "alignment --seed -1", "judge --size 8"):
         assert scores.main(line.split() + (["--out", str(tmp_path)] if " " in line else [])) == 2
         message = capsys.readouterr().err
         assert message.startswith("eval.py: ") and message.count("\n") == 1, line
