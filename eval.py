@@ -1125,11 +1125,12 @@ BLOCKS = {  # name: (pool, branches). The last pool takes the maximum: an oddity
 
 
 class ConvNorm(nn.Module):
-    """Convolution, batch norm, ReLU: (B, width, H, W) -> (B, channels, H', W'); of equal size where `same`."""
+    """Convolution, batch norm, ReLU: (B, width, H, W) -> (B, channels, H', W'), padded to equal size
+    unless it strides or is not to be the `same`."""
 
-    def __init__(self, width, channels, height, wide, stride=1, same=None):
+    def __init__(self, width, channels, height, wide, stride=1, same=True):
         super().__init__()
-        pad = (height // 2, wide // 2) if (stride == 1 if same is None else same) else 0
+        pad = (height // 2, wide // 2) if same and stride == 1 else 0
         self.conv = nn.Conv2d(width, channels, (height, wide), stride, pad, bias=False)
         self.bn = nn.BatchNorm2d(channels, eps=0.001)
 
@@ -1142,7 +1143,7 @@ class Mixed(nn.Module):
 
     def __init__(self, width, pool, branches):
         super().__init__()
-        self.pool, self.width, self.chains = pool, 0, []             # chains: names of the layers, forks as lists
+        self.pool, self.width, self.chains = pool, 0, []             # chains: (branch, [[layer, or both of a fork]])
         for branch, steps in branches.items():
             last, chain = width, []
             for number, step in enumerate(steps, 1):
