@@ -8,13 +8,13 @@ needed. Generation is scored on the six skills of GenEval (arXiv 2310.11513) wit
     python eval.py understanding --ckpt weights/nano            picture -> text: questions and captions
     python eval.py understanding --data FILE.tsv|.jsonl         the same for MMBench, MME, POPE, VQAv2, MM-Vet, ...
     python eval.py reconstruction --ckpt weights/nano           picture -> features -> picture
-    python eval.py binding --ckpt weights/nano                  whose colour is it? the DiT's loss under exchanged colours
+    python eval.py binding --ckpt weights/nano                  whose colour is it? the DiT's loss, colours exchanged
     python eval.py generate --bench geneval --prompts FILE      pictures as GenEval, DPG-Bench, WISE, MJHQ want them
     python eval.py score geneval --results FILE                 their scorers' outputs -> the published figures
     python eval.py fid --a DIR --b DIR                          how far two sets of pictures are apart
     python eval.py compare A B --prompts FILE                   a blind page for people; --votes FILE counts
     python eval.py leakage --train SHARDS --prompts FILE        were evaluation prompts trained on?
-    python eval.py speed                                        sampling and training, beside transformers and diffusers
+    python eval.py speed                                        beside transformers, diffusers and webdataset
 """
 import argparse
 import ast
@@ -35,6 +35,7 @@ import time
 from collections import Counter, defaultdict
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,13 +43,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter
 from safetensors import SafetensorError
+from torch import nn
 from tqdm import tqdm
 
 import data
-from clip_decoder import PRESETS as DECODER_PRESETS, EvaClip, EvaConfig, UNet, VAE
+from clip_decoder import (PRESETS as DECODER_PRESETS, EvaClip, EvaConfig, UNet, VAE, load_strict, read_weights,
+                          weight_map)
 from dit import DiTConfig
 from model import BLIP3o, BLIP3oConfig, TextConfig
-from sample import Parser, Pipeline, to_uint8
+from sample import Parser, Pipeline, pick_device, to_uint8
 
 BATCH = 32                                # pictures or questions that a model works on at a time
 SHEET = 192                               # most pictures of a contact sheet
@@ -255,6 +258,11 @@ def hits_strictly(entry, seen):
     return hits(entry, seen) and len(seen.things) == sum(clause["count"] for clause in entry["include"])
 
 
+def judge_all(entries, seen):
+    """The (hit, strict hit) of judged pictures under one entry each."""
+    return [(hits(e, s), hits_strictly(e, s)) for e, s in zip(entries, seen, strict=True)]
+
+
 def wilson(count, n, z=1.959964):
     """(low, high): Wilson's 95 % interval for a share of `count` hits in `n` independent trials, maybe not whole."""
     share, spread = count / n, z * z / n
@@ -294,7 +302,7 @@ def summarise(entries, verdicts):
 def score_images(images, entries):
     """Pictures (B, 3, H, W) in [0, 1] and their B entries of data.skill_prompts -> the table of `summarise`."""
     seen = [judge(image) for image in to_uint8(images.float().clamp(0, 1))]
-    return summarise(entries, [(hits(e, s), hits_strictly(e, s)) for e, s in zip(entries, seen, strict=True)])
+    return summarise(entries, judge_all(entries, seen))
 
 
 def scene_for(entry, rng):
@@ -397,6 +405,8 @@ def read_records(path, need=()):
         rows = [{"key": key, **row} if isinstance(row, dict) else row for key, row in rows[0].items()]
     elif whole:
         rows = rows[0] if isinstance(rows[0], list) else rows
+    if not rows:
+        raise ValueError(f"{path} has no entries")
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise ValueError(f"entry {number} of {path} is no object with fields")
@@ -410,8 +420,8 @@ def read_pictures(folder):
     found = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in data.PICTURES)
     if not found:
         raise ValueError(f"no picture ({', '.join(data.PICTURES)}) in {folder}")
-    for i in tqdm(range(0, len(found), BATCH), disable=None):
-        yield [(file, data.load_image(file)) for file in found[i:i + BATCH]]
+    return ([(file, data.load_image(file)) for file in found[i:i + BATCH]]
+            for i in tqdm(range(0, len(found), BATCH), disable=None))
 
 
 NUMBERS = {"dB": ".2f", "points": ".1f", "SSIM": ".3f", "cosine": ".3f", "Frechet": ".4g", "MMD": ".3g", "p": ".2g"}
@@ -515,12 +525,12 @@ def run_alignment(args):
     for i in tqdm(range(0, len(entries), BATCH), disable=None):
         pictures += list(to_uint8(pipe.images([e["prompt"] for e in entries[i:i + BATCH]], seeds[i:i + BATCH])))
     seen = [judge(picture) for picture in pictures]
-    verdicts = [(hits(e, s), hits_strictly(e, s)) for e, s in zip(entries, seen)]
+    verdicts = judge_all(entries, seen)
     rng = np.random.default_rng(args.seed)
     tables = {"model": summarise(entries, verdicts),
               "real": score_renders(entries, [data.draw(scene_for(e, rng), len(pictures[0])) for e in entries])}
     others = [seen[i] for i in rng.permutation(len(seen))]
-    tables["shuffled"] = summarise(entries, [(hits(e, s), hits_strictly(e, s)) for e, s in zip(entries, others)])
+    tables["shuffled"] = summarise(entries, judge_all(entries, others))
     show(f"{len(prompts)} prompts x {args.images} pictures", tables["model"])
     show("the same pictures under shuffled prompts", tables["shuffled"])
     show("the same prompts' true renders", tables["real"])
@@ -528,7 +538,7 @@ def run_alignment(args):
     chosen = [i for i in range(len(pictures)) if i // args.images % every == 0]
     sheet = contact_sheet([pictures[i] for i in chosen], [entries[i]["prompt"] for i in chosen],
                           [verdicts[i][0] for i in chosen], max(8, 4 * args.images))
-    sheet.save(Path(args.out) / "alignment.png")
+    write_whole(Path(args.out) / "alignment.png", np.asarray(sheet))
     save(args, {**tables, "pictures": [
         {"tag": e["tag"], "prompt": e["prompt"], "seed": seed, "hit": hit, "strict": strict, "seen": asdict(s)}
         for e, seed, (hit, strict), s in zip(entries, seeds, verdicts, seen)]})
@@ -611,7 +621,7 @@ def run_reconstruction(args):
         rows.append(to_uint8(made[:12]))
     show(f"{args.n} unseen pictures: PSNR, share judged fully right, right but for shape", table)
     sheet = np.concatenate([np.concatenate(list(row), 1) for row in rows])
-    Image.fromarray(sheet).save(Path(args.out) / "reconstruction.png")
+    write_whole(Path(args.out) / "reconstruction.png", sheet)
     save(args, {"table": table})
 
 
@@ -648,9 +658,10 @@ def read_prompts(bench, path, seed=0):
     if not jobs:
         raise ValueError(f"no prompts of {bench} in {path}")
     for file, prompt, _ in jobs:
-        if files[file] > 1 or not str(prompt).strip():
-            raise ValueError(f"{path}: the prompt of {file} is {'there twice' if files[file] > 1 else 'empty'}")
-    return [{"file": file, "prompt": str(prompt).strip(), "entry": entry,
+        if files[file] > 1 or not isinstance(prompt, str) or not prompt.strip():
+            problem = "there twice" if files[file] > 1 else "empty or no text"
+            raise ValueError(f"{path}: the prompt of {file} is {problem}")
+    return [{"file": file, "prompt": prompt.strip(), "entry": entry,
              "seeds": [seed * 10 ** 6 + i * n + k for k in range(n)]} for i, (file, prompt, entry) in enumerate(jobs)]
 
 
@@ -697,6 +708,8 @@ def score_geneval(rows):
     """
     prompts = defaultdict(list)
     for row in rows:
+        if row["correct"] not in (True, False):
+            raise ValueError(f"a result of the prompt {row['prompt']!r} is {row['correct']!r}, not true or false")
         prompts[str(row.get("metadata", row["prompt"]))].append(row["correct"])
     if len(set(map(len, prompts.values()))) > 1:
         raise ValueError("some prompts have fewer results than others: let the scorer finish")
@@ -717,6 +730,8 @@ def score_wise(rows):
         values = [row[key] for key in ("consistency", "realism", "aesthetic_quality")]
         if not all(isinstance(v, (int, float)) and 0 <= v <= 2 for v in values):
             raise ValueError(f"prompt {row['prompt_id']} has the marks {values}, not numbers from 0 to 2: judge again")
+        if row["prompt_id"] not in range(1, 1001):
+            raise ValueError(f"there is no prompt {row['prompt_id']!r}: those of WISE are 1 to 1000")
         marks[row["prompt_id"]] = float(np.dot((0.35, 0.1, 0.05), values))
     if absent := [i for i in range(1, 1001) if i not in marks]:
         raise ValueError(f"{len(absent)} of 1000 prompts have no result (first: {absent[0]}): let the scorer finish")
@@ -885,11 +900,42 @@ def vqa_score(answer, truths):
     return sum(min(1, (truths.count(said) - (truth == said)) / 3) for truth in truths) / len(truths)
 
 
+KEYS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")   # the answer follows
+NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+|(?=\.\d))(?:\.\d+)?(?:e[+-]?\d+)?(?![\d,]*\d)")
+
+
+def open_normal(text):
+    """What MMMU compares: of a number [its value to two decimals], of words [lower case], of one letter [it and a space
+    on either side]."""
+    text = text.strip().lower()
+    with suppress(ValueError):
+        return [round(float(text.replace(",", "")), 2)]
+    return [f" {text}", f"{text} "] if len(text) == 1 else [text]
+
+
+def open_score(answer, truths):
+    """MMMU's rule for questions without options: 1 if a truth stands in an answer's words or equals one of its numbers.
+
+    Of each line only what follows the last of KEYS counts (the shortest such end; in the last line also after "="), if
+    any line has one; else all. Numbers are read whole: the published script takes 1,234.5 for 234.5, too, and .5 for 5.
+    """
+    lines, ends = answer.strip().rstrip(".").lower().split("\n"), []
+    for i, line in enumerate(lines):
+        after = [line.rsplit(key, 1)[1].strip() for key in (*KEYS, *"="[:i == len(lines) - 1]) if key in line]
+        ends += [end for end in [min(after, key=len, default="")] if end.strip(":,.!?;'")]
+    ends = ends or ["\n".join(lines)]
+    said = [part for text in (*ends, *(n for end in ends for n in NUMBER.findall(end))) for part in open_normal(text)]
+    return float(any(truth in part if isinstance(truth, str) and isinstance(part, str) else truth == part
+                     for truth in sum(map(open_normal, truths), []) for part in said))
+
+
 def grade(task, q, answer):
     """(what an answer says, its score from 0 to 1) by the task's rule."""
     if task == "choice" and q["options"]:
         said = pick_option(answer, q["options"])
         return said, float(said == q["answers"][0])
+    if task == "choice":                                             # as some questions of MMMU
+        return answer.strip(), open_score(answer, q["answers"])
     if task in ("mme", "pope"):
         said = yes_or_no(task, answer)
         return said, float(said == q["answers"][0].lower())
@@ -1020,11 +1066,11 @@ def ssim(a, b):
 
 def frechet(x, y):
     """Frechet distance of the normal distributions with the moments of two sets of features (N, C), (M, C)."""
-    (mx, cx), (my, cy) = ((z.mean(0), np.atleast_2d(np.cov(z, rowvar=False))) for z in (np.float64(x), np.float64(y)))
-    values, vectors = np.linalg.eigh(cx)
-    root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T      # trace sqrt(cx cy) = trace sqrt(root cy root)
-    both = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cy @ root), 0)).sum()
-    return float(((mx - my) ** 2).sum() + np.trace(cx) + np.trace(cy) - 2 * both)
+    (mx, rx), (my, ry) = ((z.mean(0), np.linalg.qr((z - z.mean(0)) / math.sqrt(len(z) - 1), "r"))  # r'r: the covariance
+                          for z in (np.float64(x), np.float64(y)))
+    # trace sqrt(cx cy) without the root of a covariance, whose zeros (fewer pictures than numbers) are only nearly so.
+    both = np.linalg.svd(rx @ ry.T, compute_uv=False).sum()
+    return float(((mx - my) ** 2).sum() + (rx ** 2).sum() + (ry ** 2).sum() - 2 * both)
 
 
 def mmd(x, y):
@@ -1045,15 +1091,145 @@ def clip_features(pipe, pictures):
     return pipe.eva.encode(pixels.to(pipe.device, pipe.dtype)).float().cpu()
 
 
+# Inception v3 as the TensorFlow graph of 2015-12-05 has it, whose features FID is defined on (arXiv 1512.00567, figures
+# 5 to 7; 1706.08500). A block is its branches' convolutions in turn, (channels, height, width, stride if not 1); a list
+# of two is a fork: both read the same and are joined.
+MEAN = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+MAX, HALVE = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1), partial(F.max_pool2d, kernel_size=3, stride=2)
+
+
+def block_a(channels):
+    """The 35 x 35 blocks: they differ in the channels after the pool."""
+    return {"branch1x1": [(64, 1, 1)], "branch5x5": [(48, 1, 1), (64, 5, 5)],
+            "branch3x3dbl": [(64, 1, 1), (96, 3, 3), (96, 3, 3)], "branch_pool": [(channels, 1, 1)]}
+
+
+def block_c(c):
+    """The 17 x 17 blocks: they differ in the channels c inside their branches."""
+    return {"branch1x1": [(192, 1, 1)], "branch7x7": [(c, 1, 1), (c, 1, 7), (192, 7, 1)],
+            "branch7x7dbl": [(c, 1, 1), (c, 7, 1), (c, 1, 7), (c, 7, 1), (192, 1, 7)], "branch_pool": [(192, 1, 1)]}
+
+
+FORK = [(384, 1, 3), (384, 3, 1)]
+BLOCK_E = {"branch1x1": [(320, 1, 1)], "branch3x3": [(384, 1, 1), FORK],
+           "branch3x3dbl": [(448, 1, 1), (384, 3, 3), FORK], "branch_pool": [(192, 1, 1)]}
+BLOCKS = {  # name: (pool, branches). The last pool takes the maximum: an oddity of that graph, and part of FID
+    "Mixed_5b": (MEAN, block_a(32)), "Mixed_5c": (MEAN, block_a(64)), "Mixed_5d": (MEAN, block_a(64)),
+    "Mixed_6a": (HALVE, {"branch3x3": [(384, 3, 3, 2)], "branch3x3dbl": [(64, 1, 1), (96, 3, 3), (96, 3, 3, 2)],
+                         "branch_pool": []}),
+    "Mixed_6b": (MEAN, block_c(128)), "Mixed_6c": (MEAN, block_c(160)), "Mixed_6d": (MEAN, block_c(160)),
+    "Mixed_6e": (MEAN, block_c(192)),
+    "Mixed_7a": (HALVE, {"branch3x3": [(192, 1, 1), (320, 3, 3, 2)],
+                         "branch7x7x3": [(192, 1, 1), (192, 1, 7), (192, 7, 1), (192, 3, 3, 2)], "branch_pool": []}),
+    "Mixed_7b": (MEAN, BLOCK_E), "Mixed_7c": (MAX, BLOCK_E)}
+
+
+class ConvNorm(nn.Module):
+    """Convolution, batch norm, ReLU: (B, width, H, W) -> (B, channels, H', W'), padded to equal size
+    unless it strides or is not to be the `same`."""
+
+    def __init__(self, width, channels, height, wide, stride=1, same=True):
+        super().__init__()
+        pad = (height // 2, wide // 2) if same and stride == 1 else 0
+        self.conv = nn.Conv2d(width, channels, (height, wide), stride, pad, bias=False)
+        self.bn = nn.BatchNorm2d(channels, eps=0.001)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)))
+
+
+class Mixed(nn.Module):
+    """A block of BLOCKS: (B, width, H, W) -> (B, self.width, H', W'), its branches side by side."""
+
+    def __init__(self, width, pool, branches):
+        super().__init__()
+        self.pool, self.width, self.chains = pool, 0, []             # chains: (branch, [[layer, or both of a fork]])
+        for branch, steps in branches.items():
+            last, chain = width, []
+            for number, step in enumerate(steps, 1):
+                forks = step if isinstance(step, list) else [step]
+                stem = f"{branch}_{number}" if len(steps) > 1 else branch
+                chain.append([stem + letter for letter in ("ab" if len(forks) > 1 else [""])])
+                for name, conv in zip(chain[-1], forks):
+                    self.add_module(name, ConvNorm(last, *conv))
+                last = sum(conv[0] for conv in forks)
+            self.width += last
+            self.chains.append((branch, chain))
+
+    def forward(self, x):
+        out = []
+        for branch, chain in self.chains:
+            y = self.pool(x) if branch == "branch_pool" else x
+            for forks in chain:
+                y = torch.cat([self.get_submodule(name)(y) for name in forks], 1)
+            out.append(y)
+        return torch.cat(out, 1)
+
+
+class Inception(nn.Module):
+    """Pixels (B, 3, 299, 299) in [-1, 1] -> the features of FID (B, 2048); tensors named as in pytorch-fid's file."""
+
+    def __init__(self):
+        super().__init__()
+        self.Conv2d_1a_3x3, self.Conv2d_2a_3x3 = ConvNorm(3, 32, 3, 3, 2), ConvNorm(32, 32, 3, 3, same=False)
+        self.Conv2d_2b_3x3, self.Conv2d_3b_1x1 = ConvNorm(32, 64, 3, 3), ConvNorm(64, 80, 1, 1)
+        self.Conv2d_4a_3x3, width = ConvNorm(80, 192, 3, 3, same=False), 192
+        for name, (pool, branches) in BLOCKS.items():
+            self.add_module(name, Mixed(width, pool, branches))
+            width = self.get_submodule(name).width
+        self.fc = nn.Linear(width, 1008)                             # is in the file; the features lie before it
+
+    def forward(self, x):
+        x = HALVE(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))))                   # (B, 64, 73, 73)
+        x = HALVE(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))                                       # (B, 192, 35, 35)
+        for name in BLOCKS:
+            x = self.get_submodule(name)(x)                          # (B, 2048, 8, 8) in the end
+        return x.mean((2, 3))
+
+
+CONVERT = ("make it once of the published file: python -c \"import torch, safetensors.torch as s; s.save_file({k: "
+           "v.contiguous() for k, v in torch.load('pt_inception-2015-12-05-6726825d.pth', weights_only=True).items()}, "
+           "'inception.safetensors')\"")
+
+
+def load_inception(file):
+    """The network in a safetensors file of pytorch-fid's tensors; ValueError, saying how to make one, for all else."""
+    try:
+        if not Path(file).is_file():
+            raise ValueError(f"there is no file {file}")
+        state = read_weights(weight_map(file))
+        for name in [name for name in state if name.endswith(".running_var")]:       # older files have no such counters
+            state.setdefault(name.replace("running_var", "num_batches_tracked"), torch.tensor(0.0))
+        return load_strict(Inception, state, file)
+    except ValueError as error:
+        raise ValueError(f"no weights of FID's Inception: {textwrap.shorten(str(error), 240)}; {CONVERT}") from None
+
+
+@torch.no_grad()
+def inception_features(net, pictures):
+    """FID's features (B, 2048), on the CPU, of PIL pictures resized as in pytorch-fid, on which the numbers depend:
+    bilinear on the tensor, without antialiasing."""
+    device = next(net.parameters()).device
+    pixels = [torch.from_numpy(np.array(p)).to(device).permute(2, 0, 1)[None] / 255 for p in pictures]  # (1, 3, H, W)
+    return net(torch.cat([F.interpolate(x, (299, 299), mode="bilinear") for x in pixels]) * 2 - 1).cpu()
+
+
 def run_fid(args):
     """How far two folders of pictures are apart: Frechet distance and unbiased MMD of features of the model's own CLIP
     tower, averaged over each picture. NOT the Inception FID of papers: compare only numbers of one tower.
 
+    With --inception it is that FID (and the MMD is KID's, of all pictures at once), resized as pytorch-fid does it.
     Beside it the noise floor: the same between random halves of A, which differ by chance alone.
     """
-    pipe = Pipeline(args.ckpt, args.device, args.dtype)
-    a, b = (np.concatenate([clip_features(pipe, [p for _, p in batch]).mean(1).numpy()
-                            for batch in read_pictures(folder)]) for folder in (args.a, args.b))
+    folders = [read_pictures(folder) for folder in (args.a, args.b)]      # an empty one is found before the work
+    if args.inception:
+        features = "FID's Inception of 2015-12-05, resized as in pytorch-fid: bilinear, no antialias"
+        measure = partial(inception_features, load_inception(args.inception).to(pick_device(args.device)))
+    else:
+        features = "this model's CLIP tower (not Inception)"
+        pipe = Pipeline(args.ckpt, args.device, args.dtype)
+        measure = lambda pictures: clip_features(pipe, pictures).mean(1)
+    a, b = (np.concatenate([measure([p for _, p in batch]).numpy() for batch in folder]) for folder in folders)
     if (fewest := min(len(a), len(b))) < 4:
         raise ValueError(f"one folder holds {fewest} pictures: the distance of two sets needs four or more")
     if fewest < 5000:
@@ -1062,8 +1238,8 @@ def run_fid(args):
     order = np.random.default_rng(args.seed).permutation(len(a))
     table = {name: {"Frechet": frechet(x, y), "MMD": mmd(x, y), "n": f"{len(x)} and {len(y)}"} for name, x, y in
              (("A and B", a, b), ("noise floor, halves of A", a[order[::2]], a[order[1::2]]))}
-    show(f"distances of {args.a} and {args.b} in features of this model's CLIP tower (not Inception)", table)
-    save(args, {"table": table})
+    show(f"distances of {args.a} and {args.b} in features of {features}", table)
+    save(args, {"features": features, "table": table}, "fid-inception" if args.inception else "fid")
 
 
 def reconstruct_files(args):
@@ -1212,12 +1388,12 @@ def run_leakage(args):
 # ----------------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def run_binding(args):
-    """Does the model know which colour belongs to which thing? Its velocity's error under captions that are true, that have
-    their two colours exchanged, that are another picture's, and under none.
+    """Does the model know which colour belongs to which thing? Its velocity's error under captions that are true, that
+    have their two colours exchanged, that are another picture's, and under none.
 
-    Captions of two things of unlike shapes and colours, from unseen scenes. A DiT that hears a bag of words is as content
-    with exchanged colours as with true ones, whatever its loss. The first row is the same question to the condition: how far
-    the exchange moves the queries' states, as a share of what another prompt does.
+    Captions of two things of unlike shapes and colours, from unseen scenes. A DiT that hears a bag of words is as
+    content with exchanged colours as with true ones, whatever its loss. Printed before the table is the same question
+    to the condition: how far the exchange moves the queries' states, as a share of what another prompt does.
     """
     pipe = Pipeline(args.ckpt, args.device, args.dtype)
     if pipe.model.latent_queries is None:
@@ -1234,25 +1410,25 @@ def run_binding(args):
             scenes.append(scene)
             captions["true"].append(text)
             captions["exchanged"].append(exchanged)
-    conds = {name: torch.cat([pipe.model.condition(*pipe.padded(pipe.rows(texts[a:a + BATCH])[0], 1 + pipe.model.config.n_query))
-                              for a in range(0, args.n, BATCH)]) for name, texts in captions.items()}
+    batches, room = [slice(a, a + BATCH) for a in range(0, args.n, BATCH)], 1 + pipe.model.config.n_query
+    conds = {name: torch.cat([pipe.model.condition(*pipe.padded(pipe.rows(texts[part])[0], room)) for part in batches])
+             for name, texts in captions.items()}                    # each (n, queries, D)
     conds |= {"another's": conds["true"].roll(1, 0), "none": torch.zeros_like(conds["true"])}
     moved = [(conds["true"] - conds[name]).square().mean().item() for name in ("exchanged", "another's")]
     print(f"the exchange moves the condition by {moved[0] / moved[1]:.1%} of what another prompt does\n")
     if pipe.model.dit is None:                                       # as stage 0 leaves a model
         return save(args, {"moved": moved[0] / moved[1]})
     size = pipe.eva.config.image_size
-    x1 = torch.cat([pipe.eva.encode(data.to_pixels(np.stack([data.draw(s, size) for s in scenes[a:a + BATCH]]))
-                                    .to(pipe.device, pipe.dtype)) for a in range(0, args.n, BATCH)])
+    x1 = torch.cat([pipe.eva.encode(data.to_pixels(np.stack([data.draw(s, size) for s in scenes[part]]))
+                                    .to(pipe.device, pipe.dtype)) for part in batches])
     x1 = x1.float().transpose(1, 2).unflatten(2, (pipe.model.config.grid,) * 2)                # (n, C, 8, 8)
     print("| t | " + " | ".join(conds) + " | exchanged - true |\n|" + "---|" * (len(conds) + 2))
     noise, table = torch.randn(x1.shape, generator=torch.Generator().manual_seed(args.seed)).to(x1), {}
     for t in (0.02, 0.05, 0.1, 0.15, 0.2, 0.3):
         times = torch.full((args.n,), t, device=x1.device)
         xt = (1 - t) * noise + t * x1
-        errors = {name: torch.cat([(pipe.model.dit(xt[a:a + BATCH], times[a:a + BATCH], cond[a:a + BATCH])
-                                    - (x1 - noise)[a:a + BATCH]).square().flatten(1).mean(1) for a in range(0, args.n, BATCH)])
-                  for name, cond in conds.items()}
+        errors = {name: torch.cat([(pipe.model.dit(xt[part], times[part], cond[part]) - (x1 - noise)[part])
+                                   .square().flatten(1).mean(1) for part in batches]) for name, cond in conds.items()}
         gain = errors["exchanged"] - errors["true"]
         table[t] = {name: e.mean().item() for name, e in errors.items()}
         table[t] |= {"gain": gain.mean().item(), "standard error": (gain.std() / args.n ** 0.5).item()}
@@ -1292,20 +1468,22 @@ def race(ours, theirs, rounds):
             pair.append(time.perf_counter() - start)
         times.append(pair if i % 2 else pair[::-1])
     times = np.array(times[1:])
-    return {"ours": np.median(times[:, 0]), "theirs": np.median(times[:, 1]), "ratio": np.median(times[:, 1] / times[:, 0])}
+    return {"ours": np.median(times[:, 0]), "theirs": np.median(times[:, 1]),
+            "ratio": np.median(times[:, 1] / times[:, 0])}
 
 
 def race_data(args, webdataset, n=128, shape=(480, 640), size=448):
     """One reading worker beside the `webdataset` library: n JPEGs of a shard, decoded and cropped to `size`.
 
-    Ours in the shuffled order of training, theirs as the shard has them; both must end in the same pixels. Returns seconds
-    as `race` does, images/s of both, and the largest difference of a pixel.
+    Ours in the shuffled order of training, theirs as the shard has them; both must end in the same pixels. Returns
+    seconds as `race` does, images/s of both, and the largest difference of a pixel.
     """
     rng, shard = np.random.default_rng(0), Path(args.out) / "speed.tar"
     with tarfile.open(shard, "w") as tar:
-        for i in range(n):                                           # blotches and grain: about as many bytes as a photo
-            coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(shape[::-1], Image.BICUBIC)
-            grain, file = np.clip(np.asarray(coarse) + rng.normal(0, 6, (*shape, 1)), 0, 255).astype(np.uint8), io.BytesIO()
+        for i in range(n):                                           # blotches and grain: a photo has as many bytes
+            coarse, file = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)), io.BytesIO()
+            coarse = np.asarray(coarse.resize(shape[::-1], Image.BICUBIC))
+            grain = np.clip(coarse + rng.normal(0, 6, (*shape, 1)), 0, 255).astype(np.uint8)
             Image.fromarray(grain).save(file, "JPEG", quality=90)
             for suffix, content in ("jpg", file.getvalue()), ("txt", f"{i}".encode()):
                 member = tarfile.TarInfo(f"{i:06d}.{suffix}")
@@ -1339,7 +1517,7 @@ def products_share(run):
 
 
 def qwen_of(llm):
-    """A Transformer's language model as transformers' Qwen2.5-VL with the same weights (its vision tower is a token one)."""
+    """A Transformer's language model as transformers' Qwen2.5-VL with the same weights (its vision tower is tiny)."""
     import transformers
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
              "num_key_value_heads", "rms_norm_eps")
@@ -1347,9 +1525,11 @@ def qwen_of(llm):
     qwen = transformers.Qwen2_5_VLForConditionalGeneration(transformers.Qwen2_5_VLConfig(
         text_config=dict({n: getattr(llm.config, n) for n in names}, tie_word_embeddings=False, bos_token_id=None,
                          eos_token_id=None, pad_token_id=0, rope_parameters=rope),
-        vision_config=dict(depth=1, hidden_size=32, num_heads=2, intermediate_size=32, out_hidden_size=llm.config.hidden_size),
+        vision_config=dict(depth=1, hidden_size=32, num_heads=2, intermediate_size=32,
+                           out_hidden_size=llm.config.hidden_size),
         tie_word_embeddings=False, eos_token_id=None, pad_token_id=0)).eval()
-    qwen.model.language_model.load_state_dict({k: v for k, v in llm.state_dict().items() if not k.startswith("lm_head")})
+    state = {k: v for k, v in llm.state_dict().items() if not k.startswith("lm_head")}
+    qwen.model.language_model.load_state_dict(state)
     qwen.lm_head.load_state_dict(llm.lm_head.state_dict())
     return qwen
 
@@ -1358,23 +1538,25 @@ def most_memory(run):
     """Most bytes that tensors made during run() took at one time."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
-    events = sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
-    return int(np.cumsum([0] + [e.nbytes() for e in events]).max())
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return int(np.cumsum([0] + [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max())
 
 
 def race_training(args):
     """A step of stage 1 beside the official loop: equal weights, noise and times, equal gradients, runs in turn, fp32.
 
-    The official loop is rebuilt of transformers' language model and diffusers' DiT as the released code drives them: the
-    encoder runs at every step, the prompt and the queries go through the language model as one sequence with gradients and
-    activation checkpointing, and logits are computed that nobody uses. The encoder is the same on both sides.
+    The official loop is rebuilt of transformers' language model and diffusers' DiT as the released code drives them:
+    the encoder runs at every step, the prompt and the queries go through the language model as one sequence with
+    gradients and activation checkpointing, and logits are computed that nobody uses. The encoder is the same on both
+    sides. Returns {what is raced: {"apart" (gradients), "MiB", "their MiB", and what `race` says}}.
     """
     from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
     torch.manual_seed(0)
-    # 113 to 228 M parameters a part; the encoder is the largest, as in the released models (4.4 B, beside a DiT of 1.4 B).
+    # 113 to 228 M parameters a part; the encoder is the largest, as in the released models (4.4 B; the DiT has 1.4 B).
     B, L, n = 4, 160, 64
     text = TextConfig(2000, 768, 2816, 14, 12, 2, mrope_section=[8, 12, 12])
-    config = DiTConfig(in_channels=768, dim=896, n_layers=7, n_heads=14, n_kv_heads=14, ffn_dim=2560, cond_dim=768, rope="2d")
+    config = DiTConfig(in_channels=768, dim=896, n_layers=7, n_heads=14, n_kv_heads=14, ffn_dim=2560, cond_dim=768,
+                       rope="2d")
     eva = EvaClip(EvaConfig(image_size=448, patch_size=14, width=768, layers=24, heads=12, mlp_hidden=4608))
     eva.eval().requires_grad_(False)
     model = BLIP3o(BLIP3oConfig(text, dit=config))
@@ -1396,16 +1578,16 @@ def race_training(args):
 
     def their_condition():
         embeds = qwen.get_input_embeddings()(torch.cat([ids, torch.full((B, 1), text.vocab_size - 3)], 1))
-        found = qwen.model.language_model(inputs_embeds=torch.cat([embeds, queries.expand(B, -1, -1)], 1)).last_hidden_state
-        return found
+        embeds = torch.cat([embeds, queries.expand(B, -1, -1)], 1)
+        return qwen.model.language_model(inputs_embeds=embeds).last_hidden_state                # (B, L + 1 + n, 768)
 
     def theirs():
         features = eva.encode(pixels)
         hidden = their_condition()
         qwen.lm_head(hidden)
         x1, s = features.transpose(1, 2).unflatten(2, (8, 8)), (1 - t).view(-1, 1, 1, 1)
-        v = dit((1 - s) * x1 + s * x0, torch.floor(1000 * (1 - t) + 1e-3), dit.caption_projection(hidden[:, -n:]), mask, rope,
-                cross_attention_kwargs={}).sample
+        c, times = dit.caption_projection(hidden[:, -n:]), torch.floor(1000 * (1 - t) + 1e-3)
+        v = dit((1 - s) * x1 + s * x0, times, c, mask, rope, cross_attention_kwargs={}).sample
         (v - (x0 - x1)).square().mean().backward()
 
     def ours(features=None, checkpointing=False):
@@ -1425,20 +1607,21 @@ def race_training(args):
         queries.grad = None
         mine()
         other()
-        found = [(model.latent_queries.grad, queries.grad)]
-        found += [(p.grad, dict(dit.named_parameters())[k].grad) for k, p in model.dit.named_parameters() if p.grad is not None]
+        found, others = [(model.latent_queries.grad, queries.grad)], dict(dit.named_parameters())
+        found += [(p.grad, others[k].grad) for k, p in model.dit.named_parameters() if p.grad is not None]
         apart = max(((a - b).abs().max() / b.abs().max().clamp(min=1e-6)).item() for a, b in found)
         grown = [most_memory(run) / 2 ** 20 for run in (mine, other)]
         table[name] = {"apart": apart, "MiB": grown[0], "their MiB": grown[1], **race(mine, other, args.rounds)}
         row = table[name]
-        print(f"  {name:28} ours {row['ours']:6.2f} s, {grown[0]:5.0f} MiB   official {row['theirs']:6.2f} s, {grown[1]:5.0f} MiB   "
-              f"{row['ratio']:5.2f}x   gradients apart by {apart:.0e}", flush=True)
+        print(f"  {name:28} ours {row['ours']:6.2f} s, {grown[0]:5.0f} MiB   official {row['theirs']:6.2f} s, "
+              f"{grown[1]:5.0f} MiB   {row['ratio']:5.2f}x   gradients apart by {apart:.0e}", flush=True)
     return table
 
 
 @torch.no_grad()
 def run_speed(args):
-    """Sampling and training beside transformers and diffusers: equal random weights, equal results, runs in turn, on the CPU in fp32.
+    """Sampling and training beside transformers and diffusers: equal random weights, equal results, runs in turn, on
+    the CPU in fp32.
 
     The parts have 84 to 344 M parameters. Outputs are compared first: a race between different results means nothing.
     """
@@ -1463,9 +1646,10 @@ def run_speed(args):
 
     # The DiT: the whole sampling loop with guidance. The reference loop is the official pipeline's.
     text = TextConfig(2000, 768, 2816, 12, 12, 2, mrope_section=[8, 12, 12])
-    config = DiTConfig(in_channels=1024, dim=896, n_layers=8, n_heads=14, n_kv_heads=14, ffn_dim=2560, cond_dim=768, rope="2d")
+    config = DiTConfig(in_channels=1024, dim=896, n_layers=8, n_heads=14, n_kv_heads=14, ffn_dim=2560, cond_dim=768,
+                       rope="2d")
     model, steps = BLIP3o(BLIP3oConfig(text, dit=config)).eval(), 10
-    for p in model.parameters():                                     # gates at birth are zero: nothing would be compared
+    for p in model.parameters():                                     # gates are born as zeros, which compare nothing
         p.normal_(0, 0.02)
     reference = lumina(config)
     reference.load_state_dict(model.dit.state_dict())
@@ -1480,15 +1664,16 @@ def run_speed(args):
             null, true = reference(x.repeat(2, 1, 1, 1), t, c, mask, rope, cross_attention_kwargs={}).sample.chunk(2)
             x = x + (following - sigma) * (null + 3 * (true - null))
         return x.flatten(2).transpose(1, 2)
-    compare(f"DiT, {steps} guided steps", model.dit, lambda: model.generate_features(cond, steps, 3.0, noise), official_loop)
+    compare(f"DiT, {steps} guided steps", model.dit, lambda: model.generate_features(cond, steps, 3.0, noise),
+            official_loop)
 
     # Text: greedy tokens after a prompt, with each side's own KV cache.
     qwen = qwen_of(model.llm)
     ids = torch.randint(10, 1900, (1, 64))
     compare("text, 64 + 64 tokens", model.llm,
             lambda: model.generate_text(ids, max_new_tokens=64, stop_ids=[])[0].float(),
-            lambda: qwen.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, min_new_tokens=64,
-                                  do_sample=False)[0, 64:].float())
+            lambda: qwen.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=64,
+                                  min_new_tokens=64, do_sample=False)[0, 64:].float())
 
     # The pixel decoder's parts, written by us and read by diffusers.
     unet = UNet(replace(DECODER_PRESETS["official"]["unet"], block_out_channels=(160, 320, 640),
@@ -1512,15 +1697,17 @@ def run_speed(args):
     with torch.enable_grad():
         table |= race_training(args)
     table["data"] = race_data(args, webdataset)
-    print("  data, 640 px JPEG to 448     ours {:4.0f} images/s   webdataset {:4.0f} images/s   {:5.2f}x   apart by {}".format(
-        *table["data"]["images_per_s"], table["data"]["ratio"], table["data"]["apart"]), flush=True)
+    row = table["data"]
+    ours, theirs = row["images_per_s"]
+    print(f"  data, 640 px JPEG to 448     ours {ours:4.0f} images/s   webdataset {theirs:4.0f} images/s   "
+          f"{row['ratio']:5.2f}x   apart by {row['apart']}", flush=True)
     save(args, {"table": table, "torch": torch.__version__, "transformers": transformers.__version__,
                 "diffusers": diffusers.__version__, "threads": torch.get_num_threads()})
 
 
 COMMANDS = {"judge": run_judge, "alignment": run_alignment, "understanding": run_understanding,
-            "reconstruction": run_reconstruction, "binding": run_binding, "generate": run_generate, "score": run_score, "fid": run_fid,
-            "compare": run_compare, "leakage": run_leakage, "speed": run_speed}
+            "reconstruction": run_reconstruction, "binding": run_binding, "generate": run_generate,
+            "score": run_score, "fid": run_fid, "compare": run_compare, "leakage": run_leakage, "speed": run_speed}
 
 
 def parse(argv):
@@ -1528,9 +1715,9 @@ def parse(argv):
     parser = Parser("eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands, add = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS)), {}
     for name, seed, counts in (("judge", 1, {"n": 1000, "size": 64}), ("alignment", 0, {"n-prompts": 553, "images": 4}),
-                               ("understanding", 1, {"n": 600}), ("reconstruction", 1, {"n": 200}), ("binding", 1, {"n": 256}),
-                               ("speed", 0, {"rounds": 5}), ("generate", 0, {}), ("score", 0, {}), ("fid", 0, {}),
-                               ("compare", 0, {}), ("leakage", 0, {"n": 20000})):
+                               ("understanding", 1, {"n": 600}), ("reconstruction", 1, {"n": 200}),
+                               ("binding", 1, {"n": 256}), ("speed", 0, {"rounds": 5}), ("generate", 0, {}),
+                               ("score", 0, {}), ("fid", 0, {}), ("compare", 0, {}), ("leakage", 0, {"n": 20000})):
         command = commands.add_parser(name, description=COMMANDS[name].__doc__)
         add[name] = command.add_argument
         for option, value in counts.items():
@@ -1555,14 +1742,15 @@ def parse(argv):
     add["score"]("--results", nargs="+", required=True, help="what the official scorer wrote (.jsonl)")
     add["fid"]("--a", required=True, help="a folder of pictures")
     add["fid"]("--b", required=True, help="another")
+    add["fid"]("--inception", metavar="FILE", help="FID's Inception weights (.safetensors) instead of the CLIP tower")
     add["compare"]("folders", nargs="*", help="two folders that `generate` filled, A and B")
     add["compare"]("--votes", nargs="+", help="files that the page exported")
     add["leakage"]("--train", help="shards as in train.py --data (the world's first --n captions)")
     add["leakage"]("--near", type=float, default=0.7, help="least similarity of a near-duplicate")
     args = parser.parse_args(argv)
-    for name in ("n", "n_prompts", "images", "size", "rounds"):
-        if isinstance(vars(args).get(name), int) and vars(args)[name] < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {vars(args)[name]}")
+    for name, least in {"n": 1, "n_prompts": 1, "images": 1, "rounds": 1, "size": 16}.items():
+        if isinstance(vars(args).get(name), int) and vars(args)[name] < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {vars(args)[name]}")
     if not 0 <= args.seed < 1000:                                    # each has a million seeds of pictures
         raise ValueError(f"--seed must lie between 0 and 999, not {args.seed}")
     if args.command in ("understanding", "reconstruction", "binding") and args.seed == 0:
@@ -1580,7 +1768,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError, SafetensorError) as error:
-        print(f"eval.py: {' '.join(str(error).split())}", file=sys.stderr)
+        missing = isinstance(error, OSError) and error.filename      # without Python's "[Errno 2]"
+        message = f"{error.filename}: {error.strerror}" if missing else str(error)
+        print(f"eval.py: {' '.join(message.split())}", file=sys.stderr)
         return 2
 
 

@@ -4845,6 +4845,23 @@ def test_vqa_by_hand():
     assert scores.vqa_score("Two", ["2"]) == 1
 
 
+def test_mmmu_open_questions_by_hand():
+    """MMMU's published rule: what follows a key word, numbers to two decimals, any truth within the words."""
+    cases = [("8", ["8"], 1), ("The answer is 8.", ["8"], 1), ("8 or 9", ["9.004"], 1), ("8.01", ["8"], 0),
+             ("It costs $1,234.50", ["1234.5"], 1), ("It costs $1,234.50", ["234.5"], 0), ("-3", ["3"], 0),
+             ("6e3 ohms", ["6000"], 1), ("x = 3\nso y = 4", ["3"], 0), ("so x is 3 = 4", ["4"], 1),
+             ("so x is 3 = 4", ["3"], 0),                            # the shortest end is the one after "="
+             ("x = 4\nfinal answer 5", ["4"], 0),                    # "=" counts in the last line alone
+             ("Transistor, therefore a diode", ["transistor"], 0), ("a Schottky diode", ["Diode"], 1),
+             ("diode", ["schottky diode"], 0), ("a diode", ["tube", "diode"], 1), ("the loop a b", ["b"], 1),
+             ("cab", ["b"], 0), ("b", ["B"], 1), (".5", ["0.5"], 1), ("12,34", ["12"], 0), ("", ["8"], 0),
+             ("The answer :", ["answer"], 1), ("24/7", ["24/7"], 1), ("2.999", ["3"], 1)]
+    for answer, truths, score in cases:
+        assert scores.open_score(answer, truths) == score, (answer, truths)
+    question = {"options": {}, "answers": ["$6", "6"], "category": "Math"}
+    assert scores.grade("choice", question, " It is 6.00 dollars") == ("It is 6.00 dollars", 1)
+
+
 def test_questions_of_other_layouts(eval_reader, tmp_path):
     """VQAv2's lists of people, TextVQA's lists in a cell, MM-Vet's json and predictions for its judge."""
     Image.new("RGB", (9, 9), "blue").save(tmp_path / "a.jpg")
@@ -4931,6 +4948,153 @@ def test_fid_and_reconstruction_of_folders(sample_folder, tmp_path, capsys):
     assert -1 <= row["cosine"] <= 1 and -1 <= row["SSIM"] < 1
 
 
+def eval_inception(seed=0):
+    """FID's Inception with random weights that keep the scale of activations, as the state dict of its file."""
+    torch.manual_seed(seed)
+    net = scores.Inception()
+    for name, tensor in net.state_dict().items():
+        if tensor.ndim == 4:
+            nn.init.kaiming_normal_(tensor)
+        elif name.endswith("running_var"):
+            tensor.uniform_(0.5, 1.5)
+        elif tensor.ndim:
+            tensor.normal_(float(name.endswith("bn.weight")), 0.1)
+    return net.state_dict()
+
+
+def plain_inception(state, picture, mean_of_all=False, last_mean=False):
+    """FID's Inception written out layer by layer in float64, resizing included: uint8 (H, W, 3) -> (2048,).
+
+    mean_of_all, last_mean: two ways to get it wrong: pools that count the padding, a mean where it has a maximum.
+    """
+    def matrix(n):                                                   # (299, n): half-pixel centres, edges repeated
+        at = np.clip((np.arange(299) + 0.5) * n / 299 - 0.5, 0, n - 1)
+        return torch.from_numpy(np.maximum(0, 1 - abs(at[:, None] - np.arange(n))))
+
+    def conv(x, name, pad=(0, 0), stride=1):
+        at = lambda key: state[f"{name}.{key}"].double()
+        mean, var, scale, shift = (at(f"bn.{key}")[:, None, None]
+                                   for key in ("running_mean", "running_var", "weight", "bias"))
+        y = F.conv2d(x, at("conv.weight"), stride=stride, padding=pad)
+        return ((y - mean) / (var + 1e-3).sqrt() * scale + shift).clamp(min=0)
+
+    def around(x, fill):                                             # the nine neighbours of every pixel
+        padded = F.pad(x, (1, 1, 1, 1), value=fill)
+        return torch.stack([padded[..., i:i + x.shape[2], j:j + x.shape[3]] for i in range(3) for j in range(3)])
+
+    def mean(x):
+        return around(x, 0.0).sum(0) / (9 if mean_of_all else around(torch.ones_like(x), 0.0).sum(0))
+
+    def maximum(x):
+        return around(x, -math.inf).amax(0)
+
+    def halve(x):                                                    # windows that start at even pixels and fit
+        return maximum(x)[..., 1:-1:2, 1:-1:2]
+
+    def chain(x, *steps):
+        for name, *how in steps:
+            x = conv(x, name, *how)
+        return x
+    tall, wide, full = (3, 0), (0, 3), (1, 1)                        # paddings of 7 x 1, 1 x 7 and 3 x 3
+    pixels = torch.tensor(picture).permute(2, 0, 1).double() / 255 * 2 - 1
+    x = (matrix(picture.shape[0]) @ pixels @ matrix(picture.shape[1]).T)[None]
+    x = halve(chain(x, ("Conv2d_1a_3x3", 0, 2), ("Conv2d_2a_3x3",), ("Conv2d_2b_3x3", full)))
+    x = halve(chain(x, ("Conv2d_3b_1x1",), ("Conv2d_4a_3x3",)))
+    for b in ("Mixed_5b.branch", "Mixed_5c.branch", "Mixed_5d.branch"):
+        x = torch.cat([conv(x, b + "1x1"), chain(x, (b + "5x5_1",), (b + "5x5_2", 2)),
+                       chain(x, (b + "3x3dbl_1",), (b + "3x3dbl_2", full), (b + "3x3dbl_3", full)),
+                       conv(mean(x), b + "_pool")], 1)
+    b = "Mixed_6a.branch"
+    x = torch.cat([conv(x, b + "3x3", 0, 2),
+                   chain(x, (b + "3x3dbl_1",), (b + "3x3dbl_2", full), (b + "3x3dbl_3", 0, 2)), halve(x)], 1)
+    for b in ("Mixed_6b.branch", "Mixed_6c.branch", "Mixed_6d.branch", "Mixed_6e.branch"):
+        x = torch.cat([conv(x, b + "1x1"), chain(x, (b + "7x7_1",), (b + "7x7_2", wide), (b + "7x7_3", tall)),
+                       chain(x, (b + "7x7dbl_1",), (b + "7x7dbl_2", tall), (b + "7x7dbl_3", wide),
+                             (b + "7x7dbl_4", tall), (b + "7x7dbl_5", wide)), conv(mean(x), b + "_pool")], 1)
+    b = "Mixed_7a.branch"
+    x = torch.cat([chain(x, (b + "3x3_1",), (b + "3x3_2", 0, 2)),
+                   chain(x, (b + "7x7x3_1",), (b + "7x7x3_2", wide), (b + "7x7x3_3", tall), (b + "7x7x3_4", 0, 2)),
+                   halve(x)], 1)
+    for b, near in (("Mixed_7b.branch", mean), ("Mixed_7c.branch", mean if last_mean else maximum)):
+        y, z = conv(x, b + "3x3_1"), chain(x, (b + "3x3dbl_1",), (b + "3x3dbl_2", full))
+        x = torch.cat([conv(x, b + "1x1"), conv(y, b + "3x3_2a", (0, 1)), conv(y, b + "3x3_2b", (1, 0)),
+                       conv(z, b + "3x3dbl_3a", (0, 1)), conv(z, b + "3x3dbl_3b", (1, 0)),
+                       conv(near(x), b + "_pool")], 1)
+    return x.mean((0, 2, 3))
+
+
+def test_fid_of_inception_equals_plain_formulas(tmp_path, capsys):
+    """The command's FID of odd-sized pictures: features as written out layer by layer, the distance by scipy's square
+    root of a matrix, with random weights; what the two oddities of that graph are worth."""
+    from scipy import linalg
+    state, rng, sets = eval_inception(), np.random.default_rng(0), []
+    assert len(state) == 566 and sum(v.numel() for k, v in state.items() if k[-4:] in ("ight", "bias")) == 23850960
+    save_file({k: v for k, v in state.items() if "tracked" not in k}, tmp_path / "inception.safetensors")
+    net = scores.load_inception(tmp_path / "inception.safetensors")
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        pictures = [rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((37, 91), (1, 50), (299, 640))]
+        pictures.append(data.draw(data.make_scene(1, ord(name)), 64))
+        for i, picture in enumerate(pictures):
+            Image.fromarray(picture).save(tmp_path / name / f"{i}.png")
+        sets.append(torch.stack([plain_inception(state, p) for p in pictures]))
+        mine = scores.inception_features(net, [Image.fromarray(p) for p in pictures])
+        assert all(gap(m, t) < 1e-5 for m, t in zip(mine, sets[-1].float()))
+    wrong = [plain_inception(state, pictures[3], **{bug: True}) for bug in ("mean_of_all", "last_mean")]
+    assert min(gap(w.float(), mine[3]) for w in wrong) > 1e-2
+    line = ["fid", *(f"--{n}={tmp_path / n}" for n in "ab"), "--out", str(tmp_path)]
+    assert scores.main([*line, "--inception", str(tmp_path / "inception.safetensors")]) == 0
+    assert "resized as in pytorch-fid" in capsys.readouterr().out
+    results = json.loads((tmp_path / "fid-inception.json").read_text())
+    a, b = (s.numpy() for s in sets)
+    x, y = ((s - s.mean(0)) / math.sqrt(3) for s in (a, b))          # cx = x'x; x y'y x' has the eigenvalues of cx cy
+    theirs = ((a.mean(0) - b.mean(0)) ** 2).sum() + (x ** 2).sum() + (y ** 2).sum()
+    theirs -= 2 * np.trace(linalg.sqrtm(x @ y.T @ y @ x.T)).real
+    assert results["table"]["A and B"]["Frechet"] == pytest.approx(theirs, rel=1e-5)
+    assert results["table"]["A and B"]["MMD"] == pytest.approx(scores.mmd(a, b), rel=1e-3)
+    assert "pytorch-fid: bilinear" in results["features"] and not (tmp_path / "fid.json").exists()
+
+
+def test_inception_matches_torch_fidelity(tmp_path, monkeypatch):
+    """The network of torch-fidelity with the same weights, which it reads from a file of its own kind."""
+    package = importlib.util.find_spec("torch_fidelity")
+    if not package:
+        pytest.skip("pip install --no-deps torch-fidelity to compare with it")
+    bare = type(sys)("torch_fidelity")                               # its __init__ wants torchvision, the network not
+    bare.__path__ = list(package.submodule_search_locations)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", bare)
+    theirs = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
+    state = eval_inception()
+    torch.save(state, tmp_path / "w.pth")
+    save_file(state, tmp_path / "w.safetensors")
+    theirs = theirs.FeatureExtractorInceptionV3("inception", ["2048"], str(tmp_path / "w.pth"))
+    pixels = torch.randint(0, 256, (2, 3, 299, 299), dtype=torch.uint8)
+    with torch.no_grad():
+        mine = scores.load_inception(tmp_path / "w.safetensors")((pixels.float() - 128) / 128)
+        assert gap(mine, theirs(pixels)[0]) < 1e-5
+
+
+def test_inception_weights_that_are_none(tmp_path, capsys):
+    """A pickle, a missing file, other networks: one sentence, whose line of Python makes a file that is read."""
+    state = {k: v.contiguous(memory_format=torch.channels_last) if v.ndim == 4 else v      # as ported weights may lie
+             for k, v in eval_inception().items()}
+    torch.save(state, tmp_path / "pt_inception-2015-12-05-6726825d.pth")
+    save_file({k.replace("Mixed", "mixed"): v.contiguous() for k, v in state.items()}, tmp_path / "other.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "other.safetensors").read_bytes()[:-1])
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    for name, says in (("pt_inception-2015-12-05-6726825d.pth", "cut short or broken"), ("none", "there is no file"),
+                       ("other.safetensors", "misfit in"), ("cut.safetensors", "cut short or broken")):
+        line = ["fid", "--a", str(tmp_path), "--b", str(tmp_path), "--inception", str(tmp_path / name)]
+        assert scores.main([*line, "--out", str(tmp_path / "out")]) == 2
+        message = capsys.readouterr().err
+        assert message.startswith("eval.py: ") and message.count("\n") == 1 and says in message, message
+        assert len(message) < 700 and eval_tree(tmp_path / "out") == {}
+    command = message[message.index("python -c"):].replace("python", sys.executable, 1)
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    found = scores.load_inception(tmp_path / "inception.safetensors").state_dict()
+    assert all(torch.equal(found[k], v) for k, v in state.items())
+
+
 # ---- people ----
 def eval_page(eval_painter, tmp_path, n=3):
     """Two drawn folders and the comparison page of both; returns the page's path and its study."""
@@ -4986,38 +5150,67 @@ def test_votes_are_counted_and_tested(tmp_path, capsys):
     assert "ours beat B = theirs" in capsys.readouterr().out
 
 
-def test_compare_page_in_a_browser(eval_painter, tmp_path):
-    """Click through the page in headless Chromium, reload in between: the export is what was clicked, and counts."""
-    chromium = shutil.which("chromium")
-    if not chromium:
-        pytest.skip("no chromium on this machine")
-    playwright = pytest.importorskip("playwright.sync_api")
-    page_file, study, _ = eval_page(eval_painter, tmp_path)
-    clicked, rng = {}, np.random.default_rng(1)
+@pytest.fixture
+def browser():
+    """Headless Chromium: the one that the variable CHROMIUM names, else one on PATH, else Playwright's own."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
+    names = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "headless_shell"
     with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page, errors = browser.new_page(), []
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.route(re.compile("^https?:"), lambda route: errors.append(route.request.url))
-        page.goto(page_file.as_uri())
-        for number, pair in enumerate(study["pairs"]):
-            if number == 5:
-                page.reload()                                        # goes on at the first unanswered pair
-            assert page.text_content("#prompt") == pair["prompt"]
-            assert page.evaluate("document.getElementById('left').naturalWidth") == 8
-            assert page.text_content("#count") == f"{number + 1} of 12, {number} answered"
-            for name in scores.ASKED:
-                for side in (data.pick(rng, ["left", "alike", "right"]) for _ in range(2)):  # minds change
-                    page.click(f"button[data-name={name}][data-side={side}]")
-                    clicked.setdefault(str(pair["id"]), {})[name] = side
-                assert page.locator(f"button[data-name={name}].on").count() == 1
-            if number < 11:
-                page.click("#next")
-        assert page.is_disabled("#next") and "12 answered" in page.text_content("#count")
-        with page.expect_download() as download:
-            page.click("#export")
-        download.value.save_as(tmp_path / "votes.json")
-        browser.close()
+        there = [*filter(None, map(shutil.which, names)), p.chromium.executable_path]
+        chromium = os.environ.get("CHROMIUM") or there[0]
+        if "CHROMIUM" not in os.environ and not Path(chromium).is_file():
+            pytest.skip(f"none of {', '.join(names)} on PATH: apt install chromium, or say CHROMIUM=/path/to/it")
+        found = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.mark.parametrize("width, height", [(1280, 720), (360, 740), (740, 360)])
+def test_compare_page_fits_screens(eval_painter, browser, tmp_path, width, height):
+    """On a desk, on a phone and on a phone held across: no sideways scrolling, buttons on one line and large enough to
+    tap, pictures of equal size side by side that a tap enlarges."""
+    page = browser.new_page(viewport={"width": width, "height": height})
+    page.goto(eval_page(eval_painter, tmp_path)[0].as_uri())
+    page.evaluate("document.getElementById('prompt').textContent = 'many words '.repeat(30)")
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    boxes = [b.bounding_box() for b in page.locator("button").all()]
+    assert len(boxes) == 9 and all(36 <= b["height"] < 60 and 60 <= b["width"] for b in boxes)
+    assert all(0 <= b["x"] and b["x"] + b["width"] <= width for b in boxes)
+    left, right = (page.locator(f"#{side}").bounding_box() for side in ("left", "right"))
+    assert left["y"] == right["y"] and left["width"] == pytest.approx(right["width"], abs=1) and left["width"] > 150
+    assert left["height"] <= max(0.61 * height, 194)
+    page.click("#left")
+    assert page.locator("#left").bounding_box() == {"x": 0, "y": 0, "width": width, "height": height}
+    page.click("#left")
+    page.click("#right")
+    page.click("#right")
+    assert page.locator("#left").bounding_box()["width"] == left["width"]
+
+
+def test_compare_page_in_a_browser(eval_painter, browser, tmp_path):
+    """Click through the page in headless Chromium, reload in between: the export is what was clicked, and counts."""
+    page_file, study, _ = eval_page(eval_painter, tmp_path)
+    clicked, rng, page, errors = {}, np.random.default_rng(1), browser.new_page(), []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.route(re.compile("^https?:"), lambda route: errors.append(route.request.url))
+    page.goto(page_file.as_uri())
+    for number, pair in enumerate(study["pairs"]):
+        if number == 5:
+            page.reload()                                        # goes on at the first unanswered pair
+        assert page.text_content("#prompt") == pair["prompt"]
+        assert page.evaluate("document.getElementById('left').naturalWidth") == 8
+        assert page.text_content("#count") == f"{number + 1} of 12, {number} answered"
+        for name in scores.ASKED:
+            for side in (data.pick(rng, ["left", "alike", "right"]) for _ in range(2)):  # minds change
+                page.click(f"button[data-name={name}][data-side={side}]")
+                clicked.setdefault(str(pair["id"]), {})[name] = side
+            assert page.locator(f"button[data-name={name}].on").count() == 1
+        if number < 11:
+            page.click("#next")
+    assert page.is_disabled("#next") and "12 answered" in page.text_content("#count")
+    with page.expect_download() as download:
+        page.click("#export")
+    download.value.save_as(tmp_path / "votes.json")
     assert not errors and json.loads((tmp_path / "votes.json").read_text())["votes"] == clicked
     assert scores.main(["compare", "--votes", str(tmp_path / "votes.json"), "--out", str(tmp_path)]) == 0
     for name, row in json.loads((tmp_path / "compare.json").read_text())["table"].items():
@@ -5099,6 +5292,12 @@ def test_benchmark_mistakes_are_sentences(eval_painter, tmp_path, capsys):
         ("reconstruction --images", str(tmp_path), "no picture"),
         ("leakage --train /nowhere --prompts", file("22.jsonl", entry), "no shard or folder"),
         ("leakage --near 2 --prompts", file("23.jsonl", entry), "between 0 and 1"),
+        ("leakage --prompts", file("28.jsonl", entry.replace('"a red dog"', "null")), "empty or no text"),
+        ("leakage --prompts", str(tmp_path / "none.jsonl"), "^eval.py: [^[]*none.jsonl: No such file"),
+        ("score geneval --results", file("29.jsonl", geneval.replace("true", '"no"')), "not true or false"),
+        ("score geneval --results", file("30.json", "[]"), "no entries"),
+        ("score wise --results", file("31.jsonl", wise.replace("999", "1").replace('id": 1', 'id": [1]')), "1 to 1000"),
+        (f"fid --a {Path(scores.__file__).parent / 'assets'} --b", str(tmp_path), "no picture"),
     ]
     for command, broken, says in cases:
         out = tmp_path / "out"
@@ -5149,7 +5348,7 @@ def test_eval_binding(tmp_path, capsys, monkeypatch):
 def test_eval_mistakes_are_sentences(tmp_path, capsys):
     """Exit code 2 and one line on stderr."""
     for line in ("", "paint", "alignment --ckpt /nowhere", "understanding --seed 0", "judge --n 0", "judge --size x",
-                 "alignment --seed -1"):
+                 "alignment --seed -1", "judge --size 8"):
         assert scores.main(line.split() + (["--out", str(tmp_path)] if " " in line else [])) == 2
         message = capsys.readouterr().err
         assert message.startswith("eval.py: ") and message.count("\n") == 1, line
