@@ -3290,6 +3290,18 @@ def test_train_reconstruct_shows_the_picture(train_folder):
     assert stage.trained.visual.blocks[0].attn.qkv.weight.grad is None        # it looks, but doesn't learn
 
 
+def test_train_joint_processes_agree_on_the_losses(train_folder):
+    """--joint: a process whose samples are all of one kind has a loss of nothing for the other, so that no process waits."""
+    stage, _ = train_build("--stage", "1", "--init", train_folder, "--fresh", "--joint", 0.5)
+    samples = data.Samples(data.World(0, stage.size), stage.size, talk=True)
+    batch = stage.collate([samples[i] for i in range(8)])
+    both, talk = stage(batch), stage({"talk": batch["talk"]})
+    drawn = stage({key: value for key, value in batch.items() if key != "talk"})
+    names = [name for name in both if name[0] != "_"]
+    assert names == ["flow", "text"] and [n for n in talk if n[0] != "_"] == [n for n in drawn if n[0] != "_"] == names
+    assert talk["flow"] == 0 and drawn["text"] == 0 and torch.equal(talk["text"], both["text"])
+
+
 def test_train_queries_are_told_what_to_say(train_folder):
     """Stage 0: the loss `tell` is the distance of each query's state from the code of its thing, over the captions that name
     things; gradients reach the queries and every layer of the language model, but nothing else."""

@@ -440,18 +440,21 @@ class GenerationStage(Stage):
                 **(look_at(batch["pixels"], looks, vision) if any(looks) else {"patches": None, "grid": None})}
 
     def forward(self, batch):
-        losses = {}
+        # A part that no sample of this process has still has a loss, of no samples: the processes reckon together.
+        found = {"mse" if self.trained.dit is None else "flow": torch.zeros(0, device=self.trained.latent_queries.device)}
         if "ids" in batch:
             (target,) = self.frozen(batch).values()
             found = self.trained(batch["ids"], batch["mask"], features=target, pixels=batch["patches"],
                                  grid_thw=batch["grid"], drop=batch["drop"], x0=batch["x0"], t=batch["t"])
-            losses = {name: mean_over_ranks(each) for name, each in found.items()}
-            if "flow" in found:                                      # for the log: sums and numbers of the bins of t
-                at = (batch["t"] * self.bins).long().clamp(max=self.bins - 1)
-                each = torch.stack([found["flow"].detach(), torch.ones_like(batch["t"])])                 # (2, B)
-                losses["_by_t"] = torch.zeros(2, self.bins, device=each.device).index_add_(1, at, each)
+        losses = {name: mean_over_ranks(each) for name, each in found.items()}
+        if "flow" in found and "ids" in batch:                       # for the log: sums and numbers of the bins of t
+            at = (batch["t"] * self.bins).long().clamp(max=self.bins - 1)
+            each = torch.stack([found["flow"].detach(), torch.ones_like(batch["t"])])                     # (2, B)
+            losses["_by_t"] = torch.zeros(2, self.bins, device=each.device).index_add_(1, at, each)
         if "talk" in batch:
             losses |= self.understanding(batch["talk"])
+        elif self.talk:
+            losses["text"] = mean_over_ranks(torch.zeros(0, device=self.trained.latent_queries.device))
         return losses
 
     def export(self, folder):
