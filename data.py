@@ -948,15 +948,17 @@ def ticks(low, high, most=6):
 def draw_charts(panels, columns=2, size=(560, 380), fine=3):
     """Line charts side by side -> PIL image. panels: [(title, words at the x axis, {label: [(x, low, y, high), ...]})].
 
-    y is drawn as a line, low to high as a band behind it. The y axis begins at zero where the values leave less than half
-    of it empty below them. All is drawn `fine` times as large first: Pillow has no soft edges.
+    y is drawn as a line, low to high as a band behind it. The y axis begins at zero where that leaves less than half of
+    it empty. All is drawn `fine` times as large first: Pillow has no soft edges.
     """
     width, height = size
-    image = Image.new("RGB", (fine * width * min(columns, len(panels)), fine * height * math.ceil(len(panels) / columns)), "white")
+    across, down = min(columns, len(panels)), math.ceil(len(panels) / columns)
+    image = Image.new("RGB", (fine * width * across, fine * height * down), "white")
     pen, font = ImageDraw.Draw(image, "RGBA"), ImageFont.load_default(12 * fine)
     for i, (title, below, curves) in enumerate(panels):
         x0, y0 = i % columns * width, i // columns * height
-        left, top, right, bottom = x0 + 62, y0 + (52 if len(curves) > 1 else 34), x0 + width - 16, y0 + height - (46 if below else 28)
+        left, top, right = x0 + 62, y0 + (52 if len(curves) > 1 else 34), x0 + width - 16
+        bottom = y0 + height - (46 if below else 28)
         points = np.array([p for curve in curves.values() for p in curve], dtype=float)               # (n, 4)
         (first, last), (low, high) = ((v.min(), v.max()) for v in (points[:, 0], points[:, 1:]))
         low = 0.0 if 0 <= low < high / 2 else low

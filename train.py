@@ -850,7 +850,7 @@ def save_curves(log, path):
                 series.setdefault(key, []).append((row["step"], value))
     series = {key: points for key, points in series.items() if len(points) > 1}
     if series:
-        tops = {key: np.quantile([y for _, y in points], 0.98) for key, points in series.items()}    # spikes hide the rest
+        tops = {key: np.quantile([y for _, y in points], 0.98) for key, points in series.items()}  # spikes hide it
         data.draw_charts([(f"{key.lstrip('_')}: {points[-1][1]:.4g} at step {points[-1][0]}", "",
                            {key: [(x, *(min(y, tops[key]),) * 3) for x, y in points]})
                           for key, points in series.items()], columns=3, size=(420, 220)).save(path)
@@ -1193,8 +1193,8 @@ def arguments():
                        "for what is frozen, random weights for what this stage trains (but stage 2 trains on)")
     add("--fresh", action="store_true", help="random weights for what this stage trains, whatever --init holds of it")
     add("--eva", help="folder with EVA-CLIP and the diffusion-decoder, if --init has none (a bare language model)")
-    add("--save", help="model folder into which the trained parts are written at every checkpoint; with {step} in its name, "
-                       "a folder for each")
+    add("--save", help="model folder into which the trained parts are written at every checkpoint; with {step} in its "
+                       "name, a folder for each")
     add("--out", help="folder of the run (state, log, pictures); if it holds a run, that run goes on. Default runs/STAGE")
     add("--resume", action="store_true", help="refuse to start anew: there must be a run in --out to go on with")
     # what is learnt (stages 1 and 2)
