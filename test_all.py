@@ -5151,6 +5151,29 @@ def test_studies_train_what_they_say():
     assert [args.joint for (s, _), (_, _, args) in stages.items() if s == "figure5"] == [0, 0.5]
 
 
+def test_train_saves_a_folder_for_each_checkpoint(tmp_path):
+    assert train_run("--stage", "vae", "--steps", 3, "--batch", 2, "--save-every", 2, "--out", tmp_path / "run",
+                     "--save", tmp_path / "model-{step}") == 0
+    first, last = (load_file(tmp_path / f"model-00000{step}" / "diffusion-decoder" / "vae" /
+                             "diffusion_pytorch_model.safetensors") for step in (2, 3))
+    assert first.keys() == last.keys() and not all(torch.equal(first[key], last[key]) for key in first)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model-000002", "model-000003", "run"]
+
+
+def test_numbers_of_a_run_by_hand(tmp_path):
+    """Seconds are pictures over pictures a second; what a crash undid and was done again counts once, as it was last."""
+    assert scores.read_log(tmp_path) == {}
+    (tmp_path / "log.jsonl").touch()
+    assert scores.read_log(tmp_path) == {}
+    rows = [{"step": 2, "samples": 20, "per_s": 10.0}, {"step": 2, "_true@0.02": 0.5, "_shuffled@0.02": 0.75},
+            {"step": 4, "samples": 40, "per_s": 999.0}, {"step": 4, "samples": 40, "per_s": 5.0},
+            {"step": 4, "_true@0.02": 0.5, "_shuffled@0.02": 1.0, "_true@0.05": 0.25, "_shuffled@0.05": 0.5}]
+    eval_lines(tmp_path / "log.jsonl", rows)
+    assert scores.read_run(tmp_path, 2) == {"step": 2, "samples": 20, "seconds": 2.0, "gap, t = 0.02": 0.25}
+    assert scores.read_run(tmp_path, 4) == {"step": 4, "samples": 40, "seconds": 6.0, "gap, t = 0.02": 0.5,
+                                            "gap, t = 0.05": 0.25}
+
+
 def test_training_free_ablation_equals_pictures_drawn_by_hand(sample_folder, tmp_path, capsys):
     line = ["ablation", "--what", "steps", "--ckpt", sample_folder, "--quick", "--out", str(tmp_path), "--seeds", "2"]
     assert scores.main(line) == 0
