@@ -2,7 +2,8 @@
 
 B batch, L tokens, H W pixels, N patches. Imports nothing else of this project.
 
-Reading order: the world (scenes, pictures, captions, questions) -> sources of samples -> tokens and templates -> pixels.
+Reading order: the world (scenes, pictures, captions, questions) -> sources of samples -> tokens and templates -> pixels;
+last, the charts that train.py and eval.py draw of numbers.
 """
 import fcntl
 import hashlib

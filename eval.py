@@ -1290,9 +1290,9 @@ def run_binding(args):
 STUDIES = {
     # 64 fresh queries for all: CLIP + MSE maps query i to feature i.
     "figure4": dict(runs={"CLIP + MSE": "--design clip-mse", "CLIP + flow matching": "--design clip-fm",
-                          "VAE + flow matching": "--design vae-fm"}, flags="--queries 64", steps=500,
+                          "VAE + flow matching": "--design vae-fm"}, flags="--queries 64", seeds=3,
                     panels=("alignment", "Frechet", "feature spread", "pixel spread")),
-    "figure5": dict(runs={"sequential": "--joint 0", "joint": "--joint 0.5"}, steps=400, seeds=2,
+    "figure5": dict(runs={"sequential": "--joint 0", "joint": "--joint 0.5"}, steps=300, seeds=2,
                     panels=("alignment", "Frechet", "questions", "captions")),
     "queries": dict(runs={"16 queries": "--queries 16", "64 queries": "--queries 64"}, panels=("alignment", "Frechet")),
     "rope": dict(runs={"2D RoPE": "--dit rope=2d", "3D RoPE": "--dit rope=3d"}, panels=("alignment", "Frechet")),
@@ -1303,8 +1303,10 @@ STUDIES = {
                        f"n_kv_heads={dim // 64},ffn_dim={dim * 11 // 4}"
                        for dim, layers in ((64, 4), (128, 6), (192, 8))},
                  panels=("alignment", "Frechet")),
-    "steps": dict(vary="steps", values=(4, 8, 15, 30, 60), below="Euler steps", panels=("alignment", "Frechet")),
-    "guidance": dict(vary="guidance", values=(1, 1.5, 2, 3, 5), below="guidance", panels=("alignment", "Frechet")),
+    "steps": dict(vary="steps", values=(4, 8, 15, 30, 60), below="Euler steps", n_prompts=100, seeds=3,
+                  panels=("alignment", "Frechet")),
+    "guidance": dict(vary="guidance", values=(1, 1.5, 2, 3, 5), below="guidance", n_prompts=100, seeds=3,
+                     panels=("alignment", "Frechet", "feature spread")),
 }
 PANELS = {"alignment": "Alignment: % of pictures that show what was asked",
           "Frechet": "Frechet distance to true pictures (own CLIP)",
@@ -1466,9 +1468,9 @@ def run_study(args):
             setattr(args, key, QUICK[key] if args.quick else study.get(key, usual))
     if args.images < 2:
         raise ValueError("--images must be at least 2: pictures of one prompt are compared")
-    torch.set_num_threads(max(1, torch.get_num_threads() // args.jobs))
     out = Path(args.out) / folder
     if "runs" in study:
+        torch.set_num_threads(max(1, torch.get_num_threads() // args.jobs))
         trainer = Trainer(args, study, Path(args.runs) / folder)
         runs, x, below = trainer.all(), "step", f"training steps of {args.batch} pictures"
         for run in trainer.jobs.values():

@@ -5161,7 +5161,7 @@ def test_train_saves_a_folder_for_each_checkpoint(tmp_path):
 
 
 def test_numbers_of_a_run_by_hand(tmp_path):
-    """Seconds are pictures over pictures a second; what a crash undid and was done again counts once, as it was last."""
+    """Seconds are pictures over pictures a second; what a crash undid and was done again counts once."""
     assert scores.read_log(tmp_path) == {}
     (tmp_path / "log.jsonl").touch()
     assert scores.read_log(tmp_path) == {}
