@@ -1292,7 +1292,7 @@ STUDIES = {
     "figure4": dict(runs={"CLIP + MSE": "--design clip-mse", "CLIP + flow matching": "--design clip-fm",
                           "VAE + flow matching": "--design vae-fm"}, flags="--queries 64", seeds=3,
                     panels=("alignment", "Frechet", "feature spread", "pixel spread")),
-    "figure5": dict(runs={"sequential": "--joint 0", "joint": "--joint 0.5"}, steps=300, seeds=2,
+    "figure5": dict(runs={"sequential": "--joint 0", "joint": "--joint 0.5"}, seeds=2,
                     panels=("alignment", "Frechet", "questions", "captions")),
     "queries": dict(runs={"16 queries": "--queries 16", "64 queries": "--queries 64"}, panels=("alignment", "Frechet")),
     "rope": dict(runs={"2D RoPE": "--dit rope=2d", "3D RoPE": "--dit rope=3d"}, panels=("alignment", "Frechet")),
