@@ -981,7 +981,7 @@ def draw_charts(panels, columns=2, size=(560, 380), fine=3):
         pen.line((*at(first, high), *at(first, low), *at(last, low)), "#999999", fine)
         write(x0 + 14, y0 + 10, title, "lt", "black")
         write((left + right) / 2, y0 + height - 8, below, "mb")
-        along = left
+        along = x0 + 14
         for (label, curve), ink in zip(curves.items(), itertools.cycle(INK)):
             line = [at(x, y) for x, _, y, _ in curve]
             pen.polygon([at(x, a) for x, a, _, _ in curve] + [at(x, b) for x, _, _, b in reversed(curve)], ink + "30")
