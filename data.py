@@ -2,11 +2,13 @@
 
 B batch, L tokens, H W pixels, N patches. Imports nothing else of this project.
 
-Reading order: the world (scenes, pictures, captions, questions) -> sources of samples -> tokens and templates -> pixels.
+Reading order: the world (scenes, pictures, captions, questions) -> sources of samples -> tokens and templates -> pixels;
+last, the charts that train.py and eval.py draw of numbers.
 """
 import fcntl
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -20,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer as Tokenizers, decoders, models, normalizers, pre_tokenizers, trainers
@@ -952,3 +954,66 @@ def preprocess_qwen(image, patch=14, merge=2, min_pixels=None, max_pixels=None):
     """PIL image of any size -> (patches (N, 3*2*patch*patch), grid (1, 3)) for Qwen's ViT."""
     h, w = smart_resize(image.height, image.width, patch * merge, min_pixels, max_pixels)
     return to_patches(to_pixels(np.asarray(image.resize((w, h), Image.BICUBIC))[None]), patch, merge)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Charts: what train.py and eval.py draw of their numbers
+# ----------------------------------------------------------------------------------------------------------------------
+INK = ("#2b59c3", "#d1495b", "#2a9d54", "#e08a1e", "#7b4bb7", "#555555")
+
+
+def ticks(low, high, most=6):
+    """Round numbers between low and high, at most `most` of them and their step 1, 2 or 5 times a power of ten."""
+    base = 10.0 ** math.floor(math.log10((high - low) / most))
+    step = next(m * base for m in (1, 2, 5, 10, 20) if (high - low) / (m * base) <= most - 1)
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def draw_charts(panels, columns=2, size=(560, 380), fine=3):
+    """Line charts side by side -> PIL image. panels: [(title, words at the x axis, {label: [(x, low, y, high), ...]})].
+
+    y is drawn as a line, low to high as a band behind it. The y axis begins at zero where that leaves less than half of
+    it empty. All is drawn `fine` times as large first: Pillow has no soft edges.
+    """
+    width, height = size
+    across, down = min(columns, len(panels)), math.ceil(len(panels) / columns)
+    image = Image.new("RGB", (fine * width * across, fine * height * down), "white")
+    pen, font = ImageDraw.Draw(image, "RGBA"), ImageFont.load_default(12 * fine)
+    for i, (title, below, curves) in enumerate(panels):
+        x0, y0 = i % columns * width, i // columns * height
+        left, top, right = x0 + 62, y0 + (52 if len(curves) > 1 else 34), x0 + width - 16
+        bottom = y0 + height - (46 if below else 28)
+        points = np.array([p for curve in curves.values() for p in curve], dtype=float)               # (n, 4)
+        (first, last), (low, high) = ((v.min(), v.max()) for v in (points[:, 0], points[:, 1:]))
+        low = 0.0 if 0 <= low < high / 2 else low
+        last, high = (b if b > a else a + (abs(a) or 1.0) for a, b in ((first, last), (low, high)))
+        low, high = low - 0.05 * (high - low) * (low != 0), high + 0.05 * (high - low)
+
+        def at(x, y):
+            return (fine * (left + (right - left) * (x - first) / (last - first)),
+                    fine * (bottom - (bottom - top) * (y - low) / (high - low)))
+
+        def write(x, y, text, anchor, ink="#333333"):
+            pen.text((fine * x, fine * y), text, ink, font, anchor)
+        for y in ticks(low, high):
+            pen.line((*at(first, y), *at(last, y)), "#e4e4e4", fine)
+            write(left - 7, at(first, y)[1] / fine, f"{y:.6g}", "rm")
+        for x in ticks(first, last):
+            pen.line((*at(x, low), at(x, low)[0], fine * (bottom + 4)), "#999999", fine)
+            write(at(x, low)[0] / fine, bottom + 7, f"{x:.6g}", "mt")
+        pen.line((*at(first, high), *at(first, low), *at(last, low)), "#999999", fine)
+        write(x0 + 14, y0 + 10, title, "lt", "black")
+        write((left + right) / 2, y0 + height - 8, below, "mb")
+        along = x0 + 14
+        for (label, curve), ink in zip(curves.items(), itertools.cycle(INK)):
+            line = [at(x, y) for x, _, y, _ in curve]
+            pen.polygon([at(x, a) for x, a, _, _ in curve] + [at(x, b) for x, _, _, b in reversed(curve)], ink + "30")
+            pen.line(line, ink, 2 * fine, "curve")
+            if len(line) <= 12:
+                for x, y in line:
+                    pen.ellipse((x - 3 * fine, y - 3 * fine, x + 3 * fine, y + 3 * fine), ink)
+            if len(curves) > 1:
+                pen.line((fine * along, fine * (y0 + 38), fine * (along + 18), fine * (y0 + 38)), ink, 3 * fine)
+                write(along + 23, y0 + 38, label, "lm")
+                along += 38 + font.getlength(label) / fine
+    return image.reduce(fine)

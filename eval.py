@@ -14,6 +14,8 @@ needed. Generation is scored on the six skills of GenEval (arXiv 2310.11513) wit
     python eval.py fid --a DIR --b DIR                          how far two sets of pictures are apart
     python eval.py compare A B --prompts FILE                   a blind page for people; --votes FILE counts
     python eval.py leakage --train SHARDS --prompts FILE        were evaluation prompts trained on?
+    python eval.py figure4 | figure5                            the paper's figures in miniature; --quick: does it run?
+    python eval.py ablation --what shift                        also queries, rope, ema, size; steps and guidance
     python eval.py speed                                        beside transformers, diffusers and webdataset
 """
 import argparse
@@ -27,12 +29,15 @@ import json
 import math
 import os
 import re
+import signal
+import subprocess
 import sys
 import tarfile
 import tempfile
 import textwrap
 import time
 from collections import Counter, defaultdict
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -424,7 +429,9 @@ def read_pictures(folder):
             for i in tqdm(range(0, len(found), BATCH), disable=None))
 
 
-NUMBERS = {"dB": ".2f", "points": ".1f", "SSIM": ".3f", "cosine": ".3f", "Frechet": ".4g", "MMD": ".3g", "p": ".2g"}
+NUMBERS = {"dB": ".2f", "points": ".1f", "SSIM": ".3f", "cosine": ".3f", "Frechet": ".4g", "MMD": ".3g", "p": ".2g",
+           "feature spread": ".3f", "pixel spread": ".3f", "gap, t = 0.02": ".4f", "gap, t = 0.05": ".4f",
+           "seconds": ".0f"}
 
 
 def show(title, table):
@@ -514,16 +521,24 @@ def score_renders(entries, pictures):
     return score_images(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255, entries)
 
 
+def draw_entries(pipe, entries, seed, **sampling):
+    """Entries of data.skill_prompts -> their pictures, uint8 (H, W, 3), and their seeds; `sampling`: see pipe.images.
+
+    One seed per picture, whatever the batch; far enough apart that two values of `seed` share none.
+    """
+    seeds, pictures = [seed * 10 ** 6 + i for i in range(len(entries))], []
+    for i in tqdm(range(0, len(entries), BATCH), leave=False, disable=None):
+        prompts = [e["prompt"] for e in entries[i:i + BATCH]]
+        pictures += list(to_uint8(pipe.images(prompts, seeds[i:i + BATCH], **sampling)))
+    return pictures, seeds
+
+
 def run_alignment(args):
     """Does the model draw what the prompts of the six skills ask? Beside it: shuffled prompts, and true renders."""
     pipe = Pipeline(args.ckpt, args.device, args.dtype)
     prompts = data.skill_prompts(args.n_prompts, args.seed, args.novel)
     entries = [entry for entry in prompts for _ in range(args.images)]
-    # One seed per picture, whatever the batch; far enough apart that two values of --seed share none.
-    seeds = [args.seed * 10 ** 6 + i for i in range(len(entries))]
-    pictures = []
-    for i in tqdm(range(0, len(entries), BATCH), disable=None):
-        pictures += list(to_uint8(pipe.images([e["prompt"] for e in entries[i:i + BATCH]], seeds[i:i + BATCH])))
+    pictures, seeds = draw_entries(pipe, entries, args.seed)
     seen = [judge(picture) for picture in pictures]
     verdicts = judge_all(entries, seen)
     rng = np.random.default_rng(args.seed)
@@ -565,6 +580,11 @@ def answer_all(pipe, scenes, questions):
     return answers
 
 
+def answers_right(answers, truths):
+    """Which answers are the expected ones, whatever their case and a full stop."""
+    return [a.strip().lower().removesuffix(".") == t for a, t in zip(answers, truths)]
+
+
 def run_understanding(args):
     """Questions of six kinds, beside what the commonest training answer of each kind would score; then captions.
 
@@ -577,7 +597,7 @@ def run_understanding(args):
     asked = draw_questions(args.seed, args.n)
     scenes, kinds, questions, truths = zip(*asked)
     answers = answer_all(pipe, scenes, questions)
-    right = [a.strip().lower().removesuffix(".") == t for a, t in zip(answers, truths)]
+    right = answers_right(answers, truths)
     common, training = {}, draw_questions(0, 1200)
     for kind in data.QUESTIONS:
         common[kind] = Counter(t for _, k, _, t in training if k == kind).most_common(1)[0][0]
@@ -1438,6 +1458,226 @@ def run_binding(args):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Studies: the paper's figures in miniature
+# ----------------------------------------------------------------------------------------------------------------------
+# A study trains each of `runs` ({name: flags of train.py, beside `flags` of all}) with several seeds on equally many
+# pictures, from the same language model and a fresh DiT, and measures it several times on the way. `vary` trains
+# nothing: --ckpt draws with each of the `values` of one setting.
+STUDIES = {
+    # 64 fresh queries for all: CLIP + MSE maps query i to feature i.
+    "figure4": dict(runs={"CLIP + MSE": "--design clip-mse", "CLIP + flow matching": "--design clip-fm",
+                          "VAE + flow matching": "--design vae-fm"}, flags="--queries 64", seeds=3,
+                    panels=("alignment", "Frechet", "feature spread", "pixel spread")),
+    "figure5": dict(runs={"sequential": "--joint 0", "joint": "--joint 0.5"}, seeds=2,
+                    panels=("alignment", "Frechet", "questions", "captions")),
+    "queries": dict(runs={"16 queries": "--queries 16", "64 queries": "--queries 64"}, panels=("alignment", "Frechet")),
+    "rope": dict(runs={"2D RoPE": "--dit rope=2d", "3D RoPE": "--dit rope=3d"}, panels=("alignment", "Frechet")),
+    "shift": dict(runs={f"shift {shift}": f"--shift {shift}" for shift in (1, 2, 5, 10)},
+                  panels=("alignment", "Frechet", "gap, t = 0.02", "gap, t = 0.05")),
+    "ema": dict(runs={"averaged weights": "--ema 0.999", "last weights": "--ema 0"}, panels=("alignment", "Frechet")),
+    "size": dict(runs={f"width {dim}, {layers} layers": f"--dit dim={dim},n_layers={layers},n_heads={dim // 32},"
+                       f"n_kv_heads={dim // 64},ffn_dim={dim * 11 // 4}"
+                       for dim, layers in ((64, 4), (128, 6), (192, 8))},
+                 panels=("alignment", "Frechet")),
+    "steps": dict(vary="steps", values=(4, 8, 15, 30, 60), below="Euler steps", n_prompts=100, seeds=3,
+                  panels=("alignment", "Frechet")),
+    "guidance": dict(vary="guidance", values=(1, 1.5, 2, 3, 5), below="guidance", n_prompts=100, seeds=3,
+                     panels=("alignment", "Frechet", "feature spread")),
+}
+PANELS = {"alignment": "Alignment: % of pictures that show what was asked",
+          "Frechet": "Frechet distance to true pictures (own CLIP)",
+          "feature spread": "CLIP features: difference of pictures of a prompt",
+          "pixel spread": "Pixels: difference of pictures of a prompt (0 to 1)",
+          "questions": "Understanding: % of questions answered right",
+          "captions": "Understanding: % of captions right in all objects",
+          "gap, t = 0.02": "Loss of shuffled less true prompts at t = 0.02",
+          "gap, t = 0.05": "Loss of shuffled less true prompts at t = 0.05"}
+USUAL = {"steps": 400, "points": 5, "batch": 64, "seeds": 1, "n_prompts": 48, "images": 2, "n": 120}
+# The same with --quick, to see that everything runs; its figures mean nothing.
+QUICK = {"steps": 4, "points": 2, "batch": 8, "seeds": 1, "n_prompts": 6, "images": 2, "n": 12}
+
+
+def spread(x, k):
+    """x (n * k, ...), k of a prompt -> root mean square difference of two of a prompt: mean over pairs and prompts."""
+    x = torch.as_tensor(x).flatten(1).unflatten(0, (-1, k))                                    # (n, k, D)
+    first, second = zip(*itertools.combinations(range(k), 2))
+    return float((x[:, first] - x[:, second]).square().mean(2).sqrt().mean())
+
+
+def measure_pictures(pipe, args, seed, draw):
+    """Alignment, Frechet distance and spread of the uint8 pictures (H, W, 3) that draw(entries) makes of --n-prompts
+    prompts, --images of each."""
+    entries = [e for e in data.skill_prompts(args.n_prompts, seed) for _ in range(args.images)]
+    pictures, rng = draw(entries), np.random.default_rng((seed, 1))
+    true = [data.draw(scene_for(e, rng), len(pictures[0])) for e in entries]
+    made, real = (torch.cat([clip_features(pipe, map(Image.fromarray, some[i:i + BATCH]))
+                             for i in range(0, len(some), BATCH)]) for some in (pictures, true))         # (N, 64, C)
+    return {"alignment": score_renders(entries, pictures)["overall"]["score"],
+            "Frechet": frechet(made.mean(1), real.mean(1)), "feature spread": spread(made, args.images),
+            "pixel spread": spread(np.stack(pictures) / np.float32(255), args.images)}
+
+
+def measure(folder, args, seed, understands=False, **sampling):
+    """The numbers of a model folder, with the image parts of --eva; `understands`: also the understanding scores."""
+    pipe, parts = Pipeline(folder), Pipeline(args.eva)
+    pipe.eva, pipe.decoder, pipe.sampling = parts.eva, parts.decoder, parts.sampling
+    if args.quick:
+        pipe.sampling = pipe.sampling | {"steps": 2, "decoder_steps": 2}
+    found = measure_pictures(pipe, args, seed, lambda entries: draw_entries(pipe, entries, seed, **sampling)[0])
+    if understands:                                                  # a frozen language model sees as that of --init
+        scenes, _, questions, truths = zip(*draw_questions(1, args.n))
+        eyes = pipe if pipe.model.visual is not None else Pipeline(args.init)
+        right = answers_right(answer_all(eyes, scenes, questions), truths)
+        captions = answer_all(eyes, scenes, [data.DESCRIBE] * args.n)
+        found |= {"questions": sum(right) / args.n,
+                  "captions": sum(caption_truth(text, scene)[0] for text, scene in zip(captions, scenes)) / args.n}
+    return found
+
+
+def read_log(run):
+    """log.jsonl of a run of train.py -> {step: its numbers}, {} before its first; what a crash undid counts once."""
+    log, rows = run / "log.jsonl", {}
+    for row in read_records(log) if log.exists() and log.stat().st_size else ():
+        rows.setdefault(row["step"], {}).update(row)
+    return dict(sorted(rows.items()))
+
+
+def read_run(run, step):
+    """What a run's log says of its first `step` steps: pictures, seconds of training, and how far the DiT listens."""
+    rows, samples, seconds = read_log(run), 0, 0.0
+    for row in (row for at, row in rows.items() if at <= step and "per_s" in row):
+        seconds += (row["samples"] - samples) / row["per_s"]
+        samples = row["samples"]
+    gaps = {f"gap, t = {t}": rows[step][f"_shuffled@{t}"] - rows[step][f"_true@{t}"] for t in (0.02, 0.05)
+            if f"_true@{t}" in rows[step]}
+    return {"step": step, "samples": samples, "seconds": seconds, **gaps}
+
+
+class Trainer:
+    """The runs of a study: --jobs at a time, each by train.py on one thread, then measured. What is done is kept."""
+
+    def __init__(self, args, study, folder):
+        self.args, self.study, self.folder, self.stopped, self.children = args, study, folder, False, set()
+        every = max(1, args.steps // args.points)
+        self.every, self.points = every, sorted({*range(every, args.steps + 1, every), args.steps})
+        self.jobs = {(name, seed): folder / re.sub(r"[^\w.]+", "-", f"{name} {seed}").lower()
+                     for seed in range(args.seeds) for name in study["runs"]}
+
+    def train(self, name, seed, run):
+        """Train a run to its end from wherever it stands; ValueError if it fails or was another run."""
+        a, models = self.args, [run / f"model-{step:06d}" for step in self.points]
+        flags = " ".join((self.study.get("flags", ""), self.study["runs"][name]))
+        if a.quick:
+            flags = re.sub("--dit ([^ ]+)", r"--dit \1,n_layers=1", f"--dit rope=3d {flags}")
+        command = ["--stage", "1", "--fresh", "--init", a.init, "--eva", a.eva, *flags.split(), "--seed", seed,
+                   "--steps", a.steps, "--batch", a.batch, "--save-every", self.every,
+                   "--log-every", math.gcd(20, self.every), "--out", run, "--save", run / "model-{step}"]
+        command, note = [str(word) for word in command], run / "command.json"
+        if note.exists() and json.loads(read_text(note)) != command:
+            raise ValueError(f"{run} holds a run of other settings than these: choose another --runs, or delete it")
+        if all((model / "config.json").exists() for model in models):
+            return
+        write_whole(note, json.dumps(command) + "\n")
+        with open(run / "train.txt", "a+") as told:
+            child = subprocess.Popen([sys.executable, Path(__file__).with_name("train.py"), *command, "--quiet"],
+                                     stdout=told, stderr=told, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            self.children.add(child)
+            child.wait()
+            self.children.discard(child)
+            if child.returncode and not self.stopped:
+                told.seek(0)
+                raise ValueError(f"training {run} failed: {(told.read().strip() or 'it was killed').splitlines()[-1]}")
+        if absent := [str(model) for model in models if not (model / "config.json").exists() and not self.stopped]:
+            raise ValueError(f"{run} was killed before {absent[0]} was written: delete {run}, to train it anew")
+
+    def __call__(self, name, seed):
+        """[numbers at each point] of one run."""
+        run, found, a = self.jobs[name, seed], [], self.args
+        self.train(name, seed, run)
+        for step in self.points:
+            if self.stopped:
+                break
+            asked = {"n_prompts": a.n_prompts, "images": a.images, "seed": a.seed, "n": a.n}
+            note = run / f"model-{step:06d}" / "measured.json"
+            if not note.exists() or json.loads(read_text(note))["asked"] != asked:
+                numbers = measure(note.parent, a, a.seed, "questions" in self.study["panels"])
+                write_whole(note, json.dumps({"asked": asked, "found": numbers}) + "\n")
+            found.append({**read_run(run, step), **json.loads(read_text(note))["found"]})
+            self.measured.update()
+        return found
+
+    def all(self):
+        """{name: [[numbers at each point] of each seed]}, under two bars: steps trained, and times measured."""
+        with ThreadPoolExecutor(self.args.jobs) as pool, \
+                tqdm(total=self.args.steps * len(self.jobs), desc="training", unit="step") as bar, \
+                tqdm(total=len(self.points) * len(self.jobs), desc="measuring") as self.measured:
+            waiting = {pool.submit(self, *job): job for job in self.jobs}
+            found = dict(waiting)
+            try:
+                while waiting:
+                    for future in wait(waiting, timeout=2, return_when=FIRST_COMPLETED).done:
+                        found[future] = future.result()
+                        del waiting[future]
+                    with suppress(ValueError):                       # a line that is just being written
+                        bar.update(sum(max(read_log(run), default=0) for run in self.jobs.values()) - bar.n)
+            finally:                                                 # after Ctrl-C trainings write their state
+                self.stopped = bool(waiting)
+                pool.shutdown(wait=False, cancel_futures=True)
+                for child in set(self.children):
+                    child.send_signal(signal.SIGINT)
+        rows = list(found.values())
+        return {name: [row for (other, _), row in zip(self.jobs, rows) if other == name] for name in self.study["runs"]}
+
+
+def run_study(args):
+    """The paper's figures and what people ask about them, in miniature. Each trains its runs on equally many pictures,
+    and goes on where it stopped; numbers are in OUT/STUDY/results.json, the figure and the logs of training beside it.
+
+    figure4: CLIP features by regression, CLIP features by flow matching, or VAE latents by flow matching? And how much
+    do the pictures of a prompt differ? figure5: is the language model better frozen or trained along? ablation --what:
+    number of queries, RoPE, shift of time, EMA, size of the DiT; without training, Euler steps and guidance of --ckpt.
+    """
+    study = STUDIES[getattr(args, "what", args.command)]
+    folder = (f"ablation-{args.what}" if args.command == "ablation" else args.command) + "-quick" * args.quick
+    for key, usual in USUAL.items():
+        if getattr(args, key) is None:
+            setattr(args, key, QUICK[key] if args.quick else study.get(key, usual))
+    if args.images < 2:
+        raise ValueError("--images must be at least 2: pictures of one prompt are compared")
+    out = Path(args.out) / folder
+    if "runs" in study:
+        torch.set_num_threads(max(1, torch.get_num_threads() // args.jobs))
+        trainer = Trainer(args, study, Path(args.runs) / folder)
+        runs, x, below = trainer.all(), "step", f"training steps of {args.batch} pictures"
+        for run in trainer.jobs.values():
+            write_whole(out / f"{run.name}.jsonl", (run / "log.jsonl").read_text())
+    else:                                                            # each seed has its own prompts
+        args.eva, x, below = args.ckpt, study["vary"], study["below"]
+        runs = {Path(args.ckpt).name: [[{x: value, **measure(args.ckpt, args, args.seed + seed, **{x: value})}
+                                        for value in tqdm(study["values"], desc=below)] for seed in range(args.seeds)]}
+    rng = np.random.default_rng((args.seed, 2))
+    true = measure_pictures(Pipeline(args.eva), args, args.seed,
+                            lambda entries: [data.draw(scene_for(e, rng)) for e in entries])
+    keep = (*study["panels"], "feature spread", "seconds")
+    last = {name: {key: float(np.mean([rows[-1][key] for rows in seeds])) for key in keep if key in seeds[0][-1]}
+            for name, seeds in {**runs, "true pictures": [[true]]}.items()}
+    show(f"{folder}, the last point: means over seeds ({args.seeds})", last)
+
+    def band(seeds, key):
+        for rows in zip(*seeds):                                     # one point of all seeds
+            values = [row[key] * (100 if "%" in PANELS[key] else 1) for row in rows]
+            yield rows[0][x], min(values), float(np.mean(values)), max(values)
+    charts = [(PANELS[key], below, {name: list(band(seeds, key)) for name, seeds in runs.items() if key in seeds[0][0]})
+              for key in study["panels"]]
+    for key, (_, _, curves) in zip(study["panels"], charts):         # of pictures, the best that can be had
+        if key in true and key != "alignment":
+            curves["true pictures"] = [(row[x], *(true[key],) * 3) for row in next(iter(runs.values()))[0]]
+    out.mkdir(parents=True, exist_ok=True)
+    data.draw_charts(charts).save(out / "figure.png")
+    save(args, {"runs": runs, "true pictures": true}, f"{folder}/results")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Speed, beside the reference libraries
 # ----------------------------------------------------------------------------------------------------------------------
 def lumina(config):
@@ -1705,9 +1945,12 @@ def run_speed(args):
                 "diffusers": diffusers.__version__, "threads": torch.get_num_threads()})
 
 
+WEIGHTS = Path(__file__).parent / "weights"
+STUDY = {name.replace("_", "-"): None for name in USUAL}             # None: the study's own
 COMMANDS = {"judge": run_judge, "alignment": run_alignment, "understanding": run_understanding,
             "reconstruction": run_reconstruction, "binding": run_binding, "generate": run_generate,
-            "score": run_score, "fid": run_fid, "compare": run_compare, "leakage": run_leakage, "speed": run_speed}
+            "score": run_score, "fid": run_fid, "compare": run_compare, "leakage": run_leakage,
+            "figure4": run_study, "figure5": run_study, "ablation": run_study, "speed": run_speed}
 
 
 def parse(argv):
@@ -1717,7 +1960,8 @@ def parse(argv):
     for name, seed, counts in (("judge", 1, {"n": 1000, "size": 64}), ("alignment", 0, {"n-prompts": 553, "images": 4}),
                                ("understanding", 1, {"n": 600}), ("reconstruction", 1, {"n": 200}),
                                ("binding", 1, {"n": 256}), ("speed", 0, {"rounds": 5}), ("generate", 0, {}),
-                               ("score", 0, {}), ("fid", 0, {}), ("compare", 0, {}), ("leakage", 0, {"n": 20000})):
+                               ("score", 0, {}), ("fid", 0, {}), ("compare", 0, {}), ("leakage", 0, {"n": 20000}),
+                               ("figure4", 0, STUDY), ("figure5", 0, STUDY), ("ablation", 0, STUDY)):
         command = commands.add_parser(name, description=COMMANDS[name].__doc__)
         add[name] = command.add_argument
         for option, value in counts.items():
@@ -1725,12 +1969,21 @@ def parse(argv):
         command.add_argument("--seed", type=int, default=seed, help="of the prompts and pictures")
         command.add_argument("--out", default="runs/eval", help="folder of the results")
         if name in ("alignment", "understanding", "reconstruction", "binding", "generate", "fid"):
-            command.add_argument("--ckpt", default=str(Path(__file__).parent / "weights" / "nano"), help="model folder")
+            command.add_argument("--ckpt", default=str(WEIGHTS / "nano"), help="model folder")
             command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
             command.add_argument("--dtype", default="auto", help="auto, fp32, bf16, fp16")
         if name in ("generate", "compare", "leakage"):
             command.add_argument("--bench", choices=BENCHES, default="geneval", help="whose prompt file it is")
             command.add_argument("--prompts", required=name == "generate", help="prompt file or folder as published")
+    for name in ("figure4", "figure5", "ablation"):
+        add[name]("--init", default=str(WEIGHTS / "stage0"), help="model folder with the language model of all runs")
+        add[name]("--eva", default=str(WEIGHTS / "nano"), help="model folder with EVA-CLIP and the diffusion-decoder")
+        add[name]("--jobs", type=int, default=2, help="trainings at a time, one thread each")
+        add[name]("--runs", default="runs", help="folder in which the trainings of a study have a folder")
+        add[name]("--quick", action="store_true", help="see in a minute that it runs; the numbers mean nothing")
+        commands.choices[name].set_defaults(out="runs")
+    add["ablation"]("--what", required=True, choices=[name for name in STUDIES if not name.startswith("figure")])
+    add["ablation"]("--ckpt", default=str(WEIGHTS / "nano"), help="model folder that draws for steps and guidance")
     add["alignment"]("--novel", action="store_true", help="pairs of colour and shape never trained on")
     add["understanding"]("--data", help="questions: .tsv as VLMEvalKit's, .jsonl, or MM-Vet's .json")
     add["understanding"]("--task", choices=TASKS, help="wording and scoring (choice, or vqav2 without options)")
@@ -1748,7 +2001,8 @@ def parse(argv):
     add["leakage"]("--train", help="shards as in train.py --data (the world's first --n captions)")
     add["leakage"]("--near", type=float, default=0.7, help="least similarity of a near-duplicate")
     args = parser.parse_args(argv)
-    for name, least in {"n": 1, "n_prompts": 1, "images": 1, "rounds": 1, "size": 16}.items():
+    for name in ("n", "n_prompts", "images", "size", "rounds", "seeds", "steps", "points", "batch", "jobs"):
+        least = 16 if name == "size" else 1
         if isinstance(vars(args).get(name), int) and vars(args)[name] < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {vars(args)[name]}")
     if not 0 <= args.seed < 1000:                                    # each has a million seeds of pictures

@@ -5357,10 +5357,151 @@ def test_eval_binding(tmp_path, capsys, monkeypatch):
         assert row["true"] == pytest.approx(0.01, rel=1e-3) and row["gain"] == pytest.approx(0.08, rel=1e-3)
 
 
+# ---- studies ----
+def test_charts_put_every_number_in_its_place():
+    """Ticks are round, few and inside; a line's ends lie where the axes say, on a paler band; panels stand in a row."""
+    for low, high in (0, 1), (3e-5, 4e-5), (-7, 1234), (0.98, 1.01), (100, 500):
+        found = data.ticks(low, high)
+        assert 2 <= len(found) <= 6 and low - 1e-9 <= found[0] and found[-1] <= high * (1 + 1e-9)
+        step = (found[1] - found[0]) / 10 ** math.floor(math.log10(found[1] - found[0]) + 1e-9)
+        assert min(abs(step - s) for s in (1, 2, 5, 10)) < 1e-6
+    panel = ("title", "steps", {"a": [(0, 10, 10, 10), (50, 20, 50, 80), (100, 100, 100, 100)]})
+    image = np.asarray(data.draw_charts([panel, panel], size=(300, 200))).astype(int)
+    assert image.shape == (200, 600, 3) and (image[:, :300] == image[:, 300:]).all()
+    blue = np.array([0x2b, 0x59, 0xc3])
+    line = np.argwhere(abs(image[:, :300] - blue).sum(2) < 30)
+    left, right = line[line[:, 1].argmin()], line[line[:, 1].argmax()]
+    assert abs(left[1] - 62) < 5 and abs(right[1] - 284) < 5 and left[0] > right[0]
+    top, bottom = 34, 200 - 46                                        # of an axis from 0 to 105
+    height = lambda y: bottom - (bottom - top) * y / 105
+    assert abs(left[0] - height(10)) < 5 and abs(right[0] - height(100)) < 5
+    pale = image[int(height(30)), 62 + 111]                           # in the band, off the line
+    assert (pale > blue).all() and pale[2] - pale[0] > 20
+    data.draw_charts([("one point", "", {"a": [(1, 2, 2, 2)], "b": [(1, 0, 0, 0)]})])   # no range: no division by zero
+
+
+def test_spread_is_the_mean_distance_of_a_prompts_pictures():
+    x = torch.randn(4, 3, 5, 7)
+    pairs = [(x[p, i] - x[p, j]).pow(2).mean().sqrt() for p in range(4) for i in range(3) for j in range(i)]
+    assert scores.spread(x.flatten(0, 1), 3) == pytest.approx(float(sum(pairs)) / len(pairs), rel=1e-6)
+    assert scores.spread(x[:, :1].expand(-1, 3, -1, -1).flatten(0, 1), 3) == 0
+
+
+def test_studies_train_what_they_say():
+    """Each run's flags make the model that its name tells of; the runs of a study have equal queries, or fresh ones."""
+    shipped, stages = Path(scores.__file__).parent / "weights", {}
+    for study, spec in scores.STUDIES.items():
+        for name, flags in spec.get("runs", {}).items():
+            stage, args = train_build("--stage", "1", "--fresh", "--init", shipped / "stage0", "--eva",
+                                      shipped / "nano", *spec.get("flags", "").split(), *flags.split())
+            stages[study, name] = stage.trained.config, stage, args
+    assert [train.design_of(stages["figure4", name][0]) for name in scores.STUDIES["figure4"]["runs"]] == [
+        "clip-mse", "clip-fm", "vae-fm"]
+    taught = load_file(shipped / "stage0" / "model.safetensors")["model.latent_queries"].float()
+    for (study, name), (config, stage, args) in stages.items():
+        fresh = study in ("figure4", "queries")
+        assert config.n_query == (64 if study == "figure4" or name == "64 queries" else 16)
+        queries = stage.trained.latent_queries.detach()
+        assert (queries.shape != taught.shape or not torch.equal(queries, taught)) == fresh
+        assert stage.query_lr == (1 if fresh or args.joint else 0)
+        assert config.shift == (float(name.split()[1]) if study == "shift" else 5)
+    assert [stages["rope", name][0].dit.rope for name in ("2D RoPE", "3D RoPE")] == ["2d", "3d"]
+    sizes = [(config.dit.dim, config.dit.n_layers) for (study, _), (config, _, _) in stages.items() if study == "size"]
+    assert sizes == [(64, 4), (128, 6), (192, 8)]
+    assert stages["size", "width 128, 6 layers"][0].dit == stages["rope", "3D RoPE"][0].dit    # the usual size is one
+    assert [args.ema for (s, _), (_, _, args) in stages.items() if s == "ema"] == [0.999, 0]
+    assert [args.joint for (s, _), (_, _, args) in stages.items() if s == "figure5"] == [0, 0.5]
+
+
+def test_train_saves_a_folder_for_each_checkpoint(tmp_path):
+    assert train_run("--stage", "vae", "--steps", 3, "--batch", 2, "--save-every", 2, "--out", tmp_path / "run",
+                     "--save", tmp_path / "model-{step}") == 0
+    first, last = (load_file(tmp_path / f"model-00000{step}" / "diffusion-decoder" / "vae" /
+                             "diffusion_pytorch_model.safetensors") for step in (2, 3))
+    assert first.keys() == last.keys() and not all(torch.equal(first[key], last[key]) for key in first)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model-000002", "model-000003", "run"]
+
+
+def test_numbers_of_a_run_by_hand(tmp_path):
+    """Seconds are pictures over pictures a second; what a crash undid and was done again counts once."""
+    assert scores.read_log(tmp_path) == {}
+    (tmp_path / "log.jsonl").touch()
+    assert scores.read_log(tmp_path) == {}
+    rows = [{"step": 2, "samples": 20, "per_s": 10.0}, {"step": 2, "_true@0.02": 0.5, "_shuffled@0.02": 0.75},
+            {"step": 4, "samples": 40, "per_s": 999.0}, {"step": 4, "samples": 40, "per_s": 5.0},
+            {"step": 4, "_true@0.02": 0.5, "_shuffled@0.02": 1.0, "_true@0.05": 0.25, "_shuffled@0.05": 0.5}]
+    eval_lines(tmp_path / "log.jsonl", rows)
+    assert scores.read_run(tmp_path, 2) == {"step": 2, "samples": 20, "seconds": 2.0, "gap, t = 0.02": 0.25}
+    assert scores.read_run(tmp_path, 4) == {"step": 4, "samples": 40, "seconds": 6.0, "gap, t = 0.02": 0.5,
+                                            "gap, t = 0.05": 0.25}
+
+
+def test_training_free_ablation_equals_pictures_drawn_by_hand(sample_folder, tmp_path, capsys):
+    line = ["ablation", "--what", "steps", "--ckpt", sample_folder, "--quick", "--out", str(tmp_path), "--seeds", "2"]
+    assert scores.main(line) == 0
+    folder = tmp_path / "ablation-steps-quick"
+    results = json.loads((folder / "results.json").read_text())
+    assert Image.open(folder / "figure.png").width == 2 * 560 and "true pictures" in capsys.readouterr().out
+    (seeds,) = results["runs"].values()
+    assert [[row["steps"] for row in rows] for rows in seeds] == 2 * [[4, 8, 15, 30, 60]]
+    pipe = sample.Pipeline(sample_folder)
+    prompts = [e["prompt"] for e in data.skill_prompts(6, 1) for _ in range(2)]
+    drawn = pipe.images(prompts, range(10 ** 6, 10 ** 6 + 12), steps=8, decoder_steps=2)
+    drawn = torch.from_numpy(sample.to_uint8(drawn)).float() / 255                             # (12, H, W, 3)
+    apart = (drawn[::2] - drawn[1::2]).flatten(1).pow(2).mean(1).sqrt().mean()
+    assert seeds[1][1]["pixel spread"] == pytest.approx(float(apart), rel=1e-4)
+    assert len({row["pixel spread"] for rows in seeds for row in rows}) == 10                  # steps and seeds matter
+    for row in (row for rows in seeds for row in rows):
+        assert 0 <= row["alignment"] <= 1 and row["Frechet"] > 0 and row["feature spread"] > 0
+
+
+@slow
+def test_figure4_numbers_are_those_of_its_logs(tmp_path, capsys):
+    """The whole command in small: train, measure, draw; what is done is kept, what was cut goes on to equal weights."""
+    line = ["figure4", "--quick", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    assert scores.main(line) == 0
+    folder, runs = tmp_path / "out" / "figure4-quick", tmp_path / "runs" / "figure4-quick"
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results["runs"]) == ["CLIP + MSE", "CLIP + flow matching", "VAE + flow matching"]
+    for name, (points,) in results["runs"].items():
+        slug = name.lower().replace(" + ", "-").replace(" ", "-") + "-0"
+        log = [json.loads(row) for row in (folder / f"{slug}.jsonl").read_text().splitlines()]
+        assert [p["step"] for p in points] == [2, 4] and [p["samples"] for p in points] == [16, 32]
+        for point in points:
+            trained = [row for row in log if "per_s" in row and row["step"] <= point["step"]]
+            each = np.diff([0] + [row["samples"] for row in trained])
+            assert point["seconds"] == pytest.approx(sum(each / [row["per_s"] for row in trained]))
+            probe = next(row for row in log if row["step"] == point["step"] and "_cosine" in row)
+            for t in ("0.02", "0.05") if name != "CLIP + MSE" else ():
+                assert point[f"gap, t = {t}"] == pytest.approx(probe[f"_shuffled@{t}"] - probe[f"_true@{t}"])
+            assert ("gap, t = 0.02" in point) == (name != "CLIP + MSE")
+            assert 0 <= point["alignment"] <= 1 and point["Frechet"] > 0 and point["feature spread"] > 0
+    assert results["true pictures"]["alignment"] == 1 and Image.open(folder / "figure.png").size == (1120, 760)
+    cut, last = runs / "clip-mse-0", runs / "clip-mse-0" / "model-000004"
+    weights = load_file(last / "model.safetensors")
+    kept = (runs / "vae-flow-matching-0" / "log.jsonl").read_text()
+    shutil.rmtree(last)
+    shutil.rmtree(cut / "step-000004")
+    (cut / "latest").write_text("step-000002")
+    assert scores.main(line) == 0
+    again = load_file(last / "model.safetensors")
+    assert all(torch.equal(weights[key], again[key]) for key in weights)
+    assert (runs / "vae-flow-matching-0" / "log.jsonl").read_text() == kept
+    after = json.loads((folder / "results.json").read_text())["runs"]
+    assert after["VAE + flow matching"] == results["runs"]["VAE + flow matching"]
+    assert after["CLIP + MSE"][0][1]["Frechet"] == results["runs"]["CLIP + MSE"][0][1]["Frechet"]
+    capsys.readouterr()
+    assert scores.main([*line, "--steps", "6"]) == 2
+    assert "other settings" in capsys.readouterr().err
+    assert scores.main([*line, "--runs", str(tmp_path / "b"), "--init", str(tmp_path)]) == 2
+    assert "failed" in capsys.readouterr().err
+
+
 def test_eval_mistakes_are_sentences(tmp_path, capsys):
     """Exit code 2 and one line on stderr."""
     for line in ("", "paint", "alignment --ckpt /nowhere", "understanding --seed 0", "judge --n 0", "judge --size x",
-                 "alignment --seed -1", "judge --size 8"):
+                 "alignment --seed -1", "judge --size 8", "ablation --what luck", "figure4 --points 0",
+                 "figure4 --images 1"):
         assert scores.main(line.split() + (["--out", str(tmp_path)] if " " in line else [])) == 2
         message = capsys.readouterr().err
         assert message.startswith("eval.py: ") and message.count("\n") == 1, line

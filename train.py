@@ -370,7 +370,8 @@ class GenerationStage(Stage):
         looks = {"visual"} if args.joint or args.reconstruct else set()
         drawn = {"regressor" if stored.mse_channels else "dit"} if go_on else set()
         dtype = torch.float32 if args.joint else args.frozen_dtype
-        self.trained = BLIP3o.from_pretrained(init, dtype=dtype, parts={"llm"} | looks | heard(init) | drawn)
+        kept = heard(init) if go_on or not args.queries else set()
+        self.trained = BLIP3o.from_pretrained(init, dtype=dtype, parts={"llm"} | looks | kept | drawn)
         taught = self.trained.latent_queries
         if not go_on:
             self.trained.add_generator(self.new_config(stored, args))
@@ -845,33 +846,19 @@ def save_grid(rows, path, columns=16, scale=2):
     image.resize((image.width * scale, image.height * scale), Image.NEAREST).save(path)
 
 
-def save_curves(log, path, size=(420, 200), columns=3):
-    """Every number of log.jsonl over the steps as small line charts on one PNG, the range of each written at its axis."""
-    from PIL import ImageDraw
+def save_curves(log, path):
+    """Every number of log.jsonl over the steps as a small line chart each, together on one PNG."""
     series = {}
     for row in map(json.loads, log.read_text().splitlines()):
         for key, value in row.items():
             if isinstance(value, float) and math.isfinite(value):
                 series.setdefault(key, []).append((row["step"], value))
-    series = {key: np.array(points, dtype=float).T for key, points in series.items() if len(points) > 1}
-    if not series:
-        return
-    image = Image.new("RGB", (size[0] * columns, size[1] * math.ceil(len(series) / columns)), "white")
-    pen = ImageDraw.Draw(image)
-    for i, (key, (xs, ys)) in enumerate(series.items()):
-        x0, y0 = i % columns * size[0], i // columns * size[1]
-        left, top, right, bottom = x0 + 60, y0 + 24, x0 + size[0] - 12, y0 + size[1] - 24
-        low, high = ys.min(), np.quantile(ys, 0.98)
-        x = left + (right - left) * (xs - xs[0]) / max(xs[-1] - xs[0], 1)
-        y = bottom - (bottom - top) * np.clip((ys - low) / max(high - low, 1e-12), 0, 1)
-        pen.rectangle((left, top, right, bottom), outline="#cccccc")
-        pen.line(list(zip(x.tolist(), y.tolist())), fill="#2b59c3", width=2)
-        pen.text((left, y0 + 6), f"{key.lstrip('_')}: {ys[-1]:.4g} at step {int(xs[-1])}", fill="black")
-        for value, at in (high, top), (low, bottom - 10):
-            pen.text((x0 + 4, at), f"{value:.4g}", fill="black")
-        pen.text((left, bottom + 6), str(int(xs[0])), fill="black")
-        pen.text((right - 40, bottom + 6), str(int(xs[-1])), fill="black")
-    image.save(path)
+    series = {key: points for key, points in series.items() if len(points) > 1}
+    if series:
+        tops = {key: np.quantile([y for _, y in points], 0.98) for key, points in series.items()}  # spikes hide it
+        data.draw_charts([(f"{key.lstrip('_')}: {points[-1][1]:.4g} at step {points[-1][0]}", "",
+                           {key: [(x, *(min(y, tops[key]),) * 3) for x, y in points]})
+                          for key, points in series.items()], columns=3, size=(420, 220)).save(path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1127,8 +1114,9 @@ def checkpoint(out, step, stage, ema, optimizer, test, log, args, counts, rank, 
             if rows:
                 save_grid(rows, out / f"preview-{step:06d}.png")
             if args.save:
-                Path(args.save).mkdir(parents=True, exist_ok=True)
-                stage.export(Path(args.save))
+                folder = Path(args.save.replace("{step}", f"{step:06d}"))
+                folder.mkdir(parents=True, exist_ok=True)
+                stage.export(folder)
         finally:                                                     # whatever failed, training goes on with its own weights
             ema.swap()
             stage.trained.train()
@@ -1229,7 +1217,8 @@ def arguments():
                        "for what is frozen, random weights for what this stage trains (but stage 2 trains on)")
     add("--fresh", action="store_true", help="random weights for what this stage trains, whatever --init holds of it")
     add("--eva", help="folder with EVA-CLIP and the diffusion-decoder, if --init has none (a bare language model)")
-    add("--save", help="model folder into which the trained parts are written at every checkpoint")
+    add("--save", help="model folder into which the trained parts are written at every checkpoint; with {step} in its "
+                       "name, a folder for each")
     add("--out", help="folder of the run (state, log, pictures); if it holds a run, that run goes on. Default runs/STAGE")
     add("--resume", action="store_true", help="refuse to start anew: there must be a run in --out to go on with")
     # what is learnt (stages 1 and 2)
@@ -1238,8 +1227,8 @@ def arguments():
     add("--joint", type=float, default=0.0, help="share of understanding samples (stage 0's); the language model trains, too")
     add("--reconstruct", type=float, default=0.0, help="share of samples whose prompt is the picture itself")
     add("--dit", help="other sizes for a fresh DiT: fields of DiTConfig, as in dim=192,n_layers=8,rope=2d")
-    add("--queries", type=int, help="number of latent queries, if not those of --init: fresh ones")
-    add("--tell", type=float, help="stage 0: weight of what the queries are taught to say. Default 1, 0 with --joint")
+    add("--queries", type=int, help="number of fresh latent queries for a fresh generator, instead of those of --init")
+    add("--tell", type=float, help="stage 0: weight of what the queries are taught to say. Default 1, 0 with --joint or --data")
     # the recipe; defaults by stage
     add("--paper", action="store_true", help="the paper's recipe (stages 1 and 2) instead of the nano one")
     add("--steps", type=int)
