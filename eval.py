@@ -258,14 +258,31 @@ def hits(entry, seen):
     return True
 
 
+def fits(entry, seen):
+    """Does a judged picture show exactly what an entry asks: as many things as its clauses together, those of each with
+    its class, and the colour, size, background and place that are told? Clauses may differ in colour alone."""
+    groups = []
+    for clause in entry["include"]:
+        group = [t for t in seen.things if t.shape == clause["class"] and t.colour == clause.get("color", t.colour)
+                 and t.size == clause.get("size", t.size)]
+        link, other = clause.get("position", (None, None))
+        if len(group) != clause["count"]:
+            return False
+        if link and not all(link in relations(a, b) for a in group for b in groups[other]):
+            return False
+        groups.append(group)
+    return len(seen.things) == sum(map(len, groups)) and seen.background == entry.get("background", seen.background)
+
+
 def hits_strictly(entry, seen):
     """`hits`, and nothing else is in the picture: not one object more, known or unknown."""
     return hits(entry, seen) and len(seen.things) == sum(clause["count"] for clause in entry["include"])
 
 
 def judge_all(entries, seen):
-    """The (hit, strict hit) of judged pictures under one entry each."""
-    return [(hits(e, s), hits_strictly(e, s)) for e, s in zip(entries, seen, strict=True)]
+    """The (hit, strict hit) of judged pictures under one entry each; entries of no GenEval skill must fit exactly."""
+    return [(hits(e, s), hits_strictly(e, s)) if e["tag"] in data.SKILLS else (fits(e, s),) * 2
+            for e, s in zip(entries, seen, strict=True)]
 
 
 def wilson(count, n, z=1.959964):
@@ -288,7 +305,7 @@ def by_skill(tags, verdicts):
     "overall" is GenEval's unweighted mean of the skills. Its interval is Wilson's with the number of trials that gives
     a mean of unequal groups the same variance; pictures count as independent, also those of one prompt.
     """
-    skills = [skill for skill in data.SKILLS if skill in tags]
+    skills = list(dict.fromkeys(tags))
     table = {skill: share(v for tag, v in zip(tags, verdicts) if tag == skill) for skill in skills}
     rows = list(table.values())
     score = sum(r["score"] for r in rows) / len(rows)
@@ -316,17 +333,38 @@ def scene_for(entry, rng):
     Open colours avoid HELD_OUT pairs. Three and more objects are small, as in the world.
     """
     clauses = entry["include"][::-1]                                 # the clause with a position, the last, comes first
-    link = clauses[0].get("position", (None,))[0]
-    while True:
+    link = clauses[0].get("position", (None,))[0] if clauses else None
+    ground = entry.get("background") or data.pick(rng, list(data.BACKGROUNDS))
+    while clauses:
         kinds = []
         for clause in clauses:
             open_colours = [c for c in data.COLOURS if (c, clause["class"]) not in data.HELD_OUT]
             colour = clause.get("color") or data.pick(rng, open_colours)
-            size = "small" if clause["count"] > 2 else data.pick(rng, list(data.SIZES))
+            size = clause.get("size") or ("small" if clause["count"] > 2 else data.pick(rng, list(data.SIZES)))
             kinds += [(clause["class"], colour, size)] * clause["count"]
         things = data.place(kinds, rng, link)
         if things:
-            return data.Scene(data.pick(rng, list(data.BACKGROUNDS)), things)
+            return data.Scene(ground, things)
+    return data.Scene(ground, ())
+
+
+def read_entries(path):
+    """Prompts of one's own: a file with the fields of data.skill_prompts; a clause may also have "size", an entry
+    "background". Raises ValueError where one asks for what this world or this judge doesn't have."""
+    entries = read_records(path, ("tag", "prompt", "include"))
+    for number, entry in enumerate(entries, 1):
+        try:
+            fine = entry["tag"] not in data.SKILLS and entry.get("background", "black") in data.BACKGROUNDS
+            for at, clause in enumerate(entry["include"]):
+                link, other = clause.get("position", ("above", -1))
+                fine &= clause["class"] in data.SHAPES and clause.get("color", "red") in data.COLOURS
+                fine &= clause.get("size", "small") in data.SIZES and clause["count"] > 0
+                fine &= link in data.RELATIONS and other < at
+        except (KeyError, TypeError, ValueError, AttributeError):
+            fine = False
+        if not fine:
+            raise ValueError(f"entry {number} of {path} asks for what the judge doesn't know, or has a skill's tag")
+    return entries
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -536,7 +574,8 @@ def draw_entries(pipe, entries, seed, **sampling):
 def run_alignment(args):
     """Does the model draw what the prompts of the six skills ask? Beside it: shuffled prompts, and true renders."""
     pipe = Pipeline(args.ckpt, args.device, args.dtype)
-    prompts = data.skill_prompts(args.n_prompts, args.seed, args.novel)
+    prompts = read_entries(args.prompts) if args.prompts else data.skill_prompts(args.n_prompts, args.seed, args.novel)
+    name = f"alignment-{Path(args.prompts).stem}" if args.prompts else "alignment"
     entries = [entry for entry in prompts for _ in range(args.images)]
     pictures, seeds = draw_entries(pipe, entries, args.seed)
     seen = [judge(picture) for picture in pictures]
@@ -553,10 +592,10 @@ def run_alignment(args):
     chosen = [i for i in range(len(pictures)) if i // args.images % every == 0]
     sheet = contact_sheet([pictures[i] for i in chosen], [entries[i]["prompt"] for i in chosen],
                           [verdicts[i][0] for i in chosen], max(8, 4 * args.images))
-    write_whole(Path(args.out) / "alignment.png", np.asarray(sheet))
+    write_whole(Path(args.out) / f"{name}.png", np.asarray(sheet))
     save(args, {**tables, "pictures": [
         {"tag": e["tag"], "prompt": e["prompt"], "seed": seed, "hit": hit, "strict": strict, "seen": asdict(s)}
-        for e, seed, (hit, strict), s in zip(entries, seeds, verdicts, seen)]})
+        for e, seed, (hit, strict), s in zip(entries, seeds, verdicts, seen)]}, name)
 
 
 def draw_questions(seed, n):
@@ -1985,6 +2024,7 @@ def parse(argv):
     add["ablation"]("--what", required=True, choices=[name for name in STUDIES if not name.startswith("figure")])
     add["ablation"]("--ckpt", default=str(WEIGHTS / "nano"), help="model folder that draws for steps and guidance")
     add["alignment"]("--novel", action="store_true", help="pairs of colour and shape never trained on")
+    add["alignment"]("--prompts", help="other prompts, as in assets/free_prompts.jsonl: pictures must fit exactly")
     add["understanding"]("--data", help="questions: .tsv as VLMEvalKit's, .jsonl, or MM-Vet's .json")
     add["understanding"]("--task", choices=TASKS, help="wording and scoring (choice, or vqav2 without options)")
     add["understanding"]("--images", help="folder of the pictures that a .jsonl names (its own)")

@@ -5497,6 +5497,30 @@ def test_figure4_numbers_are_those_of_its_logs(tmp_path, capsys):
     assert "failed" in capsys.readouterr().err
 
 
+def test_free_prompts_fit_their_own_pictures_alone(tmp_path):
+    """The hundred prompts of people: no training caption is among them, true renders fit, other prompts' renders rarely do."""
+    entries = scores.read_entries("assets/free_prompts.jsonl")
+    texts, rng = {e["prompt"] for e in entries}, np.random.default_rng(0)
+    assert len(texts) == 100
+    assert not texts & {data.caption(data.make_scene(0, i), rng).lower().rstrip(".") for i in range(3000)}
+    seen = [scores.judge(data.draw(scores.scene_for(e, rng))) for e in entries]
+    assert all(scores.fits(e, s) for e, s in zip(entries, seen))
+    assert sum(scores.fits(e, s) for e, s in zip(entries, seen[50:] + seen[:50])) < 10
+    a, b = data.Thing("square", "green", "small", 0.2, 0.2), data.Thing("square", "blue", "large", 0.7, 0.7)
+    entry = next(e for e in entries if e["prompt"] == "two squares, one green and one blue")
+    for things, fine in ((a, b), True), ((a,), False), ((a, replace(b, colour="green")), False), ((a, b, replace(a, y=0.8)), False):
+        assert scores.fits(entry, scores.judge(data.draw(data.Scene("white", things)))) == fine
+    asked = {"tag": "size", "prompt": "a large square on white", "include": [{"class": "square", "count": 1, "size": "large"}],
+             "background": "white"}
+    for thing, ground, fine in (b, "white", True), (a, "white", False), (b, "black", False):
+        assert scores.fits(asked, scores.judge(data.draw(data.Scene(ground, (thing,))))) == fine
+    for wrong in ({"tag": "counting"}, {"background": "pink"}, {"include": [{"class": "cat", "count": 1}]},
+                  {"include": [{"class": "star", "count": 1, "position": ["above", 0]}]}, {"include": 3}):
+        (tmp_path / "p.jsonl").write_text(json.dumps({**asked, **wrong}) + "\n")
+        with pytest.raises(ValueError, match="entry 1 of .* asks for what"):
+            scores.read_entries(tmp_path / "p.jsonl")
+
+
 def test_eval_mistakes_are_sentences(tmp_path, capsys):
     """Exit code 2 and one line on stderr."""
     for line in ("", "paint", "alignment --ckpt /nowhere", "understanding --seed 0", "judge --n 0", "judge --size x",
