@@ -16,7 +16,7 @@ import re
 import sys
 import tarfile
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -217,7 +217,7 @@ DIRECTIONS = {"left of": ("left", "right"), "right of": ("right", "left"), "abov
 
 
 TOLD = (*NUMBERS[2:], *SIZES, *COLOURS, *SHAPES, *BACKGROUNDS, *dict.fromkeys(sum(DIRECTIONS.values(), ())), "top", "bottom",
-        "middle")
+        "middle", "of one", "of two", "of three", "of four")             # the last: how many there are in all
 
 
 def things_told(text):
@@ -240,20 +240,95 @@ def things_told(text):
     return things
 
 
-def code_told(text, n, dim):
-    """What n listeners shall hear of a caption, the things taking turns, as vectors: (n, dim) fp32; None if it names none.
+def code_of(things, n, dim):
+    """What n listeners shall hear of `things_told`, one each, the things taking turns, as vectors: (n, dim) fp32.
 
     Every word of TOLD has a random code, and with every shape another one: a red circle is more than something red and
-    something round. A thing is the sum of its codes, scaled to an rms of 1. Random directions are nearly orthogonal, so
-    one linear map can read off each word and each pair.
+    something round. A thing is the sum of its codes and of the code of how many things there are in all (without it, one
+    of two was often left out), scaled to an rms of 1. Random directions are nearly orthogonal, so one linear map can read
+    off each word and each pair. No things: zeros.
     """
+    total = sum(next((NUMBERS.index(word) for word in said if word in NUMBERS), 1) for _, *said in things)
     codes = np.random.default_rng(0).standard_normal((len(SHAPES) + 1, len(TOLD), dim), dtype=np.float32)
-    rows = []
-    for shape, *said in things_told(text):
-        words = [TOLD.index(word) for word in said]
-        row = codes[-1, TOLD.index(shape)] + codes[-1, words].sum(0) + codes[SHAPES.index(shape), words].sum(0)
-        rows.append(row / np.sqrt(np.square(row).mean()))
-    return np.stack(rows)[np.arange(n) % len(rows)] if rows else None
+    rows = np.zeros((max(1, len(things)), dim), np.float32)
+    for row, (shape, *said) in zip(rows, things):
+        words = [TOLD.index(word) for word in (*said, f"of {NUMBERS[min(total, 4)]}")]
+        row += codes[-1, TOLD.index(shape)] + codes[-1, words].sum(0) + codes[SHAPES.index(shape), words].sum(0)
+        row /= np.sqrt(np.square(row).mean())
+    return rows[np.arange(n) % len(rows)]
+
+
+SYNONYMS = {"red": ("crimson", "scarlet"), "orange": ("amber",), "yellow": ("golden",), "green": ("emerald", "lime"),
+            "blue": ("azure", "navy"), "purple": ("violet",), "grey": ("gray",), "circle": ("disc", "dot", "ball"),
+            "square": ("box", "block"), "small": ("tiny", "little", "mini"), "large": ("big", "huge", "giant"),
+            "two": ("2", "a pair of", "a couple of"), "three": ("3", "a trio of"), "four": ("4",)}
+REQUESTS = ("{}", "{}", "draw {}", "draw me {}, please", "can you make {}?", "show me {}", "paint {}", "just {}", "i want {}",
+            "i would like to see {}", "a drawing of {}", "this is {}", "only {}, nothing else")
+BESIDE = ("{} and {}", "{}, {}", "{} with {}", "{} plus {}", "{} & {}", "{} beside {}", "{} next to {}", "both {} and {}",
+          "{} and also {}", "{}. {}.")
+LYING = {"left": ("{} to the left of {}", "{} on the left, {} on the right", "on the left {}, on the right {}",
+                  "left: {}, right: {}", "{1} with {0} on its left", "{1}, and left of it {0}"),
+         "above": ("{} over {}", "{} on top of {}", "{} at the top, {} at the bottom", "at the top {}, at the bottom {}",
+                   "above: {}, below: {}", "{1} underneath {0}", "{1} beneath {0}", "{1} with {0} over it")}
+GROUNDS = ("{0} on {1}", "{0} on a {1} background", "{1} background, {0}", "on {1}: {0}", "against {1}, {0}",
+           "{0} in front of a {1} wall")
+
+
+def reworded(text, rng):
+    """(a caption of the world in other words, as people may type it; the things it tells, in its order). Texts that name no
+    thing or tell of regions stay as they are."""
+    told = things_told(text)
+    if not told or any(place in text.lower() for place in PLACES):
+        return text, told
+    side = next((word for words in told for word in words if word in ("left", "right", "above", "below")), None)
+    form = pick(rng, LYING[{"right": "left", "below": "above"}.get(side, side)] if side else BESIDE)
+    if (side in ("right", "below")) != form.startswith("{1}"):       # the order in which the new text will tell them
+        told = told[::-1]
+    phrases = []
+    for words in told:
+        number, size, colour, shape = ([pick(rng, SYNONYMS.get(word, (word,))) if rng.random() < 0.4 else word
+                                        for word in words if word in kind] for kind in (NUMBERS, SIZES, COLOURS, SHAPES))
+        if number:
+            shape[0] += "es" if shape[0][-1] == "x" else "s"
+        swap = rng.random() if colour else 1.0
+        be = ["that are" if number else "that is"]
+        phrase = size + shape + ["in"] + colour if swap < 0.15 else size + shape + be + colour if swap < 0.3 else size + colour + shape
+        phrase, how = " ".join(number + phrase), rng.random()
+        phrases.append(phrase if number or how < 0.1 else f"one {phrase}" if how < 0.2 else article(phrase))
+    body = join(phrases) if len(phrases) != 2 else form.format(*phrases[::-1 if form.startswith("{1}") else 1])
+    ground = next((word for word in told[0] if word in BACKGROUNDS), None)
+    if ground:
+        ground = pick(rng, SYNONYMS.get(ground, (ground,))) if rng.random() < 0.4 else ground
+        body = pick(rng, GROUNDS).format(body, ground)
+    text = pick(rng, REQUESTS).format(body)
+    return text.upper() if rng.random() < 0.05 else text[0].upper() + text[1:] if rng.random() < 0.2 else text, told
+
+
+def edit(scene, rng, kind=None):
+    """(instruction, the scene after it): a thing alone in its kind gets another "colour" or "place" or goes ("remove"), or
+    the "background" changes. None if a change of the wanted kind isn't possible; without one, any that is."""
+    alone = [t for t in scene.things if sum(o.shape == t.shape for o in scene.things) == 1]
+    kinds = ("colour", "place", "background") + ("remove",) * (len(scene.things) > 1) if alone else ("background",)
+    if kind is not None and kind not in kinds:
+        return None
+    anything, kind = kind is None, kind or pick(rng, kinds)
+    if kind == "background":
+        ground = pick(rng, [g for g in BACKGROUNDS if g != scene.background])
+        return f"make the background {ground}", replace(scene, background=ground)
+    thing = pick(rng, alone)
+    others = tuple(t for t in scene.things if t is not thing)
+    if kind == "remove":
+        return f"remove the {thing.shape}", replace(scene, things=others)
+    if kind == "colour":
+        colour = pick(rng, [c for c in COLOURS if c != thing.colour and (c, thing.shape) not in HELD_OUT])
+        return f"make the {thing.shape} {colour}", replace(scene, things=others + (replace(thing, colour=colour),))
+    for _ in range(40):
+        (moved,) = place([(thing.shape, thing.colour, thing.size)], rng)
+        clear = all(math.hypot(moved.x - t.x, moved.y - t.y) > moved.reach + t.reach + 0.03 for t in others)
+        if clear and region(moved) != region(thing):
+            where = region(moved).split(" ", 1)[1]                   # without its "on", "at" or "in"
+            return f"move the {thing.shape} to {where}", replace(scene, things=others + (moved,))
+    return edit(scene, rng, "background") if anything else None      # nowhere else is room for it
 
 
 def exchange_colours(text):

@@ -655,6 +655,45 @@ def run_understanding(args):
 
 
 @torch.no_grad()
+def run_editing(args):
+    """Does the model draw a picture again, changed as told? --n unseen scenes, the kinds of data.edit in turn, and
+    "again" without a change. Right: the judge sees the things of the changed scene in shape, colour and size, and its
+    background; after a move also the thing in its new region. Beside it, how often the picture as it was would pass."""
+    pipe, rng = Pipeline(args.ckpt, args.device, args.dtype), np.random.default_rng(args.seed)
+    kinds, tasks, index = ("again", "colour", "place", "remove", "background"), [], 0
+    while len(tasks) < args.n:                                       # scenes that can't be changed so are passed over
+        scene, kind, index = data.make_scene(args.seed, index), kinds[len(tasks) % len(kinds)], index + 1
+        asked = (data.RECONSTRUCT, scene) if kind == "again" else data.edit(scene, rng, kind)
+        tasks += [(kind, scene, *asked)] if asked else []
+    pictures, shown = [], [Image.fromarray(data.draw(scene)) for _, scene, _, _ in tasks]
+    for i in tqdm(range(0, len(tasks), BATCH), disable=None):
+        prompts = [task[2] for task in tasks[i:i + BATCH]]
+        seeds = [args.seed * 10 ** 6 + i + j for j in range(len(prompts))]
+        pictures += list(to_uint8(pipe.images(prompts, seeds, images=shown[i:i + BATCH])))
+
+    def told(things):
+        return Counter((t.shape, t.colour, t.size) for t in things)
+
+    def right(task, picture):
+        kind, before, _, after = task
+        seen, new = judge(np.asarray(picture)), set(after.things) - set(before.things)
+        there = {(t.shape, t.colour, data.region(t)) for t in seen.things}
+        return seen.background == after.background and told(seen.things) == told(after.things) and (
+            kind != "place" or all((t.shape, t.colour, data.region(t)) in there for t in new))
+    verdicts = [right(task, picture) for task, picture in zip(tasks, pictures)]
+    unchanged = [right(task, picture) for task, picture in zip(tasks, shown)]
+    tags = [task[0] for task in tasks]
+    table, floor = by_skill(tags, verdicts), by_skill(tags, unchanged)
+    table = {kind: {**row, "unchanged": floor[kind]["score"]} for kind, row in table.items()}
+    show(f"{args.n} pictures drawn again", table)
+    pairs = [picture for i in range(min(32, len(tasks))) for picture in (np.asarray(shown[i]), pictures[i])]
+    sheet = contact_sheet(pairs, [text for task in tasks[:32] for text in (data.describe(task[1]), task[2])],
+                          [verdict for i in range(min(32, len(tasks))) for verdict in (True, verdicts[i])], 8)
+    write_whole(Path(args.out) / "editing.png", np.asarray(sheet))
+    save(args, {**table, "pictures": [{"kind": kind, "asked": asked, "scene": data.describe(scene), "right": fine}
+                                      for (kind, scene, asked, _), fine in zip(tasks, verdicts)]})
+
+
 def run_reconstruction(args):
     """Both ceilings: what the VAE alone keeps of a picture, and what CLIP features and the decoder keep.
 
@@ -1987,8 +2026,9 @@ def run_speed(args):
 WEIGHTS = Path(__file__).parent / "weights"
 STUDY = {name.replace("_", "-"): None for name in USUAL}             # None: the study's own
 COMMANDS = {"judge": run_judge, "alignment": run_alignment, "understanding": run_understanding,
-            "reconstruction": run_reconstruction, "binding": run_binding, "generate": run_generate,
-            "score": run_score, "fid": run_fid, "compare": run_compare, "leakage": run_leakage,
+            "reconstruction": run_reconstruction, "binding": run_binding, "editing": run_editing,
+            "generate": run_generate, "score": run_score,
+            "fid": run_fid, "compare": run_compare, "leakage": run_leakage,
             "figure4": run_study, "figure5": run_study, "ablation": run_study, "speed": run_speed}
 
 
@@ -1998,7 +2038,8 @@ def parse(argv):
     commands, add = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS)), {}
     for name, seed, counts in (("judge", 1, {"n": 1000, "size": 64}), ("alignment", 0, {"n-prompts": 553, "images": 4}),
                                ("understanding", 1, {"n": 600}), ("reconstruction", 1, {"n": 200}),
-                               ("binding", 1, {"n": 256}), ("speed", 0, {"rounds": 5}), ("generate", 0, {}),
+                               ("binding", 1, {"n": 256}), ("editing", 1, {"n": 200}),
+                               ("speed", 0, {"rounds": 5}), ("generate", 0, {}),
                                ("score", 0, {}), ("fid", 0, {}), ("compare", 0, {}), ("leakage", 0, {"n": 20000}),
                                ("figure4", 0, STUDY), ("figure5", 0, STUDY), ("ablation", 0, STUDY)):
         command = commands.add_parser(name, description=COMMANDS[name].__doc__)
@@ -2007,7 +2048,7 @@ def parse(argv):
             command.add_argument(f"--{option}", type=int, default=value)
         command.add_argument("--seed", type=int, default=seed, help="of the prompts and pictures")
         command.add_argument("--out", default="runs/eval", help="folder of the results")
-        if name in ("alignment", "understanding", "reconstruction", "binding", "generate", "fid"):
+        if name in ("alignment", "understanding", "reconstruction", "binding", "editing", "generate", "fid"):
             command.add_argument("--ckpt", default=str(WEIGHTS / "nano"), help="model folder")
             command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
             command.add_argument("--dtype", default="auto", help="auto, fp32, bf16, fp16")
@@ -2047,7 +2088,7 @@ def parse(argv):
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {vars(args)[name]}")
     if not 0 <= args.seed < 1000:                                    # each has a million seeds of pictures
         raise ValueError(f"--seed must lie between 0 and 999, not {args.seed}")
-    if args.command in ("understanding", "reconstruction", "binding") and args.seed == 0:
+    if args.command in ("understanding", "reconstruction", "binding", "editing") and args.seed == 0:
         raise ValueError("--seed 0 is the world that models are trained on: take another for unseen pictures")
     return args
 

@@ -272,7 +272,7 @@ class UnderstandingStage(Stage):
     And the states of the latent queries have to say it, in a way that a DiT can use. Left to chance they tell which words a
     prompt holds, hardly which belong together: exchanging two colours moved them by 2 % of what another prompt does, and the
     DiT learnt to draw bags of words. So the queries are taught here what to say (`tell`): one thing of the caption each, the
-    things taking turns, as a sum of fixed random vectors for its words and for the pairs of them (data.code_told). It must
+    things taking turns, as a sum of fixed random vectors for its words and for the pairs of them (data.code_of). It must
     be pairs: from sums of "red", "blue", "circle" and "star" a DiT learns far more slowly who is red. The paper has no such
     loss; it has a language model of 7B, whose states hold such conjunctions after reading the internet.
     """
@@ -298,11 +298,12 @@ class UnderstandingStage(Stage):
         batch = {**super().collate(samples), **self.conversations(turns, [merged * look for look in looks])}
         batch |= look_at(batch["pixels"], looks, self.vision)
         if self.tell:
-            texts, shape = [s["caption"] or "" for s in samples], (self.trained.config.n_query, self.trained.config.text.hidden_size)
-            codes = [data.code_told(text, *shape) for text in texts]
-            batch["prompts"] = data.pad([data.prompt_ids(self.tokenizer, text) for text in texts])
-            batch["told"] = torch.tensor([code is not None for code in codes])
-            batch["codes"] = torch.from_numpy(np.stack([np.zeros(shape, np.float32) if code is None else code for code in codes]))
+            asked, shown, told = zip(*map(self.request, samples))
+            pads, size = [merged * show for show in shown], (self.trained.config.n_query, self.trained.config.text.hidden_size)
+            batch["prompts"] = *data.pad([data.prompt_ids(self.tokenizer, *each) for each in zip(asked, pads)]), \
+                *look_at(batch["pixels"], shown, self.vision).values()
+            batch["told"] = torch.tensor([bool(things) for things in told])
+            batch["codes"] = torch.from_numpy(np.stack([data.code_of(things, *size) for things in told]))
         return batch
 
     def conversations(self, turns, pads):
@@ -324,6 +325,16 @@ class UnderstandingStage(Stage):
             return [data.ask(scene, rng) for _ in range(self.questions)] + [(data.DESCRIBE, data.describe(scene))], True
         text = sample["caption"]
         return [(data.GENERATE.format(text), "")] + [data.ask(scene, rng, text) for _ in range(self.questions)], False
+
+    def request(self, sample):
+        """(a prompt to draw, does it show the picture?, the things that the queries shall tell): half of them captions, often
+        in other words, half the picture, to be drawn again or with a change."""
+        rng, scene, text = sample["rng"], sample.get("scene"), sample["caption"] or ""
+        if scene is None or rng.random() < 0.5:
+            text, told = data.reworded(text, rng) if rng.random() < 0.5 else (text, data.things_told(text))
+            return text, False, told
+        asked, after = (data.RECONSTRUCT, scene) if rng.random() < 0.4 else data.edit(scene, rng)
+        return asked, True, data.things_told(data.describe(after))
 
     def forward(self, batch):
         losses = {"text": self.trained(batch["ids"], batch["mask"], labels=batch["labels"], pixels=batch["patches"],
