@@ -40,6 +40,23 @@ RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": 
 NUMBERS = ("no", "one", "two", "three", "four")
 HELD_OUT = {("purple", "triangle"), ("orange", "star"), ("green", "square")}    # never in a training picture
 
+# Letters that 64 pixels keep apart, as strokes in a unit square, y down; `arc` is a part of an ellipse.
+def arc(x, y, rx, ry, start, end):
+    """Points of an ellipse around (x, y) from one angle to another, in degrees clockwise from the right."""
+    return [(x + rx * math.cos(math.radians(a)), y + ry * math.sin(math.radians(a))) for a in np.linspace(start, end, 25)]
+
+
+GLYPHS = {"A": [[(0, 1), (0.5, 0), (1, 1)], [(0.2, 0.65), (0.8, 0.65)]], "C": [arc(0.55, 0.5, 0.55, 0.5, 315, 45)],
+           "E": [[(1, 0), (0, 0), (0, 1), (1, 1)], [(0, 0.5), (0.85, 0.5)]], "H": [[(0, 0), (0, 1)], [(1, 0), (1, 1)], [(0, 0.5), (1, 0.5)]],
+           "I": [[(0.5, 0), (0.5, 1)]], "K": [[(0, 0), (0, 1)], [(1, 0), (0, 0.55), (1, 1)]], "L": [[(0, 0), (0, 1), (1, 1)]],
+           "N": [[(0, 1), (0, 0), (1, 1), (1, 0)]], "O": [arc(0.5, 0.5, 0.5, 0.5, 0, 360)],
+           "P": [[(0, 1), (0, 0), *arc(0.5, 0.28, 0.5, 0.28, -90, 90), (0, 0.56)]], "T": [[(0, 0), (1, 0)], [(0.5, 0), (0.5, 1)]],
+           "U": [[(0, 0), *arc(0.5, 0.6, 0.5, 0.4, 180, 0), (1, 0)]], "X": [[(0, 0), (1, 1)], [(1, 0), (0, 1)]],
+           "Y": [[(0, 0), (0.5, 0.5), (1, 0)], [(0.5, 0.5), (0.5, 1)]]}
+LETTER, GAP, STROKE = (0.27, 0.38), 0.12, 0.08        # width and height of a letter, the gap between two, the strokes' width
+TWO_LETTERS = [a + b for a in GLYPHS for b in GLYPHS]
+HELD_OUT_WORDS = {word for i, word in enumerate(TWO_LETTERS) if i % 9 == 4}           # never in a training picture
+
 
 def pick(rng, options):
     """One of a sequence, evenly (rng.choice is ten times slower on small lists)."""
@@ -78,10 +95,20 @@ class Thing:
 
 
 @dataclass(frozen=True)
+class Word:
+    """A word of two of the GLYPHS in one colour, centre (x, y) as a `Thing`'s."""
+    text: str
+    colour: str
+    x: float
+    y: float
+
+
+@dataclass(frozen=True)
 class Scene:
-    """A background colour and a tuple of `Thing`s that don't touch each other or the border."""
+    """A background colour and a tuple of `Thing`s that don't touch each other or the border; or a word alone."""
     background: str
     things: tuple
+    word: Word | None = None
 
 
 def relation(a, b):
@@ -135,6 +162,23 @@ def make_scene(seed, index, novel=False):
             return Scene(pick(rng, list(BACKGROUNDS)), things)
 
 
+def make_word(seed, index, novel=False):
+    """The word number `index` of the world `seed` as a Scene; novel ones are HELD_OUT_WORDS, the others never."""
+    rng = np.random.default_rng((seed, index, 2 + novel))
+    text = pick(rng, [word for word in TWO_LETTERS if (word in HELD_OUT_WORDS) == novel])
+    x, y = (0.5 + (2 * rng.random(2) - 1) * (0.12, 0.2)).round(4).tolist()
+    return Scene(pick(rng, list(BACKGROUNDS)), (), Word(text, pick(rng, list(COLOURS)), x, y))
+
+
+def strokes(word):
+    """The strokes of a `Word`: lists of points (K, 2) in units of the picture's side."""
+    width, height = LETTER
+    for i, letter in enumerate(word.text):
+        left = word.x + (i - len(word.text) / 2) * (width + GAP) + GAP / 2
+        for points in GLYPHS[letter]:
+            yield np.array(points) * LETTER + (left, word.y - height / 2)
+
+
 def draw(scene, size=64):
     """The picture of a scene as uint8 (size, size, 3): drawn at four times the size, then averaged (anti-aliasing)."""
     big = 4 * size
@@ -143,6 +187,11 @@ def draw(scene, size=64):
     for t in scene.things:
         corners = (OUTLINES[t.shape] * SIZES[t.size] + (t.x, t.y)) * big - 0.5
         pen.polygon([tuple(c) for c in corners], fill=COLOURS[t.colour])
+    for points in strokes(scene.word) if scene.word else ():
+        points, round_ = [tuple(p) for p in points * big - 0.5], STROKE * big / 2
+        pen.line(points, COLOURS[scene.word.colour], round(2 * round_), joint="curve")
+        for x, y in (points[0], points[-1]):
+            pen.ellipse((x - round_, y - round_, x + round_, y + round_), COLOURS[scene.word.colour])
     return np.asarray(image.reduce(4))
 
 
@@ -176,6 +225,8 @@ def caption(scene, rng, long=None):
     Short ones have the forms of the six GenEval skills; `long` ones (a third, if None) tell everything, region included.
     Every object of the scene is counted in every caption: what is not named is not there.
     """
+    if scene.word:
+        return word_caption(scene, rng, long)
     long = rng.random() < 0.33 if long is None else long
     colour, size, place_of = (True, True, True) if long else (rng.random() < 0.75, rng.random() < 0.35, rng.random() < 0.1)
     words = {size: pick(rng, options) for size, options in WORDS_OF_SIZE.items()}
@@ -207,6 +258,16 @@ def caption(scene, rng, long=None):
     return text[0].upper() + text[1:] + "." if rng.random() < 0.25 else text
 
 
+def word_caption(scene, rng, long=None):
+    """A caption of a scene with a word: what it says, and at random its colour and the background (`long`: always)."""
+    text = f"{pick(rng, ('the word', 'the word', 'the text', 'the letters'))} '{scene.word.text}'"
+    if long or rng.random() < 0.8:
+        text += f" in {scene.word.colour}"
+    if long or rng.random() < 0.4:
+        text += " on " + pick(rng, (scene.background, article(f"{scene.background} background")))
+    return pick(rng, ("{}", "{}", "a picture of {}", "a photo of {}", "an image of {}")).format(text)
+
+
 WORDS_OF_SIZE = {"small": ("small", "small", "little", "tiny"), "large": ("large", "large", "big")}    # as often as here
 PLACES = [f"in the {row} {column} corner" for row in ("top", "bottom") for column in ("left", "right")]
 PLACES += ["on the left", "on the right", "at the top", "at the bottom", "in the middle"]
@@ -220,13 +281,20 @@ TOLD = (*NUMBERS[2:], *SIZES, *COLOURS, *SHAPES, *BACKGROUNDS, *dict.fromkeys(su
         "middle", "of one", "of two", "of three", "of four")             # the last: how many there are in all
 
 
+QUOTED = re.compile(r"""(?:word|text|letters|says) ?["']?([A-Z]{2})\b|["']([A-Z]{2})["']""")
+
+
 def things_told(text):
     """The things that a caption of the world names, in its order, each with the words of TOLD that it says of it, its shape
-    first; [] for other texts.
+    first; [] for other texts. Of a word its letters, first and second, take the place of things.
 
     "A tiny red circle left of two stars on grey" -> [["circle", "small", "red", "left", "grey"],
                                                       ["star", "two", "right", "grey"]]
     """
+    quoted = QUOTED.search(text)
+    if quoted and set(word := quoted[1] or quoted[2]) <= set(GLYPHS):
+        said = [c for c in (*COLOURS, *BACKGROUNDS) if re.search(rf"\b{c}\b", text.lower())]
+        return [[f"{place} {letter}", *said] for place, letter in zip(("first", "second"), word)]
     found = list(MENTION.finditer(text.lower()))
     between = text[found[0].end():found[1].start()] if len(found) == 2 else ""
     sides = next((sides for link, sides in DIRECTIONS.items() if link in between), [""] * len(found))
@@ -246,14 +314,19 @@ def code_of(things, n, dim):
     Every word of TOLD has a random code, and with every shape another one: a red circle is more than something red and
     something round. A thing is the sum of its codes and of the code of how many things there are in all (without it, one
     of two was often left out), scaled to an rms of 1. Random directions are nearly orthogonal, so one linear map can read
-    off each word and each pair. No things: zeros.
+    off each word and each pair. A letter of a word has one code for each place. No things: zeros.
     """
+    letters = np.random.default_rng(1).standard_normal((2, len(GLYPHS), dim), dtype=np.float32)
     total = sum(next((NUMBERS.index(word) for word in said if word in NUMBERS), 1) for _, *said in things)
     codes = np.random.default_rng(0).standard_normal((len(SHAPES) + 1, len(TOLD), dim), dtype=np.float32)
     rows = np.zeros((max(1, len(things)), dim), np.float32)
     for row, (shape, *said) in zip(rows, things):
-        words = [TOLD.index(word) for word in (*said, f"of {NUMBERS[min(total, 4)]}")]
-        row += codes[-1, TOLD.index(shape)] + codes[-1, words].sum(0) + codes[SHAPES.index(shape), words].sum(0)
+        if shape in SHAPES:
+            words = [TOLD.index(word) for word in (*said, f"of {NUMBERS[min(total, 4)]}")]
+            row += codes[-1, TOLD.index(shape)] + codes[-1, words].sum(0) + codes[SHAPES.index(shape), words].sum(0)
+        else:
+            words, (place, letter) = [TOLD.index(word) for word in said], shape.split()
+            row += letters[("first", "second").index(place), list(GLYPHS).index(letter)] + codes[-1, words].sum(0)
         row /= np.sqrt(np.square(row).mean())
     return rows[np.arange(n) % len(rows)]
 
@@ -276,9 +349,9 @@ GROUNDS = ("{0} on {1}", "{0} on a {1} background", "{1} background, {0}", "on {
 
 def reworded(text, rng):
     """(a caption of the world in other words, as people may type it; the things it tells, in its order). Texts that name no
-    thing or tell of regions stay as they are."""
+    thing, or a word, or tell of regions stay as they are."""
     told = things_told(text)
-    if not told or any(place in text.lower() for place in PLACES):
+    if not told or told[0][0] not in SHAPES or any(place in text.lower() for place in PLACES):
         return text, told
     side = next((word for words in told for word in words if word in ("left", "right", "above", "below")), None)
     form = pick(rng, LYING[{"right": "left", "below": "above"}.get(side, side)] if side else BESIDE)
@@ -348,6 +421,9 @@ def question(scene, rng, kind=None):
 
     Answers are one word, except that existence and half of the position questions are answered yes or no, evenly.
     """
+    if scene.word:
+        return pick(rng, (("reading", "What word is there?", scene.word.text), ("colour", "What colour is the word?", scene.word.colour),
+                          ("background", "What colour is the background?", scene.background)))
     kind = kind or pick(rng, QUESTIONS)
     things = scene.things
     t = pick(rng, things)
@@ -381,9 +457,10 @@ def question(scene, rng, kind=None):
 
 def ask(scene, rng, text=None):
     """(question, answer) about a scene, of a kind that it can answer; with `text`, only what that caption tells as well."""
-    told = {kind: True for kind in QUESTIONS}
+    told = {kind: True for kind in (*QUESTIONS, "reading")}
     if text is not None:
-        told["colour"] = told["shape"] = told["existence"] = scene.things[0].colour in text
+        first = scene.word or scene.things[0]
+        told["colour"] = told["shape"] = told["existence"] = first.colour in text
         told["position"] = any(f" {link} " in text for link in (*RELATIONS, "under"))
         told["background"] = scene.background in text
     while True:
@@ -395,6 +472,8 @@ def ask(scene, rng, text=None):
 def describe(scene):
     """The answer to DESCRIBE: everything, from left to right, in one fixed form (captions vary, and a model that is to
     learn to see learns more from a text that only the picture can change)."""
+    if scene.word:
+        return f"the word '{scene.word.text}' in {scene.word.colour} on {article(f'{scene.background} background')}"
     things = sorted(scene.things, key=lambda t: t.x)
     told = [f"{article(noun(t, size=True))} {region(t)}" for t in things]
     return f"{join(told)} on {article(f'{scene.background} background')}"
@@ -454,17 +533,19 @@ def skill_prompts(n=553, seed=0, novel=False):
 # Sources: item i -> picture and captions
 # ----------------------------------------------------------------------------------------------------------------------
 class World:
-    """The synthetic world as a source: item i is scene i; `seed` 0 is for training, other seeds for evaluation."""
+    """The synthetic world as a source: item i is scene i; `seed` 0 is for training, other seeds for evaluation. A share
+    `words` of the scenes shows a word instead."""
 
-    def __init__(self, seed=0, size=64, length=10 ** 9):
-        self.seed, self.size, self.length = seed, size, length
+    def __init__(self, seed=0, size=64, length=10 ** 9, words=0.0):
+        self.seed, self.size, self.length, self.words = seed, size, length, words
 
     def __len__(self):
         return self.length
 
     def __getitem__(self, i):
         """{"image": uint8 (size, size, 3), "caption": str, "scene": Scene}."""
-        scene = make_scene(self.seed, i)
+        word = self.words and np.random.default_rng((self.seed, i, 4)).random() < self.words
+        scene = (make_word if word else make_scene)(self.seed, i)
         return {"image": draw(scene, self.size), "scene": scene}
 
 
@@ -831,11 +912,11 @@ class Samples(torch.utils.data.Dataset):
         return {**item, "skipped": skipped, "rng": rng, "caption": self.choose(item, rng)}
 
 
-def open_source(spec, size=64, seed=0):
-    """`--data`: None is the synthetic world; else comma-separated tar shards, folders, JSONL files or glob patterns, each
+def open_source(spec, size=64, seed=0, words=0.0):
+    """`--data`: None is the synthetic world, a share `words` of it words; else comma-separated tar shards, folders, JSONL files or glob patterns, each
     with its share of all samples if it ends in =share (long/*.tar,short/*.tar=0.1)."""
     if spec is None:
-        return World(seed, size)
+        return World(seed, size, words=words)
     sources = []
     for part in spec.split(","):
         share, (path, _, number) = None, part.rpartition("=")

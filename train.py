@@ -60,12 +60,12 @@ NANO_SAMPLING = {"steps": 30, "cfg": 2.0, "decoder_steps": 10, "decoder_cfg": 1.
 # to `min_lr` along a cosine, after `warmup` steps. The paper's stage 1: 1e-4 to 1e-5, batch 512, 150k steps; stage 2:
 # 1e-4 to 0, 10k steps (see --paper).
 RECIPES = {
-    "clip":    dict(steps=3000, batch=64, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999, optimizer="adamw"),
-    "vae":     dict(steps=3000, batch=16, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999, optimizer="adamw"),
-    "decoder": dict(steps=3500, batch=16, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999, optimizer="adamw"),
-    "0":       dict(steps=9000, batch=16, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999, optimizer="muon"),
-    "1":       dict(steps=8000, batch=64, lr=1.5e-3, min_lr=5e-5, warmup=100, ema=0.999, optimizer="muon"),
-    "2":       dict(steps=950, batch=64, lr=8e-4, min_lr=0.0, warmup=50, ema=0.999, optimizer="muon"),
+    "clip":    dict(steps=3000, batch=64, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999, optimizer="adamw", words=0.1),
+    "vae":     dict(steps=3000, batch=16, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999, optimizer="adamw", words=0.1),
+    "decoder": dict(steps=3500, batch=16, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999, optimizer="adamw", words=0.1),
+    "0":       dict(steps=9000, batch=16, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999, optimizer="muon", words=0.1),
+    "1":       dict(steps=8000, batch=64, lr=1.5e-3, min_lr=5e-5, warmup=100, ema=0.999, optimizer="muon", words=0.0),
+    "2":       dict(steps=950, batch=64, lr=8e-4, min_lr=0.0, warmup=50, ema=0.999, optimizer="muon", words=0.2),
 }
 PAPER = {
     "1": dict(steps=150_000, batch=512, lr=1e-4, min_lr=1e-5, warmup=450, ema=0.9999, optimizer="adamw"),
@@ -85,7 +85,10 @@ class Stage(nn.Module):
     captions = None                 # of the world. True: long captions, False: short ones, None: a mixture
     talk = False                    # does it learn from conversations, too? Else each sample must have a caption
     query_lr = 1.0                  # learning rate of the queries, as a share of the others'
-    heavy = None                    # the part whose shapes never change: what torch.compile gets on CUDA
+
+    def __init__(self):
+        super().__init__()
+        self.heavy = None           # the part whose shapes never change: what torch.compile gets
 
     def collate(self, samples):
         """A list of data.Samples items -> a dict of tensors, and `skipped`: (cause, name) of each broken item among them.
@@ -375,10 +378,10 @@ class GenerationStage(Stage):
         self.captions = False if args.stage == "2" else None
         self.eva = frozen(EvaClip.from_pretrained(args.eva, dtype=args.frozen_dtype))
         self.decoder = frozen(PixelDecoder.from_pretrained(args.eva, dtype=args.frozen_dtype)) if holds(args.eva, "unet") else None
-        self.size, self.reconstruct = self.eva.config.image_size, args.reconstruct
+        self.size, self.reconstruct, self.edit = self.eva.config.image_size, args.reconstruct, args.edit
         stored = BLIP3o.from_pretrained(init, "meta").config
         go_on = not args.fresh and stored.draws and args.design in (None, design_of(stored))
-        looks = {"visual"} if args.joint or args.reconstruct else set()
+        looks = {"visual"} if args.joint or args.reconstruct or args.edit else set()
         drawn = {"regressor" if stored.mse_channels else "dit"} if go_on else set()
         dtype = torch.float32 if args.joint else args.frozen_dtype
         kept = heard(init) if go_on or not args.queries else set()
@@ -386,13 +389,16 @@ class GenerationStage(Stage):
         taught = self.trained.latent_queries
         if not go_on:
             self.trained.add_generator(self.new_config(stored, args))
-        if taught is self.trained.latent_queries and self.trained.config.query_std < 0.1 and not args.joint:
+        if args.query_lr is not None:
+            self.query_lr = args.query_lr
+        elif taught is self.trained.latent_queries and self.trained.config.query_std < 0.1 and not args.joint:
             self.query_lr = 0.0                                      # one step of Adam would be a 15th of such small ones
         self.design, self.shift = design_of(self.trained.config), self.trained.config.shift
         if self.design == "vae-fm" and self.decoder is None:
             raise ValueError(f"design vae-fm makes a VAE's latents: {args.eva} has no diffusion-decoder (--eva names one)")
         for name, p in self.trained.named_parameters():
-            p.requires_grad_(bool(args.joint) or name.startswith(("dit.", "regressor.", "latent_queries")))
+            learns = ("dit.", "regressor.") + ("latent_queries",) * (self.query_lr > 0)
+            p.requires_grad_(bool(args.joint) or name.startswith(learns))
             p.data = p.data.float() if p.requires_grad else p.data
         for part in self.trained.dit, self.trained.llm:
             if part is not None:
@@ -429,27 +435,39 @@ class GenerationStage(Stage):
     def collate(self, samples):
         talks = [self.talk and bool(not s["caption"] or s["rng"].random() < self.joint) for s in samples]
         talk, drawn = ([s for s, talk in zip(samples, talks) if talk == which] for which in (True, False))
-        batch = self.drawings(drawn, self.reconstruct) if drawn else {}
+        batch = self.drawings(drawn, self.reconstruct, self.edit) if drawn else {}
         return {**batch, **({"talk": self.understanding.collate(talk)} if talk else {}),
                 "skipped": [bad for s in samples for bad in s["skipped"][:1]]}
 
     def held_out(self, samples):
-        return self.drawings(samples, 0)
+        return self.drawings(samples)
 
-    def drawings(self, samples, reconstruct):
-        """The batch of the samples that shall be drawn, a share `reconstruct` of them from the picture itself."""
+    def request(self, sample, reconstruct, edit):
+        """(prompt, does it show the picture?, the picture that it asks for) of one sample."""
+        chance = sample["rng"].random() if reconstruct or edit else 1.0
+        if chance < reconstruct:
+            return data.RECONSTRUCT, True, sample["image"]
+        if chance < reconstruct + edit:
+            asked, after = data.edit(sample["scene"], sample["rng"])
+            return asked, True, data.draw(after, self.size)
+        return sample["caption"], False, sample.get("image")         # None where --cache has its features
+
+    def drawings(self, samples, reconstruct=0.0, edit=0.0):
+        """The batch of the samples that shall be drawn, a share `reconstruct` of them from the picture itself, a share `edit`
+        with a change of it."""
         config, vision = self.trained.config, self.trained.config.vision
-        looks = [reconstruct > 0 and s["rng"].random() < reconstruct for s in samples]
+        asked, looks, wanted = zip(*(self.request(s, reconstruct, edit) for s in samples))
         pads = (self.size // vision.patch_size // vision.spatial_merge_size) ** 2 if any(looks) else 0
-        ids, mask = data.pad([data.prompt_ids(self.tokenizer, *((data.RECONSTRUCT, pads) if look else (s["caption"],)))
-                              for s, look in zip(samples, looks)])
+        ids, mask = data.pad([data.prompt_ids(self.tokenizer, text, pads * look) for text, look in zip(asked, looks)])
+        shown = data.to_pixels(np.stack([s["image"] for s in samples])) if any(looks) else None
+        samples = [s if image is None else {**s, "image": image} for s, image in zip(samples, wanted)]
         shape = (config.gen_hidden_size, config.grid, config.grid)
         t = torch.tensor([s["rng"].random() for s in samples], dtype=torch.float32)
         x0, batch = unit_normal(samples, *shape), super().collate(samples)
         return {**batch, "ids": ids, "mask": mask, "captions": [s["caption"] for s in samples],
                 "x0": x0, "t": flow.shift_time(t, self.shift),
                 "drop": torch.tensor([s["rng"].random() < self.drop for s in samples]),
-                **(look_at(batch["pixels"], looks, vision) if any(looks) else {"patches": None, "grid": None})}
+                **(look_at(shown, looks, vision) if any(looks) else {"patches": None, "grid": None})}
 
     def forward(self, batch):
         # A part that no sample of this process has still has a loss, of no samples: the processes reckon together.
@@ -658,7 +676,7 @@ class FeatureCache:
             bad |= {str(at + j): image for j, image in enumerate(batch) if isinstance(image, tuple)}
             blank = np.zeros((stage.size, stage.size, 3), np.uint8)
             pixels = data.to_pixels(np.stack([blank if isinstance(image, tuple) else image for image in batch]))
-            with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 for key, value in stage.encode(pixels.to(device)).items():
                     rows.setdefault(key, []).append(value.cpu().contiguous())
         temporary = self.file(i).with_suffix(f".tmp{os.getpid()}")
@@ -824,7 +842,7 @@ def load_state(out, ema, optimizer, args):
     folder = out / (out / "latest").read_text()
     state = json.loads((folder / "state.json").read_text())
     for key in ("stage", "data", "short_caption", "seed", "batch", "init", "shift", "optimizer", "design", "joint",
-                "reconstruct", "tell", "dit", "queries"):
+                "reconstruct", "edit", "words", "tell", "dit", "queries"):
         if state["args"].get(key) != getattr(args, key):
             raise ValueError(f"{out} holds a run with --{key.replace('_', '-')} {state['args'].get(key)}, not "
                              f"{getattr(args, key)}: choose another --out, or delete the folder to start anew")
@@ -967,7 +985,7 @@ def optimizer_of(stage, args, world, device):
     """AdamW, or Muon for hidden matrices and AdamW for the rest; with --zero each process keeps a share of the moments."""
     named = {name: p for name, p in stage.trained.named_parameters() if p.requires_grad}
     queries = [named.pop("latent_queries")] if "latent_queries" in named else []
-    groups = [{"params": list(named.values())}, {"params": queries, "share": stage.query_lr if args.query_lr is None else args.query_lr}]
+    groups = [{"params": list(named.values())}, {"params": queries, "share": stage.query_lr}]
     if args.optimizer == "muon":                                     # the head of a language model is no hidden matrix
         hidden = {m.weight for name, m in stage.trained.named_modules() if isinstance(m, nn.Linear) and name != "llm.lm_head"}
         groups += [{"params": [p for p in named.values() if p in hidden], "matrices": True}]
@@ -1036,16 +1054,16 @@ def train(args, rank, world, device):
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)                                     # the same fresh weights on every rank
     stage = STAGES[args.stage](args.init, args).to(device)
-    source = data.open_source(args.data, stage.size, args.seed)
+    source = data.open_source(args.data, stage.size, args.seed, args.words)
     kept = FeatureCache(args.cache, stage, source, args, rank, world, device) if args.cache else source
     samples = data.Samples(kept, stage.size, args.seed, stage.captions, args.short_caption, stage.talk)
-    unseen = source if args.data else data.World(10 ** 6, stage.size)
+    unseen = source if args.data else data.World(10 ** 6, stage.size, words=args.words)
     held_out = data.Samples(unseen, stage.size, 10 ** 6, stage.captions, args.short_caption, stage.talk)
     test = to_device(stage.held_out([held_out[i] for i in range(64)]), device)
     params = [p for p in stage.trained.parameters() if p.requires_grad]
     optimizer, ema = optimizer_of(stage, args, world, device), EMA(stage.trained, args.ema)
     step, counts = load_state(out, ema, optimizer, args)
-    if device.type == "cuda" and args.compile and stage.heavy is not None:
+    if args.compile and stage.heavy is not None:
         stage.heavy.compile()
     net = stage
     if world > 1:                                                    # in some stages a batch may happen to show no picture
@@ -1074,13 +1092,14 @@ def train(args, rank, world, device):
             batch = to_device(next(loader), device)
             meter.waited += time.time() - before
             meter.skip(batch.pop("skipped"))
-            with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 losses = net(batch)
             (sum(value for name, value in losses.items() if name[0] != "_") / args.accumulate).backward()
             meter.add(losses, 1 / args.accumulate)
         norm = nn.utils.clip_grad_norm_(params, args.clip)           # the gradients, and so the norm, are alike on all ranks
         if torch.isfinite(norm):
-            optimizer.step()
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):       # Muon's products, as published
+                optimizer.step()
             ema.update()
             lost = 0
         else:
@@ -1117,7 +1136,8 @@ def checkpoint(out, step, stage, ema, optimizer, test, log, args, counts, rank, 
         stage.trained.eval()
         ema.swap()
         try:
-            with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+            # Other batch sizes than in training, seldom: compiling the heavy part for each would take longer than it saves.
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16), torch.compiler.set_stance("force_eager"):
                 found, rows = {k: round(float(v), 4) for k, v in stage.probe(test).items()}, stage.preview(test)
             if found:
                 log.note({"step": step, **found})
@@ -1150,12 +1170,12 @@ FROZEN = {"decoder": {"EVA-CLIP", "VAE"}, "1": {"EVA-CLIP", "LLM"}, "2": {"EVA-C
 PROMPT = 160                        # tokens of a long caption in its template
 
 
-def used(stage, design=None, joint=0.0, reconstruct=0.0):
+def used(stage, design=None, joint=0.0, looks=0.0):
     """(names of PARTS that are trained, names that run frozen) in a stage."""
     trained, kept = set(TRAINED[stage]), set(FROZEN.get(stage, ()))
     if joint:
         trained |= {"Qwen ViT", "LLM"}
-    elif reconstruct:
+    elif looks:
         kept |= {"Qwen ViT"}
     if design == "vae-fm":
         kept = kept - {"EVA-CLIP"} | {"VAE"}
@@ -1177,7 +1197,7 @@ def dry_run(args, world):
         if name.endswith("clip-mse"):
             cells[-1] = "**linear map**"
         print(f"| `{name}` | " + " | ".join(cells) + " |")
-    trained, kept = used(args.stage, args.design, args.joint, args.reconstruct)
+    trained, kept = used(args.stage, args.design, args.joint, args.reconstruct + args.edit)
     print(f"\nstage {args.stage}, batch {args.batch} on {world} process{'es' if world > 1 else ''}, {args.steps} steps\n")
     print("| size | trained | frozen | weights and optimizer | activations | TFLOP a sample | days on this many GPUs |")
     print("|---|---|---|---|---|---|---|")
@@ -1236,7 +1256,11 @@ def arguments():
     add("--design", choices=["clip-fm", "clip-mse", "vae-fm"], help="section 3.3: flow matching of CLIP features, regression "
         "of CLIP features, flow matching of VAE latents. Default: that of --init, else clip-fm")
     add("--joint", type=float, default=0.0, help="share of understanding samples (stage 0's); the language model trains, too")
-    add("--reconstruct", type=float, default=0.0, help="share of samples whose prompt is the picture itself")
+    add("--reconstruct", type=float, help="share of samples whose prompt is the picture itself. Default: 0, but 0.1 in stage 2 "
+                                          "of the world")
+    add("--edit", type=float, help="share of samples of the world whose prompt is a picture and a change of it. Default: 0, in "
+                                   "stage 2 0.2")
+    add("--words", type=float, help="share of the world's pictures that show a word. Default: 0.1, in stage 1 0, in stage 2 0.2")
     add("--dit", help="other sizes for a fresh DiT: fields of DiTConfig, as in dim=192,n_layers=8,rope=2d")
     add("--queries", type=int, help="number of fresh latent queries for a fresh generator, instead of those of --init")
     add("--tell", type=float, help="stage 0: weight of what the queries are taught to say. Default 1, 0 with --joint or --data")
@@ -1267,7 +1291,10 @@ def arguments():
     add("--workers", type=int, default=0, help="processes that read pictures, per rank")
     add("--max-bad", type=float, default=0.01, help="share of broken samples above which the run stops")
     add("--max-skipped", type=int, default=10, help="steps in a row without a finite gradient that a run survives")
-    add("--no-compile", dest="compile", action="store_false", help="CUDA: run without torch.compile")
+    add("--bf16", action=argparse.BooleanOptionalAction, help="products in bf16 (autocast). Default: on a GPU. It pays on "
+        "CPUs with avx512_bf16 or AMX (lscpu), too; others are slower with it")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile of the heaviest part. Default: on a GPU; a CPU "
+        "compiles for a minute or two")
     add("--log-every", type=int, default=20)
     add("--save-every", type=int, default=500)
     add("--wandb", help="project of Weights & Biases that gets the log, too (needs the package wandb)")
@@ -1287,6 +1314,7 @@ def arguments():
     args.cuda = torch.cuda.is_available() if args.device == "auto" else args.device == "cuda"
     if args.cuda and not torch.cuda.is_available():
         raise ValueError("--device cuda, but torch finds no CUDA device here: use --device cpu")
+    args.bf16, args.compile = (args.cuda if flag is None else flag for flag in (args.bf16, args.compile))
     args.frozen_dtype = torch.bfloat16 if args.cuda else torch.float32                        # what doesn't learn on a GPU: half
     args.shift = args.shift or (1.0 if args.paper else 5.0)
     args.queries = args.queries or (64 if args.paper else None)
@@ -1299,10 +1327,16 @@ def arguments():
     if args.init and not Path(args.init).is_dir():
         raise ValueError(f"there is no model folder at {args.init} (--init)")
     args.eva = args.eva or args.init
-    if args.stage not in ("1", "2") and (args.design or args.joint or args.reconstruct or args.dit):
-        raise ValueError("--design, --joint, --reconstruct and --dit belong to stages 1 and 2")
-    if not all(0 <= share < 1 for share in (args.joint, args.reconstruct)):
-        raise ValueError("--joint and --reconstruct are shares of the samples: from 0 to below 1")
+    shows = args.stage == "2" and not args.data and holds(args.init, "visual")               # what stage 2 of the world is for
+    for key, share in ("reconstruct", 0.1 * shows), ("edit", 0.2 * shows):
+        if getattr(args, key) is None:
+            setattr(args, key, share)
+    if args.stage not in ("1", "2") and (args.design or args.joint or args.reconstruct or args.edit or args.dit):
+        raise ValueError("--design, --joint, --reconstruct, --edit and --dit belong to stages 1 and 2")
+    if not all(0 <= share < 1 for share in (args.joint, args.reconstruct, args.edit, args.reconstruct + args.edit, args.words)):
+        raise ValueError("--joint, --reconstruct, --edit and --words are shares of the samples: from 0 to below 1")
+    if args.edit and args.data:
+        raise ValueError("--edit changes pictures of the synthetic world: it doesn't go with --data")
     for key in ("steps", "batch", "accumulate", "log_every", "save_every"):
         if getattr(args, key) < 1:
             raise ValueError(f"--{key.replace('_', '-')} must be at least 1, not {getattr(args, key)}")
