@@ -529,6 +529,17 @@ def skill_prompts(n=553, seed=0, novel=False):
     return prompts
 
 
+def word_prompts(n=553, seed=0):
+    """`n` prompts for words in turn from training and from HELD_OUT_WORDS, in the fields of `skill_prompts`; tags "word" and
+    "new word"."""
+    prompts = []
+    for i in range(n):
+        word = make_word(10 ** 6 + seed, i, novel=i % 2 == 1).word
+        prompts.append({"tag": ("word", "new word")[i % 2], "prompt": f"the word '{word.text}' in {word.colour}",
+                        "include": [{"word": word.text, "color": word.colour}]})
+    return prompts
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Sources: item i -> picture and captions
 # ----------------------------------------------------------------------------------------------------------------------

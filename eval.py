@@ -22,6 +22,7 @@ import argparse
 import ast
 import base64
 import csv
+import functools
 import hashlib
 import io
 import itertools
@@ -74,6 +75,7 @@ SCALES = (0.94, 1.0, 1.06)                # radii around the area-equivalent one
 # Least overlap (IoU) with the drawn shape. Just under what JPEG leaves of the hardest colours (green, purple and orange
 # on grey, which differ mostly in chroma). A diamond is 0.84 of a circle, a triangle upside down 0.70 of a triangle.
 MATCH = {"circle": 0.85, "square": 0.82, "triangle": 0.78, "star": 0.68}
+MATCH_WORD = 0.6                          # the same for a word; that of another word is seldom above
 
 
 @dataclass(frozen=True)
@@ -89,10 +91,20 @@ class SeenThing:
 
 
 @dataclass(frozen=True)
+class SeenWord:
+    """A word as judged: its letters, colour and the overlap (IoU) with its drawing; text "" where none fits well enough."""
+    text: str
+    colour: str
+    match: float
+
+
+@dataclass(frozen=True)
 class Seen:
-    """What the judge reads off a picture: the background's name or "unknown", and the objects, best match first."""
+    """What the judge reads off a picture: the background's name or "unknown", and the objects, best match first; the word,
+    where one was looked for."""
     background: str
     things: tuple
+    word: SeenWord | None = None
 
 
 def nearest(colour, palette):
@@ -183,8 +195,46 @@ def find_pieces(strength):
     return components((strength > CONTRAST) & (strength > peak / 2), SPECK)
 
 
-def judge(image):
-    """What a picture of the world shows, by rules alone. image: uint8 (S, S, 3), any S -> Seen.
+@functools.cache
+def word_templates():
+    """Coverage (number of words, SIDE, SIDE) of every word of data.TWO_LETTERS, drawn around the middle."""
+    scenes = [data.Scene("black", (), data.Word(text, "red", 0.5, 0.5)) for text in data.TWO_LETTERS]
+    low, high = (np.array(c, np.float32) for c in (data.BACKGROUNDS["black"], data.COLOURS["red"]))
+    toward = high - low
+    return np.stack([(data.draw(scene, SIDE) - low) @ toward / (toward @ toward) for scene in scenes])
+
+
+def read_word(image, ground, pieces):
+    """The word of a picture (SIDE, SIDE, 3) with this background and these masks of what stands out from it -> SeenWord.
+
+    All pieces together are the word. Their boxes' middles are laid over each other, and each word's drawing is tried there
+    and up to a pixel beside it.
+    """
+    if not pieces:
+        return SeenWord("", "unknown", 0.0)
+    taken = np.any(pieces, 0)
+    core = ~grow(~taken)
+    colour = np.median(image[core if core.sum() > 4 else taken], 0)
+    toward = colour - ground
+    cover = np.clip(SHARPEN * ((image - ground) @ toward / (toward @ toward) - 0.5) + 0.5, 0, 1) * grow(grow(taken))
+    rows, columns = np.flatnonzero(taken.any(1)), np.flatnonzero(taken.any(0))
+    templates, best = word_templates(), (0.0, 0)
+    middles = [(np.flatnonzero((t > 0.5).any(1))[[0, -1]].sum() // 2, np.flatnonzero((t > 0.5).any(0))[[0, -1]].sum() // 2)
+               for t in templates]
+    y, x = (rows[0] + rows[-1]) // 2, (columns[0] + columns[-1]) // 2
+    for at in set(middles):
+        alike = [i for i, middle in enumerate(middles) if middle == at]
+        for dy, dx in itertools.product((-1, 0, 1), repeat=2):
+            moved = np.roll(cover, (at[0] - y + dy, at[1] - x + dx), (0, 1))
+            low = np.minimum(templates[alike], moved).sum((1, 2))
+            ious = low / (templates[alike].sum((1, 2)) + moved.sum() - low)
+            best = max(best, (float(ious.max()), alike[int(ious.argmax())]))
+    match, index = best
+    return SeenWord(data.TWO_LETTERS[index] if match >= MATCH_WORD else "", nearest(colour, data.COLOURS), match)
+
+
+def judge(image, words=False):
+    """What a picture of the world shows, by rules alone. image: uint8 (S, S, 3), any S -> Seen. words: look for a word, too.
 
     The background is the border's median. Each connected piece that differs from it gets the palette's colour nearest
     to its eroded median, and the shape whose drawing it overlaps best; a piece that no colour or shape fits well enough
@@ -212,7 +262,8 @@ def judge(image):
         things.append(SeenThing(shape if match >= MATCH[shape] else "unknown", nearest(colour, data.COLOURS),
                                 min(data.SIZES, key=lambda s: abs(math.log(radius / data.SIZES[s]))),
                                 (x + 0.5) / SIDE, (y + 0.5) / SIDE, area / SIDE ** 2, match))
-    return Seen(nearest(ground, data.BACKGROUNDS), tuple(sorted(things, key=lambda t: -t.match)))
+    return Seen(nearest(ground, data.BACKGROUNDS), tuple(sorted(things, key=lambda t: -t.match)),
+                read_word(image, ground, pieces) if words else None)
 
 
 def agrees(scene, seen, attributes=("shape", "colour", "size")):
@@ -258,10 +309,19 @@ def hits(entry, seen):
     return True
 
 
+def asked_word(entry):
+    """(the word, its colour or None) that an entry asks for; (None, None) if it asks for things."""
+    return next(((clause["word"], clause.get("color")) for clause in entry["include"] if "word" in clause), (None, None))
+
+
 def fits(entry, seen):
     """Does a judged picture show exactly what an entry asks: as many things as its clauses together, those of each with
-    its class, and the colour, size, background and place that are told? Clauses may differ in colour alone."""
-    groups = []
+    its class, and the colour, size, background and place that are told? Clauses may differ in colour alone. Of an entry
+    that asks for a word: that word, in its colour."""
+    (word, colour), groups = asked_word(entry), []
+    if word:
+        return (seen.word.text == word and seen.word.colour == (colour or seen.word.colour)
+                and seen.background == entry.get("background", seen.background))
     for clause in entry["include"]:
         group = [t for t in seen.things if t.shape == clause["class"] and t.colour == clause.get("color", t.colour)
                  and t.size == clause.get("size", t.size)]
@@ -277,6 +337,12 @@ def fits(entry, seen):
 def hits_strictly(entry, seen):
     """`hits`, and nothing else is in the picture: not one object more, known or unknown."""
     return hits(entry, seen) and len(seen.things) == sum(clause["count"] for clause in entry["include"])
+
+
+def look(pictures, entries):
+    """What the judge sees in each picture; words, too, if any of the entries asks for one."""
+    words = any(asked_word(entry)[0] for entry in entries)
+    return [judge(picture, words) for picture in pictures]
 
 
 def judge_all(entries, seen):
@@ -323,8 +389,7 @@ def summarise(entries, verdicts):
 
 def score_images(images, entries):
     """Pictures (B, 3, H, W) in [0, 1] and their B entries of data.skill_prompts -> the table of `summarise`."""
-    seen = [judge(image) for image in to_uint8(images.float().clamp(0, 1))]
-    return summarise(entries, judge_all(entries, seen))
+    return summarise(entries, judge_all(entries, look(to_uint8(images.float().clamp(0, 1)), entries)))
 
 
 def scene_for(entry, rng):
@@ -332,6 +397,11 @@ def scene_for(entry, rng):
 
     Open colours avoid HELD_OUT pairs. Three and more objects are small, as in the world.
     """
+    word, colour = asked_word(entry)
+    if word:
+        scene = data.make_word(1, int(rng.integers(10 ** 6)))
+        scene = replace(scene, word=replace(scene.word, text=word, colour=colour or scene.word.colour))
+        return replace(scene, background=entry.get("background", scene.background))
     clauses = entry["include"][::-1]                                 # the clause with a position, the last, comes first
     link = clauses[0].get("position", (None,))[0] if clauses else None
     ground = entry.get("background") or data.pick(rng, list(data.BACKGROUNDS))
@@ -357,6 +427,9 @@ def read_entries(path):
             fine = entry["tag"] not in data.SKILLS and entry.get("background", "black") in data.BACKGROUNDS
             for at, clause in enumerate(entry["include"]):
                 link, other = clause.get("position", ("above", -1))
+                if "word" in clause:
+                    fine &= clause["word"] in data.TWO_LETTERS and clause.get("color", "red") in data.COLOURS
+                    continue
                 fine &= clause["class"] in data.SHAPES and clause.get("color", "red") in data.COLOURS
                 fine &= clause.get("size", "small") in data.SIZES and clause["count"] > 0
                 fine &= link in data.RELATIONS and other < at
@@ -574,11 +647,14 @@ def draw_entries(pipe, entries, seed, **sampling):
 def run_alignment(args):
     """Does the model draw what the prompts of the six skills ask? Beside it: shuffled prompts, and true renders."""
     pipe = Pipeline(args.ckpt, args.device, args.dtype)
-    prompts = read_entries(args.prompts) if args.prompts else data.skill_prompts(args.n_prompts, args.seed, args.novel)
-    name = f"alignment-{Path(args.prompts).stem}" if args.prompts else "alignment"
+    prompts, name = data.skill_prompts(args.n_prompts, args.seed, args.novel), "alignment"
+    if args.prompts:
+        prompts, name = read_entries(args.prompts), f"alignment-{Path(args.prompts).stem}"
+    elif args.words:
+        prompts, name = data.word_prompts(args.n_prompts, args.seed), "alignment-words"
     entries = [entry for entry in prompts for _ in range(args.images)]
     pictures, seeds = draw_entries(pipe, entries, args.seed)
-    seen = [judge(picture) for picture in pictures]
+    seen = look(pictures, entries)
     verdicts = judge_all(entries, seen)
     rng = np.random.default_rng(args.seed)
     tables = {"model": summarise(entries, verdicts),
@@ -2065,6 +2141,7 @@ def parse(argv):
     add["ablation"]("--what", required=True, choices=[name for name in STUDIES if not name.startswith("figure")])
     add["ablation"]("--ckpt", default=str(WEIGHTS / "nano"), help="model folder that draws for steps and guidance")
     add["alignment"]("--novel", action="store_true", help="pairs of colour and shape never trained on")
+    add["alignment"]("--words", action="store_true", help="prompts for words, half of them never trained on")
     add["alignment"]("--prompts", help="other prompts, as in assets/free_prompts.jsonl: pictures must fit exactly")
     add["understanding"]("--data", help="questions: .tsv as VLMEvalKit's, .jsonl, or MM-Vet's .json")
     add["understanding"]("--task", choices=TASKS, help="wording and scoring (choice, or vqav2 without options)")

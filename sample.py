@@ -555,7 +555,7 @@ def made_from(path):
 def draw(pipe, args):
     """--prompt: a file for each picture, picture i with seed + i; a grid of all if they are several.
 
-    --draw: the same of an --image and a --prompt together.
+    --draw: the same of an --image and a --prompt together. Returns the path of the last file.
     """
     seeds, about, drawn = range(args.seed, args.seed + args.n), settings(pipe, args), []
     image = None if args.image is None else load_image(args.image)
@@ -564,9 +564,10 @@ def draw(pipe, args):
         drawn.append(pipe.images([args.prompt] * len(batch), batch, args.steps, args.cfg, args.decoder_steps,
                                  args.decoder_cfg, args.size and (args.size,) * 2, image and [image] * len(batch)))
         for seed, picture in zip(batch, drawn[-1]):
-            save(picture, args.out, f"{slug(args.prompt)}-{seed}", {**about, "seed": seed})
+            path = save(picture, args.out, f"{slug(args.prompt)}-{seed}", {**about, "seed": seed})
     if args.n > 1:
-        save(grid(torch.cat(drawn)), args.out, f"{slug(args.prompt)}-{seeds[0]}-to-{seeds[-1]}", {**about, "n": args.n})
+        path = save(grid(torch.cat(drawn)), args.out, f"{slug(args.prompt)}-{seeds[0]}-to-{seeds[-1]}", {**about, "n": args.n})
+    return str(path)
 
 
 def strip(pipe, args):
@@ -616,13 +617,15 @@ def answer(pipe, args):
 
 
 CHAT = """Write a message and press Enter. @path/to/picture.png anywhere in it shows a picture.
-/image a red circle   draws      /new   begins a new conversation      /quit or Ctrl-D   ends"""
+/image a red circle   draws; what you write next is about that picture
+/edit make it blue    draws the last picture, drawn or shown, anew with a change
+/new   begins a new conversation      /quit or Ctrl-D   ends"""
 
 
 def chat(pipe, args):
     """--chat: a conversation, line by line from stdin. A mistake costs a line, not the conversation."""
     print(CHAT, file=sys.stderr)
-    turns, images, drawn = [], [], 0
+    turns, images, drawn, last, new = [], [], 0, None, False         # last: the last picture; new: not asked about yet
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
@@ -631,15 +634,22 @@ def chat(pipe, args):
             return
         try:
             if text == "/new":
-                turns, images = [], []
-            elif text.startswith("/image"):
-                args.prompt, args.image = text.removeprefix("/image").strip(), None
+                turns, images, last, new = [], [], None, False
+            elif text.split()[:1] in (["/image"], ["/edit"]):
+                command, _, args.prompt = text.partition(" ")
+                args.image = last if command == "/edit" else None
+                if command == "/edit" and last is None:
+                    raise ValueError("there is no picture to change yet: draw one with /image or show one with @")
                 seed, drawn = args.seed + drawn, drawn + 1
-                draw(pipe, argparse.Namespace(**{**vars(args), "seed": seed, "n": 1}))
+                last, new = draw(pipe, argparse.Namespace(**{**vars(args), "seed": seed, "n": 1})), True
             elif text.startswith("/"):
-                raise ValueError(f"there is no command {text.split()[0]}: use /image, /new or /quit")
+                raise ValueError(f"there is no command {text.split()[0]}: use /image, /edit, /new or /quit")
             elif text:
-                shown = [load_image(path) for path in re.findall(r"(?:^|(?<=\s))@(\S+)", text)]
+                paths = re.findall(r"(?:^|(?<=\s))@(\S+)", text)
+                if new and not paths:                                # the talk about a drawn picture begins with it
+                    turns, images, paths = [], [], [last]
+                shown = [load_image(path) for path in paths]
+                last, new = paths[-1] if paths else last, False
                 said = re.sub(r"(?:^|(?<=\s))@\S+\s?", "", text).strip() or DESCRIBE
                 reply = pipe.reply([*turns, (said, None)], [*images, shown], args.max_new_tokens, args.temperature, tell,
                                    top_p=args.top_p, repetition_penalty=args.repetition_penalty)

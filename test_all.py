@@ -2821,7 +2821,9 @@ def test_train_optimises_exactly_what_learns(train_folder, name, monkeypatch, tm
     trained = {id(p) for p in stage.trained.parameters() if p.requires_grad}
     assert {id(p) for p in stage.parameters() if p.requires_grad} == trained
     if name in ("1", "2"):
-        assert {n.split(".")[1] for n in learns} == {"dit", "latent_queries"}
+        assert {n.split(".")[1] for n in learns} == {"dit"}          # stage 0 has taught the queries
+        free, _ = train_build("--stage", name, "--init", train_folder, "--query-lr", 0.1)
+        assert {n.split(".")[1] for n, p in free.named_parameters() if p.requires_grad} == {"dit", "latent_queries"}
     else:
         assert len(trained) == len(list(stage.trained.parameters()))
     given, muon = [], train.Muon
@@ -3200,7 +3202,7 @@ def test_train_ema_warms_up_and_swaps():
 
 
 @pytest.mark.parametrize("name, steps, least", [
-    ("clip", 24, 0.15), ("vae", 24, 0.1), ("0", 24, 0.15),
+    ("clip", 24, 0.15), ("vae", 48, 0.1), ("0", 24, 0.15),
     pytest.param("decoder", 150, 0.1, marks=slow), pytest.param("1", 150, 0.1, marks=slow)])
 def test_train_losses_fall(train_folder, tmp_path, name, steps, least):
     """The loss of the last five steps is clearly below that of the first five."""
@@ -3289,6 +3291,44 @@ def test_train_reconstruct_shows_the_picture(train_folder):
     assert [bool((a != b).any()) for a, b in zip(one, other)] == looks.tolist()
     sum(v for k, v in stage(batch).items() if k[0] != "_").backward()
     assert stage.trained.visual.blocks[0].attn.qkv.weight.grad is None        # it looks, but doesn't learn
+
+
+def test_train_edits_show_one_picture_and_ask_for_another(train_folder):
+    """--edit: the prompt holds the picture as it is and the change; what shall be drawn is the picture after it."""
+    stage, args = train_build("--stage", "2", "--init", train_folder, "--edit", 0.5, "--reconstruct", 0.2)
+    assert args.words == 0.2 and train_build("--stage", "2", "--init", train_folder)[1].edit == 0.2
+    samples = [data.Samples(data.World(0, stage.size), stage.size)[i] for i in range(24)]
+    asked = [(s, copy.deepcopy(s["rng"])) for s in samples]
+    batch = stage.collate(samples)
+    requests = [stage.request({**s, "rng": rng}, 0.2, 0.5) for s, rng in asked]
+    texts, looks, wanted = zip(*requests)
+    assert {text.split()[0] for text, look in zip(texts, looks) if look} >= {"Please", "make"}
+    assert gap(batch["pixels"], data.to_pixels(np.stack(wanted))) == 0
+    changed = [(w != s["image"]).any() for w, s in zip(wanted, samples)]
+    edits = [look and text != data.RECONSTRUCT for text, look in zip(texts, looks)]
+    assert changed == edits and 4 < sum(edits) < 20 and batch["pixels"].shape[0] == 24
+    shown = data.to_pixels(np.stack([s["image"] for s in samples]))
+    assert gap(batch["patches"], train.look_at(shown, looks, stage.trained.config.vision)["patches"]) == 0
+    pads = (batch["ids"] == stage.trained.config.image_token_id).any(1)
+    assert pads.tolist() == list(looks)
+
+
+def test_train_heavy_part_is_what_gets_compiled(train_folder, monkeypatch, tmp_path):
+    """--compile compiles the DiT, the tower, the UNet; --bf16 multiplies in bf16 and keeps fp32 weights. Neither is the
+    default on a CPU."""
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, *args, **options: compiled.append(type(module).__name__))
+    for name, what in ("clip", "EvaClip"), ("vae", "VAE"), ("decoder", "UNet"), ("1", "NextDiT"):
+        assert train_run("--stage", name, "--init", train_folder, "--out", tmp_path / name, "--steps", 1, "--batch", 4, "--compile") == 0
+        assert compiled.pop() == what and not compiled
+    kinds, linear = set(), F.linear
+    monkeypatch.setattr(F, "linear", lambda *args: kinds.add((out := linear(*args)).dtype) or out)
+    for flag, kind in ("--bf16", torch.bfloat16), ("--no-bf16", torch.float32):
+        kinds.clear()
+        assert train_run("--stage", "1", "--init", train_folder, "--out", tmp_path / flag, "--steps", 2, "--batch", 4, flag) == 0
+        assert kinds == {kind}
+        state = load_file(tmp_path / flag / (tmp_path / flag / "latest").read_text() / "model.safetensors")
+        assert {v.dtype for v in state.values()} == {torch.float32}
 
 
 def test_train_joint_processes_agree_on_the_losses(train_folder):
@@ -4248,6 +4288,26 @@ def test_sample_chat(sample_folder, sample_picture, tmp_path, monkeypatch, capsy
     picture.rename(sample_picture)
 
 
+def test_sample_chat_makes_asks_and_changes(sample_folder, sample_picture, tmp_path, monkeypatch, capsys):
+    """What follows /image is about the drawn picture; /edit draws the last picture, drawn or shown, anew with a change."""
+    cat = shutil.copy(sample_picture, tmp_path / "cat.png")
+    lines = ["/edit make it blue", "/image a star", "what is it?", "/edit make it blue", "and now?", f"@{cat} ?", "/edit grey"]
+    heard, drawn, reply, images = [], [], sample.Pipeline.reply, sample.Pipeline.images
+    monkeypatch.setattr(sample.Pipeline, "reply", lambda pipe, turns, pictures, *args, **options: heard.append(
+        [[np.asarray(p) for p in turn] for turn in pictures]) or reply(pipe, turns, pictures, *args, **options))
+    monkeypatch.setattr(sample.Pipeline, "images", lambda pipe, prompts, *args: drawn.append((prompts[0], args[-1])) or
+                        images(pipe, prompts, *args))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+    assert sample.main(["--chat", "--ckpt", sample_folder, "--max-new-tokens", "3", "--out", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    star, blue = (np.asarray(Image.open(tmp_path / name)) for name in ("a-star-0.png", "make-it-blue-1.png"))
+    assert "no picture to change" in err and [text for text, _ in drawn] == ["a star", "make it blue", "grey"]
+    assert drawn[0][1] is None and (np.asarray(drawn[1][1][0]) == star).all()
+    assert (np.asarray(drawn[2][1][0]) == np.asarray(data.load_image(cat))).all()
+    assert [list(map(len, turns)) for turns in heard] == [[1], [1], [1, 1]]        # a drawn picture begins a new conversation
+    assert (heard[0][0][0] == star).all() and (heard[1][0][0] == blue).all()
+
+
 def test_sample_compiled_dit_compiles_once(sample_folder):
     """torch.compile of the DiT: the same features, and one compilation for all 30 steps of the sampler."""
     if not any(map(shutil.which, ("g++", "c++", "clang++"))):
@@ -4321,6 +4381,48 @@ def test_judge_rejects_what_is_no_object_of_the_world():
     speck[20:23, 20:23] = data.COLOURS["red"]
     assert scores.judge(speck).things == ()
     assert scores.judge(np.full((64, 64, 3), (0, 200, 200), np.uint8)).background == "unknown"
+
+
+@pytest.mark.parametrize("spoil", [lambda image: image, scores.jpeg, scores.blur, scores.noise])
+def test_judge_reads_words(spoil):
+    """Word, colour and background of every prompt's own picture, clean or spoilt, trained words and held-out ones; another
+    prompt's picture, blanks and pictures of things never pass."""
+    rng, entries = np.random.default_rng(0), data.word_prompts(40)
+    pictures = [spoil(data.draw(scores.scene_for(e, rng))) for e in entries]
+    assert all(hit for hit, _ in scores.judge_all(entries, scores.look(pictures, entries)))
+    assert not any(hit for hit, _ in scores.judge_all(entries[1:], scores.look(pictures[:-1], entries[1:])))
+    blank, things = np.full((64, 64, 3), 250, np.uint8), data.draw(data.make_scene(0, 5))
+    assert not any(hit for hit, _ in scores.judge_all(entries[:2], scores.look([blank, things], entries[:2])))
+    assert {e["tag"] for e in entries} == {"word", "new word"}
+    assert all((e["include"][0]["word"] in data.HELD_OUT_WORDS) == (e["tag"] == "new word") for e in entries)
+
+
+def test_data_words_are_told_asked_and_drawn():
+    """Scenes with a word: a pure function of seed and number, without held-out words; captions name it, its letters are told
+    in their places, and questions and descriptions are true."""
+    rng, world = np.random.default_rng(0), data.World(words=0.5)
+    scenes = [world[i]["scene"] for i in range(60)]
+    assert 15 < sum(s.word is not None for s in scenes) < 45 and scenes == [data.World(words=0.5)[i]["scene"] for i in range(60)]
+    assert all(data.World()[i]["scene"] == data.make_scene(0, i) for i in range(5))
+    for i in range(60):
+        scene = data.make_word(0, i)
+        word, text = scene.word, data.caption(scene, rng)
+        assert word.text not in data.HELD_OUT_WORDS and f"'{word.text}'" in text
+        told = data.things_told(text)
+        assert [part[0] for part in told] == [f"first {word.text[0]}", f"second {word.text[1]}"]
+        assert set(told[0][1:]) == set(re.findall("|".join((*data.COLOURS, *data.BACKGROUNDS)), text))
+        assert data.reworded(text, rng) == (text, told)
+        assert data.things_told(data.describe(scene)) == [[part[0], word.colour, scene.background] for part in told]
+        question, answer = data.ask(scene, rng)
+        assert answer in {"What word is there?": word.text, "What colour is the word?": word.colour}.get(question, scene.background)
+        asked, after = data.edit(scene, rng)
+        assert after.word == word and asked == f"make the background {after.background}" and after.background != scene.background
+        inside = np.concatenate(list(data.strokes(word)))
+        assert inside.min() > data.STROKE / 2 and inside.max() < 1 - data.STROKE / 2
+    code = data.code_of([["first H", "red"], ["second I", "red"]], 4, 4096)
+    other = data.code_of([["first I", "red"], ["second H", "red"]], 4, 4096)
+    assert np.allclose(np.square(code).mean(1), 1, atol=1e-5) and (code[0] == code[2]).all()
+    assert abs(code[0] @ other[1] / 4096 - 1 / 2) < 0.06             # the same letter in another place: only red is shared
 
 
 def test_judge_names_wrong_input():

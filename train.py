@@ -68,8 +68,8 @@ RECIPES = {
     "2":       dict(steps=950, batch=64, lr=8e-4, min_lr=0.0, warmup=50, ema=0.999, optimizer="muon", words=0.2),
 }
 PAPER = {
-    "1": dict(steps=150_000, batch=512, lr=1e-4, min_lr=1e-5, warmup=450, ema=0.9999, optimizer="adamw"),
-    "2": dict(steps=10_000, batch=512, lr=1e-4, min_lr=0.0, warmup=30, ema=0.9999, optimizer="adamw"),
+    "1": dict(steps=150_000, batch=512, lr=1e-4, min_lr=1e-5, warmup=450, ema=0.9999, optimizer="adamw", words=0.0),
+    "2": dict(steps=10_000, batch=512, lr=1e-4, min_lr=0.0, warmup=30, ema=0.9999, optimizer="adamw", words=0.0),
 }
 
 
