@@ -137,7 +137,7 @@ PRESETS = {
         text=_NANO_TEXT,
         vision=dict(depth=4, hidden_size=96, num_heads=4, intermediate_size=256, patch_size=8, window_size=32,
                     fullatt_block_indexes=[1, 3], out_hidden_size=128),
-        dit=dict(in_channels=48, patch_size=1, dim=128, n_layers=6, n_heads=4, n_kv_heads=2, ffn_dim=352,
+        dit=dict(in_channels=48, patch_size=1, dim=192, n_layers=6, n_heads=6, n_kv_heads=2, ffn_dim=512,
                  cond_dim=128, rope="3d"),
         n_query=16, query_std=0.02, shift=5.0),
 }

@@ -63,9 +63,9 @@ RECIPES = {
     "clip":    dict(steps=3000, batch=64, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999, optimizer="adamw", words=0.1),
     "vae":     dict(steps=3000, batch=16, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999, optimizer="adamw", words=0.1),
     "decoder": dict(steps=3500, batch=16, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999, optimizer="adamw", words=0.1),
-    "0":       dict(steps=9000, batch=16, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999, optimizer="muon", words=0.1),
-    "1":       dict(steps=8000, batch=64, lr=1.5e-3, min_lr=5e-5, warmup=100, ema=0.999, optimizer="muon", words=0.0),
-    "2":       dict(steps=950, batch=64, lr=8e-4, min_lr=0.0, warmup=50, ema=0.999, optimizer="muon", words=0.2),
+    "0":       dict(steps=9000, batch=16, lr=2e-3, min_lr=2e-5, warmup=100, ema=0.999, optimizer="muon", words=0.3),
+    "1":       dict(steps=3200, batch=128, lr=2e-3, min_lr=5e-5, warmup=100, ema=0.999, optimizer="muon", words=0.0),
+    "2":       dict(steps=800, batch=128, lr=1.2e-3, min_lr=0.0, warmup=50, ema=0.999, optimizer="muon", words=0.2),
 }
 PAPER = {
     "1": dict(steps=150_000, batch=512, lr=1e-4, min_lr=1e-5, warmup=450, ema=0.9999, optimizer="adamw", words=0.0),
@@ -1260,7 +1260,7 @@ def arguments():
                                           "of the world")
     add("--edit", type=float, help="share of samples of the world whose prompt is a picture and a change of it. Default: 0, in "
                                    "stage 2 0.2")
-    add("--words", type=float, help="share of the world's pictures that show a word. Default: 0.1, in stage 1 0, in stage 2 0.2")
+    add("--words", type=float, help="share of the world's pictures that show a word")
     add("--dit", help="other sizes for a fresh DiT: fields of DiTConfig, as in dim=192,n_layers=8,rope=2d")
     add("--queries", type=int, help="number of fresh latent queries for a fresh generator, instead of those of --init")
     add("--tell", type=float, help="stage 0: weight of what the queries are taught to say. Default 1, 0 with --joint or --data")
