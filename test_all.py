@@ -3376,6 +3376,18 @@ def test_train_queries_are_told_what_to_say(train_folder):
     assert "tell" not in train_build("--stage", "0", "--init", train_folder, "--tell", 0)[0](batch)
 
 
+def test_train_descriptions_are_asked_for_anywhere(train_folder):
+    """Stage 0: of conversations about a picture one turn is the description, at every place among the questions."""
+    stage, _ = train_build("--stage", "0", "--init", train_folder)
+    samples, places = data.Samples(data.World(0, stage.size), stage.size), set()
+    for i in range(60):
+        turns, look = stage.task(samples[i])
+        asked = [question == data.DESCRIBE for question, _ in turns]
+        assert len(turns) == stage.questions + 1 and sum(asked) == look
+        places |= {asked.index(True)} if look else set()
+    assert places == set(range(stage.questions + 1))
+
+
 def test_train_stage_0_of_a_model_without_queries(train_tiny, tmp_path):
     """A bare Qwen2.5-VL has no queries to teach: stage 0 trains the rest of it."""
     tokenizer = data.Tokenizer.from_pretrained(train_tiny)
