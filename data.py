@@ -40,12 +40,13 @@ RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": 
 NUMBERS = ("no", "one", "two", "three", "four")
 HELD_OUT = {("purple", "triangle"), ("orange", "star"), ("green", "square")}    # never in a training picture
 
-# Letters that 64 pixels keep apart, as strokes in a unit square, y down; `arc` is a part of an ellipse.
+
 def arc(x, y, rx, ry, start, end):
     """Points of an ellipse around (x, y) from one angle to another, in degrees clockwise from the right."""
     return [(x + rx * math.cos(math.radians(a)), y + ry * math.sin(math.radians(a))) for a in np.linspace(start, end, 25)]
 
 
+# Letters that 64 pixels keep apart, as strokes: lists of points in a unit square, y down.
 GLYPHS = {"A": [[(0, 1), (0.5, 0), (1, 1)], [(0.2, 0.65), (0.8, 0.65)]], "C": [arc(0.55, 0.5, 0.55, 0.5, 315, 45)],
            "E": [[(1, 0), (0, 0), (0, 1), (1, 1)], [(0, 0.5), (0.85, 0.5)]], "H": [[(0, 0), (0, 1)], [(1, 0), (1, 1)], [(0, 0.5), (1, 0.5)]],
            "I": [[(0.5, 0), (0.5, 1)]], "K": [[(0, 0), (0, 1)], [(1, 0), (0, 0.55), (1, 1)]], "L": [[(0, 0), (0, 1), (1, 1)]],
@@ -924,7 +925,8 @@ class Samples(torch.utils.data.Dataset):
 
 
 def open_source(spec, size=64, seed=0, words=0.0):
-    """`--data`: None is the synthetic world, a share `words` of it words; else comma-separated tar shards, folders, JSONL files or glob patterns, each
+    """`--data`: None is the synthetic world, a share `words` of it words; else comma-separated tar shards, folders, JSONL
+    files or glob patterns, each
     with its share of all samples if it ends in =share (long/*.tar,short/*.tar=0.1)."""
     if spec is None:
         return World(seed, size, words=words)

@@ -9,6 +9,7 @@ needed. Generation is scored on the six skills of GenEval (arXiv 2310.11513) wit
     python eval.py understanding --data FILE.tsv|.jsonl         the same for MMBench, MME, POPE, VQAv2, MM-Vet, ...
     python eval.py reconstruction --ckpt weights/nano           picture -> features -> picture
     python eval.py binding --ckpt weights/nano                  whose colour is it? the DiT's loss, colours exchanged
+    python eval.py editing --ckpt weights/nano                  picture and change -> picture
     python eval.py generate --bench geneval --prompts FILE      pictures as GenEval, DPG-Bench, WISE, MJHQ want them
     python eval.py score geneval --results FILE                 their scorers' outputs -> the published figures
     python eval.py fid --a DIR --b DIR                          how far two sets of pictures are apart
