@@ -2133,7 +2133,7 @@ def parse(argv):
             command.add_argument("--bench", choices=BENCHES, default="geneval", help="whose prompt file it is")
             command.add_argument("--prompts", required=name == "generate", help="prompt file or folder as published")
     for name in ("figure4", "figure5", "ablation"):
-        add[name]("--init", default=str(WEIGHTS / "stage0"), help="model folder with the language model of all runs")
+        add[name]("--init", default=str(WEIGHTS / "nano"), help="model folder with the language model of all runs")
         add[name]("--eva", default=str(WEIGHTS / "nano"), help="model folder with EVA-CLIP and the diffusion-decoder")
         add[name]("--jobs", type=int, default=2, help="trainings at a time, one thread each")
         add[name]("--runs", default="runs", help="folder in which the trainings of a study have a folder")

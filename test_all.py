@@ -5519,12 +5519,12 @@ def test_studies_train_what_they_say():
     shipped, stages = Path(scores.__file__).parent / "weights", {}
     for study, spec in scores.STUDIES.items():
         for name, flags in spec.get("runs", {}).items():
-            stage, args = train_build("--stage", "1", "--fresh", "--init", shipped / "stage0", "--eva",
+            stage, args = train_build("--stage", "1", "--fresh", "--init", shipped / "nano", "--eva",
                                       shipped / "nano", *spec.get("flags", "").split(), *flags.split())
             stages[study, name] = stage.trained.config, stage, args
     assert [train.design_of(stages["figure4", name][0]) for name in scores.STUDIES["figure4"]["runs"]] == [
         "clip-mse", "clip-fm", "vae-fm"]
-    taught = load_file(shipped / "stage0" / "model.safetensors")["model.latent_queries"].float()
+    taught = load_file(shipped / "nano" / "model.safetensors")["model.latent_queries"].float()
     for (study, name), (config, stage, args) in stages.items():
         fresh = study in ("figure4", "queries")
         assert config.n_query == (64 if study == "figure4" or name == "64 queries" else 16)
