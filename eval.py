@@ -1631,8 +1631,8 @@ STUDIES = {
                   panels=("alignment", "Frechet", "gap, t = 0.02", "gap, t = 0.05")),
     "ema": dict(runs={"averaged weights": "--ema 0.999", "last weights": "--ema 0"}, panels=("alignment", "Frechet")),
     "size": dict(runs={f"width {dim}, {layers} layers": f"--dit dim={dim},n_layers={layers},n_heads={dim // 32},"
-                       f"n_kv_heads={dim // 64},ffn_dim={dim * 11 // 4}"
-                       for dim, layers in ((64, 4), (128, 6), (192, 8))},
+                       f"n_kv_heads={kv},ffn_dim={ffn}"
+                       for dim, layers, kv, ffn in ((64, 4, 1, 176), (128, 6, 2, 352), (192, 6, 2, 512))},
                  panels=("alignment", "Frechet")),
     "steps": dict(vary="steps", values=(4, 8, 15, 30, 60), below="Euler steps", n_prompts=100, seeds=3,
                   panels=("alignment", "Frechet")),

@@ -5534,8 +5534,8 @@ def test_studies_train_what_they_say():
         assert config.shift == (float(name.split()[1]) if study == "shift" else 5)
     assert [stages["rope", name][0].dit.rope for name in ("2D RoPE", "3D RoPE")] == ["2d", "3d"]
     sizes = [(config.dit.dim, config.dit.n_layers) for (study, _), (config, _, _) in stages.items() if study == "size"]
-    assert sizes == [(64, 4), (128, 6), (192, 8)]
-    assert stages["size", "width 128, 6 layers"][0].dit == stages["rope", "3D RoPE"][0].dit    # the usual size is one
+    assert sizes == [(64, 4), (128, 6), (192, 6)]
+    assert stages["size", "width 192, 6 layers"][0].dit == stages["rope", "3D RoPE"][0].dit    # the usual size is one
     assert [args.ema for (s, _), (_, _, args) in stages.items() if s == "ema"] == [0.999, 0]
     assert [args.joint for (s, _), (_, _, args) in stages.items() if s == "figure5"] == [0, 0.5]
 
