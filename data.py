@@ -134,8 +134,8 @@ def place(kinds, rng, wanted=None):
     return None
 
 
-def make_scene(seed, index, novel=False):
-    """The scene number `index` of the world `seed`: a pure function of both.
+def make_scene(seed, index, novel=False, most=4):
+    """The scene number `index` of the world `seed`, of at most `most` things: a pure function of these.
 
     A third of the scenes shows one object, the rest two different ones, several alike, or a mixture of three or four.
     Training scenes (novel=False) never show a HELD_OUT pair of colour and shape; novel ones always show at least one.
@@ -145,6 +145,8 @@ def make_scene(seed, index, novel=False):
     while True:
         layout = int(np.searchsorted([0.26, 0.68, 0.88, 0.96], rng.random()))     # one, two, several alike, three, four
         count = (1, 2, int(rng.integers(2, 5)), 3, 4)[layout]
+        if count > most:
+            continue
         picks = [pick(rng, pairs) for _ in range(count)]
         if novel:
             picks[int(rng.integers(count))] = pick(rng, sorted(HELD_OUT))
@@ -312,22 +314,21 @@ def things_told(text):
 def code_of(things, n, dim):
     """What n listeners shall hear of `things_told`, one each, the things taking turns, as vectors: (n, dim) fp32.
 
-    Every word of TOLD has a random code, and with every shape another one: a red circle is more than something red and
-    something round. A thing is the sum of its codes and of the code of how many things there are in all (without it, one
-    of two was often left out), scaled to an rms of 1. Random directions are nearly orthogonal, so one linear map can read
-    off each word and each pair. A letter of a word has one code for each place. No things: zeros.
+    Every word of TOLD has a random code. A thing is the sum of its words' codes and of the code of how many things there are
+    in all (without it, one of two was often left out), scaled to an rms of 1. Random directions are nearly orthogonal, so a
+    linear map can read off each word. A letter of a word has one code for each place. No things: zeros.
     """
     letters = np.random.default_rng(1).standard_normal((2, len(GLYPHS), dim), dtype=np.float32)
     total = sum(next((NUMBERS.index(word) for word in said if word in NUMBERS), 1) for _, *said in things)
-    codes = np.random.default_rng(0).standard_normal((len(SHAPES) + 1, len(TOLD), dim), dtype=np.float32)
+    codes = np.random.default_rng(0).standard_normal((len(SHAPES) + 1, len(TOLD), dim), dtype=np.float32)[-1]
     rows = np.zeros((max(1, len(things)), dim), np.float32)
     for row, (shape, *said) in zip(rows, things):
         if shape in SHAPES:
-            words = [TOLD.index(word) for word in (*said, f"of {NUMBERS[min(total, 4)]}")]
-            row += codes[-1, TOLD.index(shape)] + codes[-1, words].sum(0) + codes[SHAPES.index(shape), words].sum(0)
+            said = shape, *said, f"of {NUMBERS[min(total, 4)]}"
         else:
-            words, (place, letter) = [TOLD.index(word) for word in said], shape.split()
-            row += letters[("first", "second").index(place), list(GLYPHS).index(letter)] + codes[-1, words].sum(0)
+            place, letter = shape.split()
+            row += letters[("first", "second").index(place), list(GLYPHS).index(letter)]
+        row += codes[[TOLD.index(word) for word in said]].sum(0)
         row /= np.sqrt(np.square(row).mean())
     return rows[np.arange(n) % len(rows)]
 
@@ -493,8 +494,9 @@ def world_texts(n):
 SKILLS = {"single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100, "color_attr": 100}
 
 
-def skill_prompts(n=553, seed=0, novel=False):
-    """`n` prompts of the six GenEval skills about this world, in that benchmark's proportions and jsonl fields.
+def skill_prompts(n=553, seed=0, novel=False, most=4):
+    """`n` prompts of the six GenEval skills about this world, in that benchmark's proportions and jsonl fields. most=1: of
+    the two skills that need one thing only.
 
     Returns [{"tag", "prompt", "include": [{"class", "count", "color"?, "position"?: [relation, index]}]}], as
     GenEval's evaluation_metadata.jsonl (arXiv 2310.11513). novel=True uses HELD_OUT pairs in the skills with colours,
@@ -502,7 +504,7 @@ def skill_prompts(n=553, seed=0, novel=False):
     """
     rng = np.random.default_rng((seed, 7, int(novel)))
     pairs = [(c, s) for c in COLOURS for s in SHAPES if ((c, s) in HELD_OUT) == novel]
-    plan = [tag for tag, share in SKILLS.items() for _ in range(share)]
+    plan = [tag for tag, share in SKILLS.items() for _ in range(share) if most > 1 or tag in ("single_object", "colors")]
     prompts = []
     for i in range(n):
         tag = plan[int((i + 0.5) * len(plan) / n)]
@@ -545,11 +547,11 @@ def word_prompts(n=553, seed=0):
 # Sources: item i -> picture and captions
 # ----------------------------------------------------------------------------------------------------------------------
 class World:
-    """The synthetic world as a source: item i is scene i; `seed` 0 is for training, other seeds for evaluation. A share
-    `words` of the scenes shows a word instead."""
+    """The synthetic world as a source: item i is scene i, of at most `most` things; `seed` 0 is for training, other seeds
+    for evaluation. A share `words` of the scenes shows a word instead."""
 
-    def __init__(self, seed=0, size=64, length=10 ** 9, words=0.0):
-        self.seed, self.size, self.length, self.words = seed, size, length, words
+    def __init__(self, seed=0, size=64, length=10 ** 9, words=0.0, most=4):
+        self.seed, self.size, self.length, self.words, self.most = seed, size, length, words, most
 
     def __len__(self):
         return self.length
@@ -557,7 +559,7 @@ class World:
     def __getitem__(self, i):
         """{"image": uint8 (size, size, 3), "caption": str, "scene": Scene}."""
         word = self.words and np.random.default_rng((self.seed, i, 4)).random() < self.words
-        scene = (make_word if word else make_scene)(self.seed, i)
+        scene = make_word(self.seed, i) if word else make_scene(self.seed, i, most=self.most)
         return {"image": draw(scene, self.size), "scene": scene}
 
 
@@ -924,12 +926,11 @@ class Samples(torch.utils.data.Dataset):
         return {**item, "skipped": skipped, "rng": rng, "caption": self.choose(item, rng)}
 
 
-def open_source(spec, size=64, seed=0, words=0.0):
-    """`--data`: None is the synthetic world, a share `words` of it words; else comma-separated tar shards, folders, JSONL
-    files or glob patterns, each
-    with its share of all samples if it ends in =share (long/*.tar,short/*.tar=0.1)."""
+def open_source(spec, size=64, seed=0, **world):
+    """`--data`: None is the synthetic world (further arguments are World's); else comma-separated tar shards, folders, JSONL
+    files or glob patterns, each with its share of all samples if it ends in =share (long/*.tar,short/*.tar=0.1)."""
     if spec is None:
-        return World(seed, size, words=words)
+        return World(seed, size, **world)
     sources = []
     for part in spec.split(","):
         share, (path, _, number) = None, part.rpartition("=")

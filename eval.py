@@ -675,11 +675,12 @@ def run_alignment(args):
         for e, seed, (hit, strict), s in zip(entries, seeds, verdicts, seen)]}, name)
 
 
-def draw_questions(seed, n):
-    """n questions about scenes of the world `seed`, the kinds in turn: [(scene, kind, question, answer)]."""
+def draw_questions(seed, n, most=4):
+    """n questions about scenes of the world `seed`, of at most `most` (two or more) things, the kinds in turn: [(scene, kind, question,
+    answer)]."""
     found, index = [], 0
     while len(found) < n:
-        scene, kind = data.make_scene(seed, index), data.QUESTIONS[len(found) % len(data.QUESTIONS)]
+        scene, kind = data.make_scene(seed, index, most=most), data.QUESTIONS[len(found) % len(data.QUESTIONS)]
         asked = data.question(scene, np.random.default_rng((seed, index)), kind)
         index += 1
         if asked:
@@ -1623,7 +1624,7 @@ STUDIES = {
     "figure4": dict(runs={"CLIP + MSE": "--design clip-mse", "CLIP + flow matching": "--design clip-fm",
                           "VAE + flow matching": "--design vae-fm"}, flags="--queries 64", seeds=3,
                     panels=("alignment", "Frechet", "feature spread", "pixel spread")),
-    "figure5": dict(runs={"sequential": "--joint 0", "joint": "--joint 0.5"}, seeds=2,
+    "figure5": dict(runs={"sequential": "--joint 0", "joint": "--joint 0.5"}, seeds=2, things=2,
                     panels=("alignment", "Frechet", "questions", "captions")),
     "queries": dict(runs={"16 queries": "--queries 16", "64 queries": "--queries 64"}, panels=("alignment", "Frechet")),
     "rope": dict(runs={"2D RoPE": "--dit rope=2d", "3D RoPE": "--dit rope=3d"}, panels=("alignment", "Frechet")),
@@ -1634,9 +1635,9 @@ STUDIES = {
                        f"n_kv_heads={kv},ffn_dim={ffn}"
                        for dim, layers, kv, ffn in ((64, 4, 1, 176), (128, 6, 2, 352), (192, 6, 2, 512))},
                  panels=("alignment", "Frechet")),
-    "steps": dict(vary="steps", values=(4, 8, 15, 30, 60), below="Euler steps", n_prompts=100, seeds=3,
+    "steps": dict(vary="steps", values=(4, 8, 15, 30, 60), below="Euler steps", n_prompts=100, seeds=3, things=4,
                   panels=("alignment", "Frechet")),
-    "guidance": dict(vary="guidance", values=(1, 1.5, 2, 3, 5), below="guidance", n_prompts=100, seeds=3,
+    "guidance": dict(vary="guidance", values=(1, 1.5, 2, 3, 5), below="guidance", n_prompts=100, seeds=3, things=4,
                      panels=("alignment", "Frechet", "feature spread")),
 }
 PANELS = {"alignment": "Alignment: % of pictures that show what was asked",
@@ -1647,9 +1648,9 @@ PANELS = {"alignment": "Alignment: % of pictures that show what was asked",
           "captions": "Understanding: % of captions right in all objects",
           "gap, t = 0.02": "Loss of shuffled less true prompts at t = 0.02",
           "gap, t = 0.05": "Loss of shuffled less true prompts at t = 0.05"}
-USUAL = {"steps": 400, "points": 5, "batch": 64, "seeds": 1, "n_prompts": 48, "images": 2, "n": 120}
+USUAL = {"steps": 400, "points": 5, "batch": 64, "seeds": 1, "n_prompts": 48, "images": 2, "n": 120, "things": 1}
 # The same with --quick, to see that everything runs; its figures mean nothing.
-QUICK = {"steps": 4, "points": 2, "batch": 8, "seeds": 1, "n_prompts": 6, "images": 2, "n": 12}
+QUICK = {"steps": 4, "points": 2, "batch": 8, "seeds": 1, "n_prompts": 6, "images": 2, "n": 12, "things": 1}
 
 
 def spread(x, k):
@@ -1662,7 +1663,7 @@ def spread(x, k):
 def measure_pictures(pipe, args, seed, draw):
     """Alignment, Frechet distance and spread of the uint8 pictures (H, W, 3) that draw(entries) makes of --n-prompts
     prompts, --images of each."""
-    entries = [e for e in data.skill_prompts(args.n_prompts, seed) for _ in range(args.images)]
+    entries = [e for e in data.skill_prompts(args.n_prompts, seed, most=args.things) for _ in range(args.images)]
     pictures, rng = draw(entries), np.random.default_rng((seed, 1))
     true = [data.draw(scene_for(e, rng), len(pictures[0])) for e in entries]
     made, real = (torch.cat([clip_features(pipe, map(Image.fromarray, some[i:i + BATCH]))
@@ -1680,7 +1681,7 @@ def measure(folder, args, seed, understands=False, **sampling):
         pipe.sampling = pipe.sampling | {"steps": 2, "decoder_steps": 2}
     found = measure_pictures(pipe, args, seed, lambda entries: draw_entries(pipe, entries, seed, **sampling)[0])
     if understands:                                                  # a frozen language model sees as that of --init
-        scenes, _, questions, truths = zip(*draw_questions(1, args.n))
+        scenes, _, questions, truths = zip(*draw_questions(1, args.n, args.things))
         eyes = pipe if pipe.model.visual is not None else Pipeline(args.init)
         right = answers_right(answer_all(eyes, scenes, questions), truths)
         captions = answer_all(eyes, scenes, [data.DESCRIBE] * args.n)
@@ -1725,7 +1726,7 @@ class Trainer:
         if a.quick:
             flags = re.sub("--dit ([^ ]+)", r"--dit \1,n_layers=1", f"--dit rope=3d {flags}")
         command = ["--stage", "1", "--fresh", "--init", a.init, "--eva", a.eva, *flags.split(), "--seed", seed,
-                   "--steps", a.steps, "--batch", a.batch, "--save-every", self.every,
+                   "--steps", a.steps, "--batch", a.batch, "--things", a.things, *["--bf16"] * a.bf16, "--save-every", self.every,
                    "--log-every", math.gcd(20, self.every), "--out", run, "--save", run / "model-{step}"]
         command, note = [str(word) for word in command], run / "command.json"
         if note.exists() and json.loads(read_text(note)) != command:
@@ -1797,6 +1798,8 @@ def run_study(args):
     for key, usual in USUAL.items():
         if getattr(args, key) is None:
             setattr(args, key, QUICK[key] if args.quick else study.get(key, usual))
+    if not ("questions" in study.get("panels", ())) < args.things <= 4:
+        raise ValueError(f"--things must lie between 1 and 4 (figure5, which asks where things lie: 2), not {args.things}")
     if args.images < 2:
         raise ValueError("--images must be at least 2: pictures of one prompt are compared")
     out = Path(args.out) / folder
@@ -2139,6 +2142,7 @@ def parse(argv):
         add[name]("--runs", default="runs", help="folder in which the trainings of a study have a folder")
         add[name]("--quick", action="store_true", help="see in a minute that it runs; the numbers mean nothing")
         commands.choices[name].set_defaults(out="runs")
+        add[name]("--bf16", action="store_true", help="train in bf16, as train.py's flag")
     add["ablation"]("--what", required=True, choices=[name for name in STUDIES if not name.startswith("figure")])
     add["ablation"]("--ckpt", default=str(WEIGHTS / "nano"), help="model folder that draws for steps and guidance")
     add["alignment"]("--novel", action="store_true", help="pairs of colour and shape never trained on")

@@ -681,7 +681,8 @@ class BLIP3o(nn.Module):
         """Losses of a batch: "flow" or "mse" (B,) if features (B, grid^2, C) are given, "text" (n,) if labels (B, L) are.
 
         "flow" (section 3.2): velocity error of the DiT given what the queries heard, the condition dropped with
-        probability `drop` (or where `drop` (B,) is True), at noise x0 and times t as in flow_matching_loss. "mse"
+        probability `drop` (or where `drop` (B,) is True), at noise x0 and times t as in flow_matching_loss; k of each for
+        a sample, (B k, ...), give k losses for one reading of its prompt, (B k,). "mse"
         (section 3.3): error of the regressor. "text": cross-entropy of each of the n tokens whose label isn't -100, given
         those before it.
         """
@@ -692,6 +693,8 @@ class BLIP3o(nn.Module):
                 losses["mse"] = (self.regressor(cond).float() - features.float()).square().flatten(1).mean(1)
             else:
                 x1 = features.float().transpose(1, 2).unflatten(2, (self.config.grid,) * 2)  # (B, C, grid, grid)
+                k = 1 if x0 is None else len(x0) // len(x1)
+                x1, cond = x1.repeat_interleave(k, 0), cond.repeat_interleave(k, 0)
                 losses["flow"] = flow_matching_loss(self.dit, x1, cond, self.config.shift, drop, x0, t, generator)
         if labels is not None:
             hidden, targets = self.hidden(ids, mask, pixels, grid_thw)[:, :-1], labels[:, 1:]

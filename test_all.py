@@ -1888,6 +1888,15 @@ def test_skill_prompts_have_the_benchmarks_proportions():
                 assert p["prompt"] == "a photo of " + " and ".join(map(data.article, names))
     assert len({p["prompt"] for p in data.skill_prompts()}) > 150
     assert Counter(p["tag"] for p in data.skill_prompts(6)) == dict.fromkeys(data.SKILLS, 1)
+    assert set(Counter(p["tag"] for p in data.skill_prompts(60, most=1))) == {"single_object", "colors"}
+
+
+def test_world_of_few_things():
+    """--things: scenes of at most so many things; the smallest world still has all pairs."""
+    for most in (1, 2, 3):
+        scenes = [data.World(0, 16, most=most)[i]["scene"] for i in range(400)]
+        assert max(len(scene.things) for scene in scenes) == most
+        assert len({(thing.colour, thing.shape) for scene in scenes for thing in scene.things}) == 7 * 4 - len(data.HELD_OUT)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2990,6 +2999,22 @@ def test_train_noise_belongs_to_the_sample(train_folder, name, tmp_path):
         assert any(v != losses[k] for k, v in stage({**drawn[0], key: other}).items() if k[0] != "_"), key
 
 
+def test_train_many_draws_of_a_picture(train_folder):
+    """--draws: one reading of each prompt, several noises; the loss is the mean over all of them, each as if alone."""
+    stage, _ = train_build("--stage", "1", "--init", train_folder, "--draws", 3)
+    samples, calls = data.Samples(data.World(0, stage.size), stage.size), []
+    batch = stage.collate([samples[i] for i in range(4)])
+    assert batch["x0"].shape[0] == batch["t"].shape[0] == batch["drop"].shape[0] == 12 and len(batch["ids"]) == 4
+    assert len({t.item() for t in batch["t"]}) == 12
+    stage.trained.llm.register_forward_hook(lambda llm, given, _: calls.append(len(given[0])))
+    found = stage(batch)
+    assert set(calls) == {4} and found["_by_t"][1].sum() == 12       # rows of what the language model reads
+    alone = [stage({**batch, **{key: batch[key][i::3] for key in ("x0", "t", "drop")}})["flow"] for i in range(3)]
+    assert torch.allclose(found["flow"], torch.stack(alone).mean(), atol=1e-5) and len({a.item() for a in alone}) == 3
+    found["flow"].backward()
+    assert next(stage.trained.dit.parameters()).grad.abs().sum() > 0
+
+
 # What follows compares sums taken in another order. Adam divides a gradient by its own size, so one that is zero but
 # for rounding (a key's bias) would become a whole step: plain gradient descent shows what the loop itself does. The VAE
 # and decoder stages have means over equal batches as losses, and their noise belongs to the samples.
@@ -3408,9 +3433,9 @@ def test_data_things_told_and_colours_exchanged():
     assert code.shape == (4, 4096) and np.allclose(np.square(code).mean(1), 1, atol=1e-5)
     assert (code[0] == code[2]).all() and (code[1] == code[3]).all()                  # the things take turns
     one, three = (data.code_of([["circle", "blue"], *more], 1, 4096)[0] for more in ([], [["star", "two"]]))
-    assert abs(code[0] @ code[1] / 4096 - 1 / 5) < 0.06              # of five parts, "of two" is shared
-    assert abs(code[0] @ one / 4096 - 1 / 5) < 0.06                  # the circle is, but neither its colour nor the number
-    assert abs(three @ one / 4096 - 3 / 5) < 0.06                    # all but that there is one, or three
+    assert abs(code[0] @ code[1] / 4096 - 1 / 3) < 0.06              # of three parts, "of two" is shared
+    assert abs(code[0] @ one / 4096 - 1 / 3) < 0.06                  # the circle is, but neither its colour nor the number
+    assert abs(three @ one / 4096 - 2 / 3) < 0.06                    # all but that there is one, or three
     swap = data.exchange_colours
     assert swap("An orange star above a red circle") == "A red star above an orange circle"
     assert swap("two red stars") is None and swap("a red star and a red circle") is None
@@ -3599,6 +3624,7 @@ def test_train_mistakes_are_one_sentence(train_folder, train_clip, monkeypatch, 
              "no model folder at": (*clip, "--init", tmp_path / "none"),
              "EVA-CLIP": ("--stage", "1", "--init", tmp_path / "empty", "--out", tmp_path / "out"),
              "--batch 5": (*clip, "--batch", 5, "--accumulate", 2),
+             "--things": (*clip, "--things", 5), "--draws": ("--stage", "1", "--draws", 0),
              "--steps": (*clip, "--steps", 0), "--save-every": (*clip, "--save-every", 0),
              "--drop": (*clip, "--drop", 2), "--paper": (*clip, "--paper"), "--lr": (*clip, "--lr", -1),
              "--batch 8": (*TRAIN_CLIP, "--batch", 4, "--out", train_clip),

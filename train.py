@@ -381,6 +381,7 @@ class GenerationStage(Stage):
         self.eva = frozen(EvaClip.from_pretrained(args.eva, dtype=args.frozen_dtype))
         self.decoder = frozen(PixelDecoder.from_pretrained(args.eva, dtype=args.frozen_dtype)) if holds(args.eva, "unet") else None
         self.size, self.reconstruct, self.edit = self.eva.config.image_size, args.reconstruct, args.edit
+        self.draws = args.draws
         stored = BLIP3o.from_pretrained(init, "meta").config
         go_on = not args.fresh and stored.draws and args.design in (None, design_of(stored))
         looks = {"visual"} if args.joint or args.reconstruct or args.edit else set()
@@ -464,11 +465,11 @@ class GenerationStage(Stage):
         shown = data.to_pixels(np.stack([s["image"] for s in samples])) if any(looks) else None
         samples = [s if image is None else {**s, "image": image} for s, image in zip(samples, wanted)]
         shape = (config.gen_hidden_size, config.grid, config.grid)
-        t = torch.tensor([s["rng"].random() for s in samples], dtype=torch.float32)
-        x0, batch = unit_normal(samples, *shape), super().collate(samples)
+        t = torch.tensor([s["rng"].random() for s in samples for _ in range(self.draws)], dtype=torch.float32)
+        x0, batch = unit_normal(samples, self.draws, *shape).flatten(0, 1), super().collate(samples)      # (B draws, ...)
         return {**batch, "ids": ids, "mask": mask, "captions": [s["caption"] for s in samples],
                 "x0": x0, "t": flow.shift_time(t, self.shift),
-                "drop": torch.tensor([s["rng"].random() < self.drop for s in samples]),
+                "drop": torch.tensor([s["rng"].random() < self.drop for s in samples for _ in range(self.draws)]),
                 **(look_at(shown, looks, vision) if any(looks) else {"patches": None, "grid": None})}
 
     def forward(self, batch):
@@ -844,8 +845,8 @@ def load_state(out, ema, optimizer, args):
     folder = out / (out / "latest").read_text()
     state = json.loads((folder / "state.json").read_text())
     for key in ("stage", "data", "short_caption", "seed", "batch", "init", "shift", "optimizer", "design", "joint",
-                "reconstruct", "edit", "words", "tell", "dit", "queries"):
-        if state["args"].get(key) != getattr(args, key):
+                "reconstruct", "edit", "words", "things", "draws", "tell", "dit", "queries"):
+        if state["args"].get(key, getattr(args, key)) != getattr(args, key):                 # older states know fewer flags
             raise ValueError(f"{out} holds a run with --{key.replace('_', '-')} {state['args'].get(key)}, not "
                              f"{getattr(args, key)}: choose another --out, or delete the folder to start anew")
     model, average = load_file(folder / "model.safetensors"), load_file(folder / "ema.safetensors")
@@ -1056,10 +1057,10 @@ def train(args, rank, world, device):
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)                                     # the same fresh weights on every rank
     stage = STAGES[args.stage](args.init, args).to(device)
-    source = data.open_source(args.data, stage.size, args.seed, args.words)
+    source = data.open_source(args.data, stage.size, args.seed, words=args.words, most=args.things)
     kept = FeatureCache(args.cache, stage, source, args, rank, world, device) if args.cache else source
     samples = data.Samples(kept, stage.size, args.seed, stage.captions, args.short_caption, stage.talk)
-    unseen = source if args.data else data.World(10 ** 6, stage.size, words=args.words)
+    unseen = source if args.data else data.World(10 ** 6, stage.size, words=args.words, most=args.things)
     held_out = data.Samples(unseen, stage.size, 10 ** 6, stage.captions, args.short_caption, stage.talk)
     test = to_device(stage.held_out([held_out[i] for i in range(64)]), device)
     params = [p for p in stage.trained.parameters() if p.requires_grad]
@@ -1263,6 +1264,9 @@ def arguments():
     add("--edit", type=float, help="share of samples of the world whose prompt is a picture and a change of it. Default: 0, in "
                                    "stage 2 0.2")
     add("--words", type=float, help="share of the world's pictures that show a word")
+    add("--things", type=int, default=4, help="the most things that a picture of the world shows: 1 is learnt in minutes")
+    add("--draws", type=int, default=1, help="stages 1, 2: noises and times of each picture, for one reading of its prompt: cheap "
+        "where the language model is large beside the DiT")
     add("--dit", help="other sizes for a fresh DiT: fields of DiTConfig, as in dim=192,n_layers=8,rope=2d")
     add("--queries", type=int, help="number of fresh latent queries for a fresh generator, instead of those of --init")
     add("--tell", type=float, help="stage 0: weight of what the queries are taught to say. Default 1, 0 with --joint or --data")
@@ -1339,7 +1343,9 @@ def arguments():
         raise ValueError("--joint, --reconstruct, --edit and --words are shares of the samples: from 0 to below 1")
     if args.edit and args.data:
         raise ValueError("--edit changes pictures of the synthetic world: it doesn't go with --data")
-    for key in ("steps", "batch", "accumulate", "log_every", "save_every"):
+    if not 1 <= args.things <= 4:
+        raise ValueError(f"--things must lie between 1 and 4, the most that the world has, not {args.things}")
+    for key in ("steps", "batch", "draws", "accumulate", "log_every", "save_every"):
         if getattr(args, key) < 1:
             raise ValueError(f"--{key.replace('_', '-')} must be at least 1, not {getattr(args, key)}")
     if args.lr <= 0 or args.min_lr < 0 or not 0 <= args.drop <= 1 or not 0 <= (args.short_caption or 0) <= 1:
