@@ -647,7 +647,7 @@ def draw_entries(pipe, entries, seed, **sampling):
 
 def run_alignment(args):
     """Does the model draw what the prompts of the six skills ask? Beside it: shuffled prompts, and true renders."""
-    pipe = Pipeline(args.ckpt, args.device, args.dtype)
+    pipe = Pipeline(args.ckpt, args.device, args.dtype, eva=args.eva)
     prompts, name = data.skill_prompts(args.n_prompts, args.seed, args.novel), "alignment"
     if args.prompts:
         prompts, name = read_entries(args.prompts), f"alignment-{Path(args.prompts).stem}"
@@ -710,7 +710,7 @@ def run_understanding(args):
     """
     if args.data or args.write:
         return answer_file(args) if args.data else write_questions(args)
-    pipe = Pipeline(args.ckpt, args.device, args.dtype)
+    pipe = Pipeline(args.ckpt, args.device, args.dtype, eva=args.eva)
     asked = draw_questions(args.seed, args.n)
     scenes, kinds, questions, truths = zip(*asked)
     answers = answer_all(pipe, scenes, questions)
@@ -737,7 +737,7 @@ def run_editing(args):
     """Does the model draw a picture again, changed as told? --n unseen scenes, the kinds of data.edit in turn, and
     "again" without a change. Right: the judge sees the things of the changed scene in shape, colour and size, and its
     background; after a move also the thing in its new region. Beside it, how often the picture as it was would pass."""
-    pipe, rng = Pipeline(args.ckpt, args.device, args.dtype), np.random.default_rng(args.seed)
+    pipe, rng = Pipeline(args.ckpt, args.device, args.dtype, eva=args.eva), np.random.default_rng(args.seed)
     kinds, tasks, index = ("again", "colour", "place", "remove", "background"), [], 0
     while len(tasks) < args.n:                                       # scenes that can't be changed so are passed over
         scene, kind, index = data.make_scene(args.seed, index), kinds[len(tasks) % len(kinds)], index + 1
@@ -779,7 +779,7 @@ def run_reconstruction(args):
     """
     if args.images:
         return reconstruct_files(args)
-    pipe = Pipeline(args.ckpt, args.device, args.dtype)
+    pipe = Pipeline(args.ckpt, args.device, args.dtype, eva=args.eva)
     unet, vae = pipe.decoder.unet, pipe.decoder.vae
     scenes = [data.make_scene(args.seed, i) for i in range(args.n)]
     renders = np.stack([data.draw(s, unet.config.sample_size * vae.factor) for s in scenes])       # (n, H, W, 3)
@@ -850,7 +850,7 @@ def run_generate(args):
     jobs, folder = read_prompts(args.bench, args.prompts, args.seed), Path(args.out) / args.bench
     rank, world, local = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = f"cuda:{local}" if args.device == "auto" and torch.cuda.is_available() else args.device
-    pipe, note = Pipeline(args.ckpt, device, args.dtype), folder.with_suffix(".json")
+    pipe, note = Pipeline(args.ckpt, device, args.dtype, eva=args.eva), folder.with_suffix(".json")
     about = {"ckpt": args.ckpt, "seed": args.seed, "dtype": str(pipe.dtype), "sampling": pipe.sampling,
              "prompts": fingerprint(jobs)}
     if folder.exists() and (not note.exists() or json.loads(read_text(note)) != about):
@@ -1176,7 +1176,7 @@ def answer_file(args):
         if before != about:
             raise ValueError(f"{file} holds answers of another run ({before}): choose another --out")
         done = {line["index"]: line["prediction"] for line in told}
-    pipe, todo = Pipeline(args.ckpt, args.device, args.dtype), [q for q in questions if q["index"] not in done]
+    pipe, todo = Pipeline(args.ckpt, args.device, args.dtype, eva=args.eva), [q for q in questions if q["index"] not in done]
     pipe.limits = OFFICIAL_PIXELS if args.official else {}
     lines = [about, *({"index": index, "prediction": answer} for index, answer in done.items())]
     write_whole(file, "".join(json.dumps(line) + "\n" for line in lines))
@@ -1403,7 +1403,7 @@ def run_fid(args):
         measure = partial(inception_features, load_inception(args.inception).to(pick_device(args.device)))
     else:
         features = "this model's CLIP tower (not Inception)"
-        pipe = Pipeline(args.ckpt, args.device, args.dtype)
+        pipe = Pipeline(args.ckpt, args.device, args.dtype, eva=args.eva)
         measure = lambda pictures: clip_features(pipe, pictures).mean(1)
     a, b = (np.concatenate([measure([p for _, p in batch]).numpy() for batch in folder]) for folder in folders)
     if (fewest := min(len(a), len(b))) < 4:
@@ -1421,7 +1421,7 @@ def run_fid(args):
 def reconstruct_files(args):
     """`reconstruction --images DIR`: PSNR, SSIM and cosine of CLIP features between pictures (middle squares) and what
     the decoder makes of their 64 features."""
-    pipe, found, names = Pipeline(args.ckpt, args.device, args.dtype), {}, ("dB", "SSIM", "cosine")
+    pipe, found, names = Pipeline(args.ckpt, args.device, args.dtype, eva=args.eva), {}, ("dB", "SSIM", "cosine")
     for batch in read_pictures(args.images):
         files, pictures = zip(*batch)
         made = pipe.reconstruct(pictures, range(len(found), len(found) + len(files)))          # (B, 3, H, W)
@@ -1571,7 +1571,7 @@ def run_binding(args):
     content with exchanged colours as with true ones, whatever its loss. Printed before the table is the same question
     to the condition: how far the exchange moves the queries' states, as a share of what another prompt does.
     """
-    pipe = Pipeline(args.ckpt, args.device, args.dtype)
+    pipe = Pipeline(args.ckpt, args.device, args.dtype, eva=args.eva)
     if pipe.model.latent_queries is None:
         raise ValueError(f"the model in {args.ckpt} has no latent queries: there is no condition to measure")
     if pipe.model.config.latents:
@@ -1619,21 +1619,24 @@ def run_binding(args):
 # A study trains each of `runs` ({name: flags of train.py, beside `flags` of all}) with several seeds on equally many
 # pictures, from the same language model and a fresh DiT, and measures it several times on the way. `vary` trains
 # nothing: --ckpt draws with each of the `values` of one setting.
+SMALL = "--dit dim=128,n_layers=4,n_heads=4,n_kv_heads=2,ffn_dim=352"
 STUDIES = {
     # 64 fresh queries for all: CLIP + MSE maps query i to feature i.
     "figure4": dict(runs={"CLIP + MSE": "--design clip-mse", "CLIP + flow matching": "--design clip-fm",
-                          "VAE + flow matching": "--design vae-fm"}, flags="--queries 64", seeds=3,
+                          "VAE + flow matching": "--design vae-fm"}, flags=f"--queries 64 {SMALL}", seeds=3,
                     panels=("alignment", "Frechet", "feature spread", "pixel spread")),
-    "figure5": dict(runs={"sequential": "--joint 0", "joint": "--joint 0.5"}, seeds=2, things=2,
+    "figure5": dict(runs={"sequential": "--joint 0", "joint": "--joint 0.5"}, flags=SMALL, seeds=2, things=2,
                     panels=("alignment", "Frechet", "questions", "captions")),
-    "queries": dict(runs={"16 queries": "--queries 16", "64 queries": "--queries 64"}, panels=("alignment", "Frechet")),
-    "rope": dict(runs={"2D RoPE": "--dit rope=2d", "3D RoPE": "--dit rope=3d"}, panels=("alignment", "Frechet")),
-    "shift": dict(runs={f"shift {shift}": f"--shift {shift}" for shift in (1, 2, 5, 10)},
+    "queries": dict(runs={"16 queries": "--queries 16", "64 queries": "--queries 64"}, flags=SMALL,
+                    panels=("alignment", "Frechet")),
+    "rope": dict(runs={"2D RoPE": f"{SMALL},rope=2d", "3D RoPE": f"{SMALL},rope=3d"}, panels=("alignment", "Frechet")),
+    "shift": dict(runs={f"shift {shift}": f"--shift {shift}" for shift in (1, 2, 5, 10)}, flags=SMALL,
                   panels=("alignment", "Frechet", "gap, t = 0.02", "gap, t = 0.05")),
-    "ema": dict(runs={"averaged weights": "--ema 0.999", "last weights": "--ema 0"}, panels=("alignment", "Frechet")),
+    "ema": dict(runs={"averaged weights": "--ema 0.999", "last weights": "--ema 0"}, flags=SMALL,
+                panels=("alignment", "Frechet")),
     "size": dict(runs={f"width {dim}, {layers} layers": f"--dit dim={dim},n_layers={layers},n_heads={dim // 32},"
                        f"n_kv_heads={kv},ffn_dim={ffn}"
-                       for dim, layers, kv, ffn in ((64, 4, 1, 176), (128, 6, 2, 352), (192, 6, 2, 512))},
+                       for dim, layers, kv, ffn in ((64, 4, 1, 176), (128, 4, 2, 352), (192, 6, 2, 512))},
                  panels=("alignment", "Frechet")),
     "steps": dict(vary="steps", values=(4, 8, 15, 30, 60), below="Euler steps", n_prompts=100, seeds=3, things=4,
                   panels=("alignment", "Frechet")),
@@ -1675,8 +1678,8 @@ def measure_pictures(pipe, args, seed, draw):
 
 def measure(folder, args, seed, understands=False, **sampling):
     """The numbers of a model folder, with the image parts of --eva; `understands`: also the understanding scores."""
-    pipe, parts = Pipeline(folder), Pipeline(args.eva)
-    pipe.eva, pipe.decoder, pipe.sampling = parts.eva, parts.decoder, parts.sampling
+    pipe = Pipeline(folder, eva=args.eva)
+    pipe.sampling = Pipeline(args.eva).sampling                      # all runs draw alike
     if args.quick:
         pipe.sampling = pipe.sampling | {"steps": 2, "decoder_steps": 2}
     found = measure_pictures(pipe, args, seed, lambda entries: draw_entries(pipe, entries, seed, **sampling)[0])
@@ -2130,6 +2133,7 @@ def parse(argv):
         command.add_argument("--out", default="runs/eval", help="folder of the results")
         if name in ("alignment", "understanding", "reconstruction", "binding", "editing", "generate", "fid"):
             command.add_argument("--ckpt", default=str(WEIGHTS / "nano"), help="model folder")
+            command.add_argument("--eva", help="folder with EVA-CLIP and the diffusion-decoder, if --ckpt has none")
             command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
             command.add_argument("--dtype", default="auto", help="auto, fp32, bf16, fp16")
         if name in ("generate", "compare", "leakage"):

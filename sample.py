@@ -70,15 +70,16 @@ class Pipeline:
 
     device: "auto" is CUDA where there is one, else the CPU. dtype: "auto" is bf16 on CUDA, else fp32; the VAE is always
     fp32. offload: a part leaves memory when the next one comes, so that only the largest must fit. compiled: torch.compile
-    the DiT and the UNet. Steps and guidance left at None are the checkpoint's own, else the official ones. Whoever has a
+    the DiT and the UNet. eva: the folder with EVA-CLIP and the diffusion-decoder, if it is another one. Steps and guidance left at None are the checkpoint's own, else the official ones. Whoever has a
     live model assigns `model`, `eva` or `decoder` instead of having it read.
     Raises ValueError for a folder that holds no model, or a device that isn't there.
 
     A picture depends on its prompt, its seed and the settings alone: not on its batch, nor on what was drawn before.
     """
 
-    def __init__(self, folder, device="auto", dtype="auto", offload=False, compiled=False):
+    def __init__(self, folder, device="auto", dtype="auto", offload=False, compiled=False, eva=None):
         self.folder, self.offload, self.compiled = Path(folder), offload, compiled
+        self.eva_folder = Path(eva or folder)
         self.config = self.read("config.json")
         if not self.config:
             raise ValueError(f"there is no model in {folder}: it has no config.json")
@@ -129,17 +130,18 @@ class Pipeline:
     @cached_property
     def eva(self):
         """The image encoder."""
-        return self.read_when_called(EvaClip.from_pretrained(self.folder, "meta", self.dtype),
-                                     lambda: EvaClip.from_pretrained(self.folder, self.device, self.dtype))
+        return self.read_when_called(EvaClip.from_pretrained(self.eva_folder, "meta", self.dtype),
+                                     lambda: EvaClip.from_pretrained(self.eva_folder, self.device, self.dtype))
 
     @cached_property
     def decoder(self):
         """The pixel decoder."""
-        if not any((self.folder / base / "unet").is_dir() for base in ("diffusion-decoder", ".")):
-            raise ValueError(f"there is no diffusion-decoder in {self.folder} to draw from features with")
-        decoder = PixelDecoder.from_pretrained(self.folder, "meta", self.dtype)
-        self.read_when_called(decoder.unet, lambda: UNet.from_pretrained(self.folder, self.device, self.dtype), True)
-        self.read_when_called(decoder.vae, lambda: VAE.from_pretrained(self.folder, self.device))
+        if not any((self.eva_folder / base / "unet").is_dir() for base in ("diffusion-decoder", ".")):
+            raise ValueError(f"there is no diffusion-decoder in {self.eva_folder} to draw from features with: --eva names a "
+                             "folder that has one")
+        decoder = PixelDecoder.from_pretrained(self.eva_folder, "meta", self.dtype)
+        self.read_when_called(decoder.unet, lambda: UNet.from_pretrained(self.eva_folder, self.device, self.dtype), True)
+        self.read_when_called(decoder.vae, lambda: VAE.from_pretrained(self.eva_folder, self.device))
         return decoder
 
     def read_when_called(self, module, read, heavy=False):
@@ -835,6 +837,7 @@ def parse(argv):
     add("--min-pixels", type=int, help="smaller pictures are enlarged before the language model sees them")
     add("--max-pixels", type=int, help="larger pictures are reduced before the language model sees them")
     add("--ckpt", default=str(Path(__file__).parent / "weights" / "nano"), help="model folder (weights/nano)")
+    add("--eva", help="folder with EVA-CLIP and the diffusion-decoder, if --ckpt has none (as train.py's)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", default="auto", help=f"auto, {', '.join(DTYPES)}")
     add("--offload", action="store_true", help="keep only the part in memory that works: for small machines")
@@ -884,7 +887,7 @@ def main(argv=None):
     try:
         name, args = parse(argv)
         kind = Blueprint if name == "dry-run" and args.ckpt in BLUEPRINTS and not Path(args.ckpt).exists() else Pipeline
-        pipe = kind(args.ckpt, args.device, args.dtype, args.offload, args.compile)
+        pipe = kind(args.ckpt, args.device, args.dtype, args.offload, args.compile, args.eva)
         pipe.limits = {key: getattr(args, key) for key in ("min_pixels", "max_pixels") if getattr(args, key)}
         COMMANDS[name](pipe, args)
         if pipe.seconds:

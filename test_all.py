@@ -1896,7 +1896,8 @@ def test_world_of_few_things():
     for most in (1, 2, 3):
         scenes = [data.World(0, 16, most=most)[i]["scene"] for i in range(400)]
         assert max(len(scene.things) for scene in scenes) == most
-        assert len({(thing.colour, thing.shape) for scene in scenes for thing in scene.things}) == 7 * 4 - len(data.HELD_OUT)
+        assert len({(thing.colour, thing.shape) for scene in scenes for thing in scene.things}) == \
+            len(data.COLOURS) * len(data.SHAPES) - len(data.HELD_OUT)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3794,6 +3795,19 @@ def test_sample_never_overwrites_another_picture(sample_folder, tmp_path, capsys
     assert [Path(p).name for p in capsys.readouterr().out.split()] == [f"a-star-0-{i}.png" for i in (2, 3, 4)]
     about = json.loads(sample.made_from(tmp_path / "a-star-0-4.png"))
     assert about["prompt"] == "a star" and about["steps"] == 2 and about["cfg"] == 1.5
+
+
+def test_sample_eva_names_another_folder(sample_folder, tmp_path):
+    """--eva: a folder as stage 1 on a bare language model saves it draws with the image parts of another, as if whole."""
+    for name in "config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "preprocessor_config.json":
+        if (Path(sample_folder) / name).exists():
+            shutil.copy(Path(sample_folder) / name, tmp_path)
+    bare = sample_run("--prompt", "a star", "--ckpt", tmp_path, "--out", tmp_path / "a")
+    assert bare.returncode == 2 and "--eva names a folder" in bare.stderr
+    assert sample_run("--prompt", "a star", "--ckpt", tmp_path, "--eva", sample_folder, "--out", tmp_path / "b").returncode == 0
+    (drawn,) = (tmp_path / "b").glob("*.png")
+    whole = sample.to_uint8(sample.Pipeline(sample_folder).images(["a star"], [0]))[0]
+    assert (np.asarray(Image.open(drawn)) == whole).all()
 
 
 def test_sample_batch_never_changes_a_picture(sample_folder):

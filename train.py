@@ -275,9 +275,8 @@ class UnderstandingStage(Stage):
     And the states of the latent queries have to say it, in a way that a DiT can use. Left to chance they tell which words a
     prompt holds, hardly which belong together: exchanging two colours moved them by 2 % of what another prompt does, and the
     DiT learnt to draw bags of words. So the queries are taught here what to say (`tell`): one thing of the caption each, the
-    things taking turns, as a sum of fixed random vectors for its words and for the pairs of them (data.code_of). It must
-    be pairs: from sums of "red", "blue", "circle" and "star" a DiT learns far more slowly who is red. The paper has no such
-    loss; it has a language model of 7B, whose states hold such conjunctions after reading the internet.
+    things taking turns, as a sum of fixed random vectors for its words (data.code_of). The paper has no such loss; it has a
+    language model of 7B, whose states hold conjunctions such as "red circle" after reading the internet.
     """
     talk = True
     questions = 4                   # in one conversation: the prompt is read once, so more questions cost little
