@@ -931,8 +931,12 @@ def write_config(folder, model, dtype):
         raw["vision_config"] = {**raw.get("vision_config", {}), **asdict(config.vision)}
     if model.latent_queries is not None:
         raw |= {"n_query": config.n_query} | ({"gen_hidden_size": config.gen_hidden_size} if config.draws else {})
-        raw["nano_blip3o"] = {**raw.get("nano_blip3o", {}), "format": 1, "dit": config.dit and asdict(config.dit),
+        before = raw.get("nano_blip3o", {})
+        raw["nano_blip3o"] = {**before, "format": 1, "dit": config.dit and asdict(config.dit),
                               **{name: getattr(config, name) for name in OURS}}
+        if not config.draws:  # the folder's generator stays, and what describes it
+            of_generator = ("dit", "grid", "shift", "latents", "mse_channels")
+            raw["nano_blip3o"] |= {name: before[name] for name in of_generator if name in before}
     temporary = folder / "config.json.tmp"
     temporary.write_text(json.dumps(raw, indent=2) + "\n")
     os.replace(temporary, path)
