@@ -648,9 +648,12 @@ def draw_entries(pipe, entries, seed, **sampling):
 def run_alignment(args):
     """Does the model draw what the prompts of the six skills ask? Beside it: shuffled prompts, and true renders."""
     pipe = Pipeline(args.ckpt, args.device, args.dtype, eva=args.eva)
-    prompts, name = data.skill_prompts(args.n_prompts, args.seed, args.novel), "alignment"
+    prompts, name = data.skill_prompts(args.n_prompts, args.seed, args.novel, args.things), "alignment"
     if args.prompts:
-        prompts, name = read_entries(args.prompts), f"alignment-{Path(args.prompts).stem}"
+        prompts = [e for e in read_entries(args.prompts) if sum(clause.get("count", 1) for clause in e["include"]) <= args.things]
+        name = f"alignment-{Path(args.prompts).stem}"
+        if not prompts:
+            raise ValueError(f"no prompt in {args.prompts} asks for {args.things} things or fewer (--things)")
     elif args.words:
         prompts, name = data.word_prompts(args.n_prompts, args.seed), "alignment-words"
     entries = [entry for entry in prompts for _ in range(args.images)]
@@ -676,8 +679,8 @@ def run_alignment(args):
 
 
 def draw_questions(seed, n, most=4):
-    """n questions about scenes of the world `seed`, of at most `most` (two or more) things, the kinds in turn: [(scene, kind, question,
-    answer)]."""
+    """n questions about scenes of the world `seed`, of at most `most` things (two or more), the kinds in turn:
+    [(scene, kind, question, answer)]."""
     found, index = [], 0
     while len(found) < n:
         scene, kind = data.make_scene(seed, index, most=most), data.QUESTIONS[len(found) % len(data.QUESTIONS)]
@@ -2151,6 +2154,7 @@ def parse(argv):
     add["ablation"]("--ckpt", default=str(WEIGHTS / "nano"), help="model folder that draws for steps and guidance")
     add["alignment"]("--novel", action="store_true", help="pairs of colour and shape never trained on")
     add["alignment"]("--words", action="store_true", help="prompts for words, half of them never trained on")
+    add["alignment"]("--things", type=int, default=4, choices=range(1, 5), help="prompts of at most so many things alone")
     add["alignment"]("--prompts", help="other prompts, as in assets/free_prompts.jsonl: pictures must fit exactly")
     add["understanding"]("--data", help="questions: .tsv as VLMEvalKit's, .jsonl, or MM-Vet's .json")
     add["understanding"]("--task", choices=TASKS, help="wording and scoring (choice, or vqav2 without options)")

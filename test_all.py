@@ -4658,11 +4658,11 @@ def test_questions_cover_the_kinds_evenly():
 class EvalOracle:
     """A stand-in for the pipeline: draws what is asked, and says yes to every question."""
 
-    def __init__(self, *_):
+    def __init__(self, *_, **__):
         self.device = torch.device("cpu")
 
     def images(self, prompts, seeds):
-        entries = {e["prompt"]: e for e in data.skill_prompts(12, 0)}
+        entries = {e["prompt"]: e for most in (1, 4) for e in data.skill_prompts(12, 0, most=most)}
         scenes = [scores.scene_for(entries[p], np.random.default_rng(s)) for p, s in zip(prompts, seeds)]
         return torch.from_numpy(np.stack([data.draw(s) for s in scenes])).permute(0, 3, 1, 2) / 255
 
@@ -4679,6 +4679,14 @@ def test_alignment_command_writes_scores_and_pictures(tmp_path, monkeypatch, cap
     assert len(results["pictures"]) == len({p["seed"] for p in results["pictures"]}) == 36
     assert data.load_image(tmp_path / "alignment.png").width == 12 * (128 + 16)
     assert "100.0 %" in capsys.readouterr().out
+    few = ["alignment", "--n-prompts", "12", "--images", "1", "--things", "1", "--out", str(tmp_path)]
+    assert scores.main(few) == 0
+    tags = {p["tag"] for p in json.loads((tmp_path / "alignment.json").read_text())["pictures"]}
+    assert tags == {"single_object", "colors"}
+    pair = {"tag": "two", "prompt": "two stars", "include": [{"class": "star", "count": 2}]}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    assert scores.main([*few, "--prompts", str(tmp_path / "pairs.jsonl")]) == 2
+    assert "asks for 1 things or fewer" in capsys.readouterr().err
 
 
 def test_understanding_command_compares_with_the_commonest_answer(tmp_path, monkeypatch):
@@ -4706,7 +4714,7 @@ class EvalPainter(EvalOracle):
     """A stand-in whose pictures (8 x 8) are a function of prompt and seed; `drawn` collects what it was asked."""
     sampling, dtype, drawn = {}, torch.float32, []
 
-    def __init__(self, *_):
+    def __init__(self, *_, **__):
         super().__init__()
         self.negatives = {}
 
