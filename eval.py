@@ -1775,6 +1775,7 @@ class Trainer:
                 tqdm(total=len(self.points) * len(self.jobs), desc="measuring") as self.measured:
             waiting = {pool.submit(self, *job): job for job in self.jobs}
             found = dict(waiting)
+            before = signal.signal(signal.SIGTERM, signal.default_int_handler)               # else trainings would outlive us
             try:
                 while waiting:
                     for future in wait(waiting, timeout=2, return_when=FIRST_COMPLETED).done:
@@ -1783,6 +1784,7 @@ class Trainer:
                     with suppress(ValueError):                       # a line that is just being written
                         bar.update(sum(max(read_log(run), default=0) for run in self.jobs.values()) - bar.n)
             finally:                                                 # after Ctrl-C trainings write their state
+                signal.signal(signal.SIGTERM, before)
                 self.stopped = bool(waiting)
                 pool.shutdown(wait=False, cancel_futures=True)
                 for child in set(self.children):
