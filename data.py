@@ -481,6 +481,45 @@ def describe(scene):
     return f"{join(told)} on {article(f'{scene.background} background')}"
 
 
+def changed(scene, rng):
+    """A scene that differs in one respect, to be told of, not to be drawn: a thing of another colour or shape, one less or one
+    more, two that have exchanged places or colours, another background, or everything; of a word its text or colour."""
+    kind = pick(rng, ("colour", "shape", "less", "more", "places", "colours", "background", "all"))
+    if kind == "all":
+        return (make_word if scene.word else make_scene)(0, int(rng.integers(10 ** 9)))
+    if scene.word:
+        text, colour = make_word(0, int(rng.integers(10 ** 9))).word.text, pick(rng, list(COLOURS))
+        return replace(scene, word=replace(scene.word, **({"text": text} if kind in ("shape", "less", "more") else {"colour": colour})))
+    if kind == "background":
+        return replace(scene, background=pick(rng, list(BACKGROUNDS)))
+    things = [scene.things[i] for i in rng.permutation(len(scene.things))]
+    first, *others = things
+    if kind in ("colour", "shape"):
+        things[0] = replace(first, **{kind: pick(rng, list(COLOURS if kind == "colour" else SHAPES))})
+    elif kind == "less":
+        things = others or things
+    elif kind == "more":
+        things = things[:3] + [replace(pick(rng, things), x=float(rng.random()), y=float(rng.random()))]
+    elif others:
+        swap = ("x", "y") if kind == "places" else ("colour",)
+        a, b = ({name: getattr(thing, name) for name in swap} for thing in things[:2])
+        things[:2] = replace(first, **b), replace(others[0], **a)
+    if any((thing.colour, thing.shape) in HELD_OUT for thing in things):
+        return changed(scene, rng)
+    return replace(scene, things=tuple(things))
+
+
+def claim(scene, rng):
+    """(CLAIM of a caption, its answer): a third of the captions are the scene's own, the others a `changed` one's, true all
+    the same where they don't tell the difference. Both are worded alike, so what they tell can be compared; then one is
+    reworded, or not."""
+    wording, other = int(rng.integers(2 ** 32)), scene if rng.random() < 0.3 else changed(scene, rng)
+    texts = [caption(each, np.random.default_rng(wording)) for each in (scene, other)]
+    true, said = (sorted(map(sorted, things_told(text))) for text in texts)
+    text = reworded(texts[1], rng)[0] if rng.random() < 0.5 else texts[1]
+    return CLAIM.format(text), "yes" if said == true else "no"
+
+
 def world_texts(n):
     """n captions, questions and answers of the world, then the templates: what its tokenizer learns from."""
     for i in range(n):
@@ -950,6 +989,7 @@ def open_source(spec, size=64, seed=0, **world):
 SYSTEM = "You are a helpful assistant."
 GENERATE = "Please generate image based on the following caption: {}"
 DESCRIBE = "Describe this image."
+CLAIM = 'Does this image show "{}"? Answer yes or no.'               # VQAScore's question (arXiv 2404.01291), in other words
 RECONSTRUCT = "Please reconstruct the given image."
 # Qwen2.5's added tokens in the order of their ids, then the three of BLIP3-o: [IMG] is vocab_size - 3 at every size.
 SPECIAL = ("<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "

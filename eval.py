@@ -633,15 +633,20 @@ def score_renders(entries, pictures):
     return score_images(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255, entries)
 
 
-def draw_entries(pipe, entries, seed, **sampling):
-    """Entries of data.skill_prompts -> their pictures, uint8 (H, W, 3), and their seeds; `sampling`: see pipe.images.
+def draw_entries(pipe, entries, seed, best_of=1, **sampling):
+    """Entries of data.skill_prompts -> their pictures, uint8 (H, W, 3), and their seeds; `sampling`: see pipe.images. With
+    best_of, the one of so many that the model itself likes best.
 
     One seed per picture, whatever the batch; far enough apart that two values of `seed` share none.
     """
     seeds, pictures = [seed * 10 ** 6 + i for i in range(len(entries))], []
     for i in tqdm(range(0, len(entries), BATCH), leave=False, disable=None):
-        prompts = [e["prompt"] for e in entries[i:i + BATCH]]
-        pictures += list(to_uint8(pipe.images(prompts, seeds[i:i + BATCH], **sampling)))
+        prompts, some = [e["prompt"] for e in entries[i:i + BATCH]], seeds[i:i + BATCH]
+        if best_of > 1:
+            drawn, seeds[i:i + BATCH] = pipe.best(prompts, some, best_of, **sampling)
+        else:
+            drawn = pipe.images(prompts, some, **sampling)
+        pictures += list(to_uint8(drawn))
     return pictures, seeds
 
 
@@ -657,7 +662,7 @@ def run_alignment(args):
     elif args.words:
         prompts, name = data.word_prompts(args.n_prompts, args.seed), "alignment-words"
     entries = [entry for entry in prompts for _ in range(args.images)]
-    pictures, seeds = draw_entries(pipe, entries, args.seed)
+    pictures, seeds = draw_entries(pipe, entries, args.seed, args.best_of)
     seen = look(pictures, entries)
     verdicts = judge_all(entries, seen)
     rng = np.random.default_rng(args.seed)
@@ -2157,6 +2162,7 @@ def parse(argv):
     add["alignment"]("--novel", action="store_true", help="pairs of colour and shape never trained on")
     add["alignment"]("--words", action="store_true", help="prompts for words, half of them never trained on")
     add["alignment"]("--things", type=int, default=4, choices=range(1, 5), help="prompts of at most so many things alone")
+    add["alignment"]("--best-of", type=int, default=1, help="of so many pictures score the one that the model likes best")
     add["alignment"]("--prompts", help="other prompts, as in assets/free_prompts.jsonl: pictures must fit exactly")
     add["understanding"]("--data", help="questions: .tsv as VLMEvalKit's, .jsonl, or MM-Vet's .json")
     add["understanding"]("--task", choices=TASKS, help="wording and scoring (choice, or vqav2 without options)")
@@ -2174,12 +2180,13 @@ def parse(argv):
     add["leakage"]("--train", help="shards as in train.py --data (the world's first --n captions)")
     add["leakage"]("--near", type=float, default=0.7, help="least similarity of a near-duplicate")
     args = parser.parse_args(argv)
-    for name in ("n", "n_prompts", "images", "size", "rounds", "seeds", "steps", "points", "batch", "jobs"):
+    for name in ("n", "n_prompts", "images", "size", "rounds", "seeds", "steps", "points", "batch", "jobs", "best_of"):
         least = 16 if name == "size" else 1
         if isinstance(vars(args).get(name), int) and vars(args)[name] < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {vars(args)[name]}")
-    if not 0 <= args.seed < 1000:                                    # each has a million seeds of pictures
-        raise ValueError(f"--seed must lie between 0 and 999, not {args.seed}")
+    most = 1000 // getattr(args, "best_of", 1)                       # each has a million seeds of pictures
+    if not 0 <= args.seed < most:
+        raise ValueError(f"--seed must lie between 0 and {most - 1}, not {args.seed}")
     if args.command in ("understanding", "reconstruction", "binding", "editing") and args.seed == 0:
         raise ValueError("--seed 0 is the world that models are trained on: take another for unseen pictures")
     return args

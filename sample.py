@@ -40,9 +40,9 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from clip_decoder import PRESETS as DECODER_PRESETS, EvaClip, PixelDecoder, UNet, VAE, save_weights, write_json
-from data import (DESCRIBE, PICTURES, BadSample, Tokenizer, chat_ids, crop_square, load_image, pad, preprocess_clip,
+from data import (CLAIM, DESCRIBE, PICTURES, BadSample, Tokenizer, chat_ids, crop_square, load_image, pad, preprocess_clip,
                   preprocess_qwen, prompt_ids, scan, smart_resize)
-from model import PRESETS, BLIP3o, component, preset, read_headers
+from model import PRESETS, BLIP3o, component, last_real, preset, read_headers
 
 # Steps and guidance of the official pipeline; a checkpoint names its own in config.json as nano_blip3o.sampling.
 OFFICIAL = {"steps": 30, "cfg": 3.0, "decoder_steps": 50, "decoder_cfg": 3.0}
@@ -385,6 +385,18 @@ class Pipeline:
 
         repetition_penalty None is the folder's own, of generation_config.json.
         """
+        rows, looks = self.read_turns(conversations)
+        ids, mask = self.padded(rows, max_new_tokens)                                  # (B, L)
+        if repetition_penalty is None:
+            repetition_penalty = self.read("generation_config.json").get("repetition_penalty", 1.0)
+        with self.timed("LLM"):
+            new = self.model.generate_text(ids, mask, *self.seen(looks), max_new_tokens=max_new_tokens, top_p=top_p,
+                                           temperature=temperature, repetition_penalty=repetition_penalty,
+                                           on_token=on_token)
+        return [self.tokenizer.decode(row) for row in new]
+
+    def read_turns(self, conversations):
+        """Conversations as `ask` takes them -> token ids of each, and all their images as `look` gives them."""
         rows, looks = [], []
         for turns, images in conversations:
             if not turns[-1][0].strip():
@@ -394,14 +406,36 @@ class Pipeline:
             rows.append(chat_ids(self.tokenizer, turns, [
                 [len(patches) // self.model.config.vision.spatial_merge_size ** 2 for patches, _ in turn]
                 for turn in shown])[0])
-        ids, mask = self.padded(rows, max_new_tokens)                                  # (B, L)
-        if repetition_penalty is None:
-            repetition_penalty = self.read("generation_config.json").get("repetition_penalty", 1.0)
+        return rows, looks
+
+    @torch.no_grad()
+    def agreement(self, images, prompts):
+        """How far PIL images show what prompts say, in the language model's own eyes: (B,) fp32, on the CPU.
+
+        log P("yes") - log P("no") as its answer to CLAIM begins (VQAScore, arXiv 2404.01291); either may be capitalised.
+        """
+        asked = [([(CLAIM.format(prompt), None)], [[image]]) for image, prompt in zip(images, prompts, strict=True)]
+        rows, looks = self.read_turns(asked)
+        ids, mask = self.padded(rows, 1)                                               # (B, L)
         with self.timed("LLM"):
-            new = self.model.generate_text(ids, mask, *self.seen(looks), max_new_tokens=max_new_tokens, top_p=top_p,
-                                           temperature=temperature, repetition_penalty=repetition_penalty,
-                                           on_token=on_token)
-        return [self.tokenizer.decode(row) for row in new]
+            hidden = self.model.hidden(ids, mask, *self.seen(looks))                   # (B, L, D)
+            last = hidden[torch.arange(len(ids)), last_real(mask.bool())]
+            logits = self.model.llm.head(last).float()                                 # (B, V)
+        yes, no = (logits[:, [self.tokenizer.encode(form)[0] for form in (word, word.capitalize())]].logsumexp(1)
+                   for word in ("yes", "no"))
+        return (yes - no).cpu()
+
+    def best(self, prompts, seeds, k, **sampling):
+        """Of k pictures of each prompt the one that agrees best with it: (pixels (B, 3, H, W), its seed for each).
+
+        The model judges its own work: `agreement`. The pictures of seed s have the seeds k s to k s + k - 1, so that the
+        chosen one can be drawn again alone. `sampling`: as `images` takes it.
+        """
+        tried = [[k * seed + j for seed in seeds] for j in range(k)]
+        drawn = torch.stack([self.images(prompts, each, **sampling) for each in tried])                # (k, B, 3, H, W)
+        liked = torch.stack([self.agreement(list(map(Image.fromarray, to_uint8(each))), prompts) for each in drawn])
+        chosen = liked.argmax(0).tolist()                                              # B times one of k
+        return torch.stack([drawn[j, i] for i, j in enumerate(chosen)]), [tried[j][i] for i, j in enumerate(chosen)]
 
 
     # ---- how much memory ---------------------------------------------------------------------------------------------
@@ -555,7 +589,8 @@ def made_from(path):
 # Commands
 # ----------------------------------------------------------------------------------------------------------------------
 def draw(pipe, args):
-    """--prompt: a file for each picture, picture i with seed + i; a grid of all if they are several.
+    """--prompt: a file for each picture, picture i with seed + i; a grid of all if they are several. --best-of k: each is the
+    one of k that the model itself likes best, and its file has its own seed.
 
     --draw: the same of an --image and a --prompt together. Returns the path of the last file.
     """
@@ -563,9 +598,14 @@ def draw(pipe, args):
     image = None if args.image is None else load_image(args.image)
     for i in tqdm(range(0, args.n, BATCH), desc="batches", leave=False, disable=None if args.n > BATCH else True):
         batch = seeds[i:i + BATCH]
-        drawn.append(pipe.images([args.prompt] * len(batch), batch, args.steps, args.cfg, args.decoder_steps,
-                                 args.decoder_cfg, args.size and (args.size,) * 2, image and [image] * len(batch)))
-        for seed, picture in zip(batch, drawn[-1]):
+        sampling = {"steps": args.steps, "guidance": args.cfg, "decoder_steps": args.decoder_steps,
+                    "decoder_guidance": args.decoder_cfg, "size": args.size and (args.size,) * 2}
+        if args.best_of > 1:
+            pictures, batch = pipe.best([args.prompt] * len(batch), batch, args.best_of, **sampling)
+        else:
+            pictures = pipe.images([args.prompt] * len(batch), batch, **sampling, images=image and [image] * len(batch))
+        drawn.append(pictures)
+        for seed, picture in zip(batch, pictures):
             path = save(picture, args.out, f"{slug(args.prompt)}-{seed}", {**about, "seed": seed})
     if args.n > 1:
         path = save(grid(torch.cat(drawn)), args.out, f"{slug(args.prompt)}-{seeds[0]}-to-{seeds[-1]}", {**about, "n": args.n})
@@ -820,6 +860,8 @@ def parse(argv):
     add("--steps-strip", action="store_true", help="draw the way from noise to the picture as a strip")
     add("--n", type=int, default=1, help="number of pictures, with seeds from --seed on")
     add("--seed", type=int, default=0)
+    add("--best-of", type=int, default=1, help="draw so many for each picture and keep the one that the model, asked, finds to "
+        "show the --prompt best")
     add("--steps", type=int, help="Euler steps of the DiT (the checkpoint's, else 30)")
     add("--cfg", type=float, help="guidance of the DiT, 1 for none (the checkpoint's, else 3)")
     add("--decoder-steps", type=int, help="steps of the pixel decoder (the checkpoint's, else 50)")
@@ -864,10 +906,12 @@ def parse(argv):
         (args.steps_strip and args.image is not None, "--steps-strip draws a --prompt and takes no --image"),
         (args.n > 1 and (args.steps_strip or args.chat or args.image is not None and not args.draw),
          "--n is for pictures that are drawn of a --prompt"),
-        (args.seed + args.n > MAX_SEED or args.seed < 0, f"seeds must lie between 0 and {MAX_SEED - 1}"),
+        (args.best_of > 1 and (args.prompt is None or args.image is not None or args.steps_strip),
+         "--best-of is for pictures that are drawn of a --prompt alone"),
+        ((args.seed + args.n) * args.best_of > MAX_SEED or args.seed < 0, f"seeds must lie between 0 and {MAX_SEED - 1}"),
         *((value is not None and value < 1, f"--{name.replace('_', '-')} must be at least 1, not {value}")
           for name, value in vars(args).items()
-          if name in ("n", "steps", "decoder_steps", "size", "max_new_tokens", "min_pixels", "max_pixels")),
+          if name in ("n", "steps", "decoder_steps", "size", "max_new_tokens", "min_pixels", "max_pixels", "best_of")),
         *((value is not None and not 0 <= value < math.inf, f"--{name.replace('_', '-')} can't be {value}")
           for name, value in vars(args).items() if name in ("cfg", "decoder_cfg")),
     ]

@@ -3802,6 +3802,37 @@ def test_sample_never_overwrites_another_picture(sample_folder, tmp_path, capsys
     assert about["prompt"] == "a star" and about["steps"] == 2 and about["cfg"] == 1.5
 
 
+def test_sample_agreement_is_the_odds_of_yes(sample_folder):
+    """log P(yes) - log P(no) of the answer's first token, either capitalised, as plain logits of each picture alone give it."""
+    pipe, rng = sample.Pipeline(sample_folder), np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)) for size in ((40, 60, 3), (50, 30, 3))]
+    prompts = ["a red circle", "a star on a white background"]
+    found, alone = pipe.agreement(images, prompts), []
+    for image, prompt in zip(images, prompts):
+        patches, grid = pipe.look(image)
+        question = 'Does this image show "%s"? Answer yes or no.' % prompt
+        ids, _ = data.chat_ids(pipe.tokenizer, [(question, None)],
+                               [[len(patches) // pipe.model.config.vision.spatial_merge_size ** 2]])
+        p = pipe.model.logits(torch.tensor([ids]), None, patches, grid)[0, -1].softmax(0)
+        yes, no = (sum(p[pipe.tokenizer.encode(word)[0]] for word in words) for words in (("yes", "Yes"), ("no", "No")))
+        alone.append((yes / no).log())
+    assert torch.allclose(found, torch.stack(alone).detach(), atol=1e-4) and found[0] != found[1]
+
+
+def test_sample_best_of_keeps_what_the_model_likes(sample_folder, tmp_path, monkeypatch):
+    """--best-of 3: each picture is the likeliest of three seeds of its own, and drawn again alone with the seed of its name."""
+    pipe, asked = sample.Pipeline(sample_folder), ["a star", "a circle"]
+    drawn = {seed: pipe.images([asked[seed // 3 - 2]], [seed])[0] for seed in range(6, 12)}
+    liked = {seed: pipe.agreement([Image.fromarray(sample.to_uint8(picture[None])[0])], [asked[seed // 3 - 2]])[0].item()
+             for seed, picture in drawn.items()}
+    pictures, seeds = pipe.best(asked, [2, 3], 3)
+    assert seeds == [max(some, key=liked.get) for some in (range(6, 9), range(9, 12))]
+    assert torch.allclose(pictures, torch.stack([drawn[seed] for seed in seeds]), atol=1e-4)
+    assert sample.main(["--prompt", "a star", "--best-of", "3", "--seed", "2", "--ckpt", sample_folder, "--out", str(tmp_path)]) == 0
+    assert [path.name for path in tmp_path.glob("*.png")] == [f"a-star-{seeds[0]}.png"]
+    assert sample.main(["--prompt", "x", "--best-of", "2", "--image", "y.png", "--draw", "--ckpt", sample_folder]) == 2
+
+
 def test_sample_eva_names_another_folder(sample_folder, tmp_path):
     """--eva: a folder as stage 1 on a bare language model saves it draws with the image parts of another, as if whole."""
     for name in "config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "preprocessor_config.json":
@@ -5728,6 +5759,22 @@ def test_data_edits_do_what_they_say():
     assert data.edit(full, rng, "place") is None and all(data.edit(full, rng)[1] != full for _ in range(9))
     alone = data.Scene("white", (data.Thing("star", "red", "large", 0.5, 0.5),))
     assert data.edit(alone, rng, "remove") is None and data.edit(alone, rng, "colour")[1].things[0].colour != "red"
+
+
+def test_data_claims_are_true_or_false_as_labelled():
+    """A caption that is claimed of a picture: "yes" where an independent reading finds every detail in it, else "no"."""
+    labels, read, wrong = Counter(), 0, 0
+    for i in range(600):
+        scene, rng = data.make_scene(0, i), np.random.default_rng((1, i))
+        question, label = data.claim(scene, rng)
+        text = re.fullmatch(r'Does this image show "(.+)"\? Answer yes or no\.', question)[1]
+        if scores.FRAME.fullmatch(scores.ITEM.sub("#", text.lower().removesuffix("."))):                 # not reworded
+            read, wrong = read + 1, wrong + (scores.caption_truth(text, scene)[1] != (label == "yes"))
+        labels[label] += 1
+        assert not any(f"{colour} {shape}" in text for colour, shape in data.HELD_OUT)
+        assert 1 <= len(data.changed(scene, rng).things) <= 4
+    assert read > 250 and wrong <= 2 and 0.4 < labels["yes"] / 600 < 0.7
+    assert {data.claim(data.make_word(0, i), np.random.default_rng(i))[1] for i in range(20)} == {"yes", "no"}
 
 
 def test_free_prompts_fit_their_own_pictures_alone(tmp_path):

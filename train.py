@@ -268,7 +268,8 @@ class DecoderStage(Stage):
 class UnderstandingStage(Stage):
     """Stage 0: Qwen2.5-VL learns language and sight together. Real shards give captions to write; the world asks as well.
 
-    Half of the world's conversations are about a picture: questions, and somewhere among them a description of everything.
+    Half of the world's conversations are about a picture: questions, whether it shows what a caption says, and somewhere
+    among them a description of everything.
     The other half are about a caption that asked for a picture. That makes the language model bind each colour to its object while it
     reads: predicting captions alone never needs this, and the frozen states will have to tell the DiT who is red.
 
@@ -324,7 +325,7 @@ class UnderstandingStage(Stage):
         if scene is None:
             return [(data.DESCRIBE, sample["caption"])], True
         if rng.random() < 0.5:
-            turns = [data.ask(scene, rng) for _ in range(self.questions)]
+            turns = [(data.claim if i % 2 else data.ask)(scene, rng) for i in rng.permutation(self.questions)]
             turns.insert(int(rng.integers(len(turns) + 1)), (data.DESCRIBE, data.describe(scene)))
             return turns, True
         text = sample["caption"]
