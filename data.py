@@ -520,6 +520,23 @@ def claim(scene, rng):
     return CLAIM.format(text), "yes" if said == true else "no"
 
 
+def spoil(scene, rng, size=64):
+    """The scene drawn (size, size, 3), one thing of it two in one: on one side of a line through it another shape, colour or
+    both. As an unripe DiT draws them; no caption is true of it."""
+    true = draw(scene, size)
+    while True:
+        first, *others = (scene.things[i] for i in rng.permutation(len(scene.things)))
+        shape, colour = ((pick(rng, list(kinds)) if rng.random() < share else own)
+                         for kinds, share, own in ((SHAPES, 0.8, first.shape), (COLOURS, 0.3, first.colour)))
+        other = draw(replace(scene, things=(replace(first, shape=shape, colour=colour), *others)), size)
+        angle, off = 2 * math.pi * rng.random(), first.reach * (rng.random() - 0.5)
+        y, x = (np.mgrid[:size, :size] + 0.5) / size
+        side = (x - first.x) * math.cos(angle) + (y - first.y) * math.sin(angle) > off
+        mixed = np.where(side[..., None], other, true)
+        if all((mixed != each).any(2).sum() > size * size / 120 for each in (true, other)):
+            return mixed
+
+
 def world_texts(n):
     """n captions, questions and answers of the world, then the templates: what its tokenizer learns from."""
     for i in range(n):

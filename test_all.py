@@ -3408,15 +3408,23 @@ def test_train_queries_are_told_what_to_say(train_folder):
 
 
 def test_train_descriptions_are_asked_for_anywhere(train_folder):
-    """Stage 0: of conversations about a picture one turn is the description, at every place among the questions."""
+    """Stage 0: of conversations about a picture one turn is the description, at every place among the questions. Spoilt pictures
+    are only asked whether they show a caption (they don't), and never drawn again."""
     stage, _ = train_build("--stage", "0", "--init", train_folder)
     samples, places = data.Samples(data.World(0, stage.size), stage.size), set()
+    spoilt = 0
     for i in range(60):
-        turns, look = stage.task(samples[i])
+        sample = samples[i]
+        picture, (turns, look) = sample["image"], stage.task(sample)
+        if "spoilt" in sample:
+            spoilt += 1
+            assert look and {answer for _, answer in turns} == {"no"} and (sample["image"] != picture).any()
+            assert all(question.startswith("Does this image show") for question, _ in turns) and not stage.request(sample)[1]
+            continue
         asked = [question == data.DESCRIBE for question, _ in turns]
         assert len(turns) == stage.questions + 1 and sum(asked) == look
         places |= {asked.index(True)} if look else set()
-    assert places == set(range(stage.questions + 1))
+    assert places == set(range(stage.questions + 1)) and 1 <= spoilt <= 15
 
 
 def test_train_stage_0_of_a_model_without_queries(train_tiny, tmp_path):

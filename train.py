@@ -269,7 +269,7 @@ class UnderstandingStage(Stage):
     """Stage 0: Qwen2.5-VL learns language and sight together. Real shards give captions to write; the world asks as well.
 
     Half of the world's conversations are about a picture: questions, whether it shows what a caption says, and somewhere
-    among them a description of everything.
+    among them a description of everything; or whether a spoilt picture shows what it would have shown (it doesn't).
     The other half are about a caption that asked for a picture. That makes the language model bind each colour to its object while it
     reads: predicting captions alone never needs this, and the frozen states will have to tell the DiT who is red.
 
@@ -281,6 +281,7 @@ class UnderstandingStage(Stage):
     """
     talk = True
     questions = 4                   # in one conversation: the prompt is read once, so more questions cost little
+    spoilt = 0.2                    # share of pictures with a thing that is neither this nor that
 
     def __init__(self, init, args, trained=None):
         super().__init__()
@@ -325,6 +326,9 @@ class UnderstandingStage(Stage):
         if scene is None:
             return [(data.DESCRIBE, sample["caption"])], True
         if rng.random() < 0.5:
+            if scene.things and rng.random() < self.spoilt:          # before claims are made of its caption: all are false
+                sample["image"], sample["spoilt"] = data.spoil(scene, rng, self.size), True
+                return [(data.claim(scene, rng)[0], "no") for _ in range(self.questions)], True
             turns = [(data.claim if i % 2 else data.ask)(scene, rng) for i in rng.permutation(self.questions)]
             turns.insert(int(rng.integers(len(turns) + 1)), (data.DESCRIBE, data.describe(scene)))
             return turns, True
@@ -335,7 +339,7 @@ class UnderstandingStage(Stage):
         """(a prompt to draw, does it show the picture?, the things that the queries shall tell): half of them captions, often
         in other words, half the picture, to be drawn again or with a change."""
         rng, scene, text = sample["rng"], sample.get("scene"), sample["caption"] or ""
-        if scene is None or rng.random() < 0.5:
+        if scene is None or "spoilt" in sample or rng.random() < 0.5:
             text, told = data.reworded(text, rng) if rng.random() < 0.5 else (text, data.things_told(text))
             return text, False, told
         asked, after = (data.RECONSTRUCT, scene) if rng.random() < 0.4 else data.edit(scene, rng)
