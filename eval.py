@@ -340,6 +340,15 @@ def hits_strictly(entry, seen):
     return hits(entry, seen) and len(seen.things) == sum(clause["count"] for clause in entry["include"])
 
 
+def colours_fit(entry, seen):
+    """Are there just as many things as an entry asks, and the colours that it names among theirs, whatever their shapes?"""
+    (word, colour), clauses = asked_word(entry), entry["include"]
+    if word:
+        return seen.word.colour == (colour or seen.word.colour)
+    named = Counter(clause["color"] for clause in clauses for _ in range(clause["count"]) if "color" in clause)
+    return len(seen.things) == sum(clause["count"] for clause in clauses) and named <= Counter(t.colour for t in seen.things)
+
+
 def look(pictures, entries):
     """What the judge sees in each picture; words, too, if any of the entries asks for one."""
     words = any(asked_word(entry)[0] for entry in entries)
@@ -347,8 +356,8 @@ def look(pictures, entries):
 
 
 def judge_all(entries, seen):
-    """The (hit, strict hit) of judged pictures under one entry each; entries of no GenEval skill must fit exactly."""
-    return [(hits(e, s), hits_strictly(e, s)) if e["tag"] in data.SKILLS else (fits(e, s),) * 2
+    """(hit, strict hit, do the colours fit?) of judged pictures under one entry each; of no GenEval skill: exact ones."""
+    return [((hits(e, s), hits_strictly(e, s)) if e["tag"] in data.SKILLS else (fits(e, s),) * 2) + (colours_fit(e, s),)
             for e, s in zip(entries, seen, strict=True)]
 
 
@@ -383,9 +392,9 @@ def by_skill(tags, verdicts):
 
 
 def summarise(entries, verdicts):
-    """Entries and their (hit, strict hit) -> the table of `by_skill`, with the strict share as "strict"."""
-    hit, strict = (by_skill([e["tag"] for e in entries], column) for column in zip(*verdicts))
-    return {skill: {**row, "strict": strict[skill]["score"]} for skill, row in hit.items()}
+    """Entries and what judge_all says -> the table of `by_skill`, beside it the shares "strict" and "colours"."""
+    hit, strict, colours = (by_skill([e["tag"] for e in entries], column) for column in zip(*verdicts))
+    return {skill: {**row, "strict": strict[skill]["score"], "colours": colours[skill]["score"]} for skill, row in hit.items()}
 
 
 def score_images(images, entries):
@@ -680,7 +689,7 @@ def run_alignment(args):
     write_whole(Path(args.out) / f"{name}.png", np.asarray(sheet))
     save(args, {**tables, "pictures": [
         {"tag": e["tag"], "prompt": e["prompt"], "seed": seed, "hit": hit, "strict": strict, "seen": asdict(s)}
-        for e, seed, (hit, strict), s in zip(entries, seeds, verdicts, seen)]}, name)
+        for e, seed, (hit, strict, _), s in zip(entries, seeds, verdicts, seen)]}, name)
 
 
 def draw_questions(seed, n, most=4):
@@ -1632,29 +1641,29 @@ STUDIES = {
     # 64 fresh queries for all: CLIP + MSE maps query i to feature i.
     "figure4": dict(runs={"CLIP + MSE": "--design clip-mse", "CLIP + flow matching": "--design clip-fm",
                           "VAE + flow matching": "--design vae-fm"}, flags=f"--queries 64 {SMALL}", seeds=3,
-                    panels=("alignment", "Frechet", "feature spread", "pixel spread")),
+                    panels=("alignment", "colours", "Frechet", "feature spread")),
     "figure5": dict(runs={"sequential": "--joint 0", "joint": "--joint 0.5"}, flags=SMALL, seeds=2, things=2,
                     panels=("alignment", "Frechet", "questions", "captions")),
     "queries": dict(runs={"16 queries": "--queries 16", "64 queries": "--queries 64"}, flags=SMALL,
-                    panels=("alignment", "Frechet")),
-    "rope": dict(runs={"2D RoPE": f"{SMALL},rope=2d", "3D RoPE": f"{SMALL},rope=3d"}, panels=("alignment", "Frechet")),
+                    panels=("alignment", "colours", "Frechet")),
+    "rope": dict(runs={"2D RoPE": f"{SMALL},rope=2d", "3D RoPE": f"{SMALL},rope=3d"}, panels=("alignment", "colours", "Frechet")),
     "shift": dict(runs={f"shift {shift}": f"--shift {shift}" for shift in (1, 2, 5, 10)}, flags=SMALL,
-                  panels=("alignment", "Frechet", "gap, t = 0.02", "gap, t = 0.05")),
+                  panels=("alignment", "colours", "gap, t = 0.02", "gap, t = 0.05")),
     "ema": dict(runs={"averaged weights": "--ema 0.999", "last weights": "--ema 0"}, flags=SMALL,
-                panels=("alignment", "Frechet")),
+                panels=("alignment", "colours", "Frechet")),
     "size": dict(runs={f"width {dim}, {layers} layers": f"--dit dim={dim},n_layers={layers},n_heads={dim // 32},"
                        f"n_kv_heads={kv},ffn_dim={ffn}"
                        for dim, layers, kv, ffn in ((64, 4, 1, 176), (128, 4, 2, 352), (192, 6, 2, 512))},
-                 panels=("alignment", "Frechet")),
+                 panels=("alignment", "colours", "Frechet")),
     "steps": dict(vary="steps", values=(4, 8, 15, 30, 60), below="Euler steps", n_prompts=100, seeds=3, things=4,
-                  panels=("alignment", "Frechet")),
+                  panels=("alignment", "colours", "Frechet")),
     "guidance": dict(vary="guidance", values=(1, 1.5, 2, 3, 5), below="guidance", n_prompts=100, seeds=3, things=4,
                      panels=("alignment", "Frechet", "feature spread")),
 }
 PANELS = {"alignment": "Alignment: % of pictures that show what was asked",
+          "colours": "Colours: % with as many things, and the colours asked",
           "Frechet": "Frechet distance to true pictures (own CLIP)",
           "feature spread": "CLIP features: difference of pictures of a prompt",
-          "pixel spread": "Pixels: difference of pictures of a prompt (0 to 1)",
           "questions": "Understanding: % of questions answered right",
           "captions": "Understanding: % of captions right in all objects",
           "gap, t = 0.02": "Loss of shuffled less true prompts at t = 0.02",
@@ -1679,7 +1688,8 @@ def measure_pictures(pipe, args, seed, draw):
     true = [data.draw(scene_for(e, rng), len(pictures[0])) for e in entries]
     made, real = (torch.cat([clip_features(pipe, map(Image.fromarray, some[i:i + BATCH]))
                              for i in range(0, len(some), BATCH)]) for some in (pictures, true))         # (N, 64, C)
-    return {"alignment": score_renders(entries, pictures)["overall"]["score"],
+    scores = score_renders(entries, pictures)["overall"]
+    return {"alignment": scores["score"], "colours": scores["colours"],
             "Frechet": frechet(made.mean(1), real.mean(1)), "feature spread": spread(made, args.images),
             "pixel spread": spread(np.stack(pictures) / np.float32(255), args.images)}
 

@@ -4485,10 +4485,10 @@ def test_judge_reads_words(spoil):
     prompt's picture, blanks and pictures of things never pass."""
     rng, entries = np.random.default_rng(0), data.word_prompts(40)
     pictures = [spoil(data.draw(scores.scene_for(e, rng))) for e in entries]
-    assert all(hit for hit, _ in scores.judge_all(entries, scores.look(pictures, entries)))
-    assert not any(hit for hit, _ in scores.judge_all(entries[1:], scores.look(pictures[:-1], entries[1:])))
+    assert all(hit for hit, *_ in scores.judge_all(entries, scores.look(pictures, entries)))
+    assert not any(hit for hit, *_ in scores.judge_all(entries[1:], scores.look(pictures[:-1], entries[1:])))
     blank, things = np.full((64, 64, 3), 250, np.uint8), data.draw(data.make_scene(0, 5))
-    assert not any(hit for hit, _ in scores.judge_all(entries[:2], scores.look([blank, things], entries[:2])))
+    assert not any(hit for hit, *_ in scores.judge_all(entries[:2], scores.look([blank, things], entries[:2])))
     assert {e["tag"] for e in entries} == {"word", "new word"}
     assert all((e["include"][0]["word"] in data.HELD_OUT_WORDS) == (e["tag"] == "new word") for e in entries)
 
@@ -4608,7 +4608,14 @@ def test_real_renders_score_full_marks_and_others_do_not(novel):
     pictures = [data.draw(scores.scene_for(e, rng)) for e in entries]
     table = scores.score_renders(entries, pictures)
     assert set(table) == {*data.SKILLS, "overall"} and table["overall"]["n"] == 120
-    assert all(row["score"] == row["strict"] == 1 for row in table.values())
+    assert all(row["score"] == row["strict"] == row["colours"] == 1 for row in table.values())
+    entry = {"tag": "x", "include": [{"class": "star", "count": 2, "color": "red"}, {"class": "circle", "count": 1}]}
+    red, blue = (data.Thing("square", colour, "small", 0.2, 0.2) for colour in ("red", "blue"))
+    for colours, fine in (("red red blue", True), ("red red red", True), ("red blue blue", False), ("red red", False),
+                          ("red red red blue", False)):
+        things = [replace({"red": red, "blue": blue}[colour], x=0.2 + 0.6 * (i % 2), y=0.2 + 0.6 * (i // 2))
+                  for i, colour in enumerate(colours.split())]
+        assert scores.colours_fit(entry, scores.judge(data.draw(data.Scene("white", tuple(things))))) == fine
     others = scores.score_renders(entries, pictures[60:] + pictures[:60])
     assert others["overall"]["score"] < 0.3
     assert scores.score_renders(entries, [np.full_like(p, 250) for p in pictures])["overall"]["score"] == 0
