@@ -720,7 +720,7 @@ def answers_right(answers, truths):
 
 
 def run_understanding(args):
-    """Questions of six kinds, beside what the commonest training answer of each kind would score; then captions.
+    """Questions of six kinds, beside what the commonest training answer of each kind would score; captions; claims.
 
     An answer is right if it is the expected one, whatever its case and a full stop. Captions: see caption_truth.
     With --data, the questions of a file instead (see answer_file); with --write, nothing but a file of such questions.
@@ -743,6 +743,10 @@ def run_understanding(args):
     captions = answer_all(pipe, scenes, [data.DESCRIBE] * len(scenes))
     truth = [caption_truth(text, scene) for text, scene in zip(captions, scenes)]
     table["caption, objects"], table["caption, every detail"] = share(t[0] for t in truth), share(t[1] for t in truth)
+    claims, truths_of_claims = zip(*(data.claim(scene, np.random.default_rng((args.seed, i))) for i, scene in enumerate(scenes)))
+    fine = answers_right(answer_all(pipe, scenes, claims), truths_of_claims)
+    for name, few in ("claim, one thing", True), ("claim, several", False):
+        table[name] = share(ok for ok, scene in zip(fine, scenes) if (len(scene.things) == 1) == few)
     show(f"{args.n} questions and captions about unseen pictures", table)
     save(args, {"table": table, "answers": [
         {"question": q, "answer": a, "expected": t, "caption": c, "caption_true": v, "scene": asdict(s)}

@@ -4742,6 +4742,11 @@ def test_understanding_command_compares_with_the_commonest_answer(tmp_path, monk
     table = json.loads((tmp_path / "understanding.json").read_text())["table"]
     assert table["existence"]["answer"] == "yes" and table["existence"]["score"] == table["existence"]["baseline"] > 0.3
     assert table["background"]["score"] == table["caption, objects"]["score"] == 0 < table["background"]["baseline"]
+    scenes = [scene for scene, *_ in scores.draw_questions(1, 120)]
+    true = [data.claim(scene, np.random.default_rng((1, i)))[1] == "yes" for i, scene in enumerate(scenes)]
+    few, many = (table[name] for name in ("claim, one thing", "claim, several"))
+    assert few["n"] == sum(len(scene.things) == 1 for scene in scenes) and few["n"] + many["n"] == 120
+    assert few["score"] * few["n"] + many["score"] * many["n"] == pytest.approx(sum(true))
 
 
 def test_alignment_shuffled_prompts_and_large_sheets(tmp_path, monkeypatch):
