@@ -1674,7 +1674,7 @@ PANELS = {"alignment": "Alignment: % of pictures that show what was asked",
           "gap, t = 0.05": "Loss of shuffled less true prompts at t = 0.05"}
 USUAL = {"steps": 400, "points": 5, "batch": 64, "seeds": 1, "n_prompts": 48, "images": 2, "n": 120, "things": 1}
 # The same with --quick, to see that everything runs; its figures mean nothing.
-QUICK = {"steps": 4, "points": 2, "batch": 8, "seeds": 1, "n_prompts": 6, "images": 2, "n": 12, "things": 1}
+QUICK = {"steps": 4, "points": 2, "batch": 8, "seeds": 1, "n_prompts": 6, "images": 2, "n": 12}
 
 
 def spread(x, k):
@@ -1824,7 +1824,7 @@ def run_study(args):
     folder = (f"ablation-{args.what}" if args.command == "ablation" else args.command) + "-quick" * args.quick
     for key, usual in USUAL.items():
         if getattr(args, key) is None:
-            setattr(args, key, QUICK[key] if args.quick else study.get(key, usual))
+            setattr(args, key, QUICK[key] if args.quick and key in QUICK else study.get(key, usual))
     if not ("questions" in study.get("panels", ())) < args.things <= 4:
         raise ValueError(f"--things must lie between 1 and 4 (figure5, which asks where things lie: 2), not {args.things}")
     if args.images < 2:

@@ -4391,8 +4391,8 @@ def test_sample_chat_makes_asks_and_changes(sample_folder, sample_picture, tmp_p
     heard, drawn, reply, images = [], [], sample.Pipeline.reply, sample.Pipeline.images
     monkeypatch.setattr(sample.Pipeline, "reply", lambda pipe, turns, pictures, *args, **options: heard.append(
         [[np.asarray(p) for p in turn] for turn in pictures]) or reply(pipe, turns, pictures, *args, **options))
-    monkeypatch.setattr(sample.Pipeline, "images", lambda pipe, prompts, *args: drawn.append((prompts[0], args[-1])) or
-                        images(pipe, prompts, *args))
+    monkeypatch.setattr(sample.Pipeline, "images", lambda pipe, prompts, *args, **options: drawn.append(
+        (prompts[0], options["images"])) or images(pipe, prompts, *args, **options))
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
     assert sample.main(["--chat", "--ckpt", sample_folder, "--max-new-tokens", "3", "--out", str(tmp_path)]) == 0
     out, err = capsys.readouterr()
@@ -5638,8 +5638,8 @@ def test_studies_train_what_they_say():
         assert config.shift == (float(name.split()[1]) if study == "shift" else 5)
     assert [stages["rope", name][0].dit.rope for name in ("2D RoPE", "3D RoPE")] == ["2d", "3d"]
     sizes = [(config.dit.dim, config.dit.n_layers) for (study, _), (config, _, _) in stages.items() if study == "size"]
-    assert sizes == [(64, 4), (128, 6), (192, 6)]
-    assert stages["size", "width 192, 6 layers"][0].dit == stages["rope", "3D RoPE"][0].dit    # the usual size is one
+    assert sizes == [(64, 4), (128, 4), (192, 6)]
+    assert stages["size", "width 128, 4 layers"][0].dit == stages["rope", "3D RoPE"][0].dit    # the size of all studies is one
     assert [args.ema for (s, _), (_, _, args) in stages.items() if s == "ema"] == [0.999, 0]
     assert [args.joint for (s, _), (_, _, args) in stages.items() if s == "figure5"] == [0, 0.5]
 
