@@ -320,6 +320,7 @@ def code_of(things, n, dim):
     """
     letters = np.random.default_rng(1).standard_normal((2, len(GLYPHS), dim), dtype=np.float32)
     total = sum(next((NUMBERS.index(word) for word in said if word in NUMBERS), 1) for _, *said in things)
+    # The first blocks were the codes of pairs; they are drawn still, for the shipped weights know the last block.
     codes = np.random.default_rng(0).standard_normal((len(SHAPES) + 1, len(TOLD), dim), dtype=np.float32)[-1]
     rows = np.zeros((max(1, len(things)), dim), np.float32)
     for row, (shape, *said) in zip(rows, things):
@@ -522,7 +523,7 @@ def claim(scene, rng):
 
 def spoil(scene, rng, size=64):
     """The scene drawn (size, size, 3), one thing of it two in one: on one side of a line through it another shape, colour or
-    both. As an unripe DiT draws them; no caption is true of it."""
+    both. So a DiT draws that has not learnt enough; a model that only ever saw whole things would pass it."""
     true = draw(scene, size)
     while True:
         first, *others = (scene.things[i] for i in rng.permutation(len(scene.things)))

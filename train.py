@@ -270,8 +270,8 @@ class UnderstandingStage(Stage):
 
     Half of the world's conversations are about a picture: questions, whether it shows what a caption says, and somewhere
     among them a description of everything; or whether a spoilt picture shows what it would have shown (it doesn't).
-    The other half are about a caption that asked for a picture. That makes the language model bind each colour to its object while it
-    reads: predicting captions alone never needs this, and the frozen states will have to tell the DiT who is red.
+    The other half are about a caption that asked for a picture. That makes the language model bind each colour to its object
+    while it reads: predicting captions alone never needs this, and the frozen states will have to tell the DiT who is red.
 
     And the states of the latent queries have to say it, in a way that a DiT can use. Left to chance they tell which words a
     prompt holds, hardly which belong together: exchanging two colours moved them by 2 % of what another prompt does, and the
@@ -326,7 +326,7 @@ class UnderstandingStage(Stage):
         if scene is None:
             return [(data.DESCRIBE, sample["caption"])], True
         if rng.random() < 0.5:
-            if scene.things and rng.random() < self.spoilt:          # before claims are made of its caption: all are false
+            if scene.things and rng.random() < self.spoilt:          # no caption is true of it, and nobody shall draw it again
                 sample["image"], sample["spoilt"] = data.spoil(scene, rng, self.size), True
                 return [(data.claim(scene, rng)[0], "no") for _ in range(self.questions)], True
             turns = [(data.claim if i % 2 else data.ask)(scene, rng) for i in rng.permutation(self.questions)]
