@@ -1007,6 +1007,7 @@ def open_source(spec, size=64, seed=0, **world):
 SYSTEM = "You are a helpful assistant."
 GENERATE = "Please generate image based on the following caption: {}"
 DESCRIBE = "Describe this image."
+EXPAND = "Describe an image of the following caption in full: {}"
 CLAIM = 'Does this image show "{}"? Answer yes or no.'               # VQAScore's question (arXiv 2404.01291), in other words
 RECONSTRUCT = "Please reconstruct the given image."
 # Qwen2.5's added tokens in the order of their ids, then the three of BLIP3-o: [IMG] is vocab_size - 3 at every size.

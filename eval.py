@@ -671,7 +671,7 @@ def run_alignment(args):
     elif args.words:
         prompts, name = data.word_prompts(args.n_prompts, args.seed), "alignment-words"
     entries = [entry for entry in prompts for _ in range(args.images)]
-    pictures, seeds = draw_entries(pipe, entries, args.seed, args.best_of)
+    pictures, seeds = draw_entries(pipe, entries, args.seed, args.best_of, expand=args.expand)
     seen = look(pictures, entries)
     verdicts = judge_all(entries, seen)
     rng = np.random.default_rng(args.seed)
@@ -688,7 +688,7 @@ def run_alignment(args):
                           [verdicts[i][0] for i in chosen], max(8, 4 * args.images))
     write_whole(Path(args.out) / f"{name}.png", np.asarray(sheet))
     save(args, {**tables, "pictures": [
-        {"tag": e["tag"], "prompt": e["prompt"], "seed": seed, "hit": hit, "strict": strict, "seen": asdict(s)}
+        {"tag": e["tag"], "prompt": e["prompt"], "drawn": pipe.expanded.get((e["prompt"], seed), e["prompt"]), "seed": seed, "hit": hit, "strict": strict, "seen": asdict(s)}
         for e, seed, (hit, strict, _), s in zip(entries, seeds, verdicts, seen)]}, name)
 
 
@@ -1701,7 +1701,7 @@ def measure_pictures(pipe, args, seed, draw):
 def measure(folder, args, seed, understands=False, **sampling):
     """The numbers of a model folder, with the image parts of --eva; `understands`: also the understanding scores."""
     pipe = Pipeline(folder, eva=args.eva)
-    pipe.sampling = Pipeline(args.eva).sampling                      # all runs draw alike
+    pipe.sampling = Pipeline(args.eva).sampling | {"expand": False}  # all runs draw alike, and each its own prompts
     if args.quick:
         pipe.sampling = pipe.sampling | {"steps": 2, "decoder_steps": 2}
     found = measure_pictures(pipe, args, seed, lambda entries: draw_entries(pipe, entries, seed, **sampling)[0])
@@ -2176,6 +2176,8 @@ def parse(argv):
     add["alignment"]("--novel", action="store_true", help="pairs of colour and shape never trained on")
     add["alignment"]("--words", action="store_true", help="prompts for words, half of them never trained on")
     add["alignment"]("--things", type=int, default=4, choices=range(1, 5), help="prompts of at most so many things alone")
+    add["alignment"]("--expand", action=argparse.BooleanOptionalAction, help="let the language model tell each prompt in full "
+                     "before it is drawn (as the checkpoint does)")
     add["alignment"]("--best-of", type=int, default=1, help="of so many pictures score the one that the model likes best")
     add["alignment"]("--prompts", help="other prompts, as in assets/free_prompts.jsonl: pictures must fit exactly")
     add["understanding"]("--data", help="questions: .tsv as VLMEvalKit's, .jsonl, or MM-Vet's .json")

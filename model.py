@@ -88,6 +88,7 @@ class BLIP3oConfig:
     latents: bool = False              # the DiT makes VAE latents, not CLIP features
     mse_channels: int | None = None    # width of the features that the queries' states are mapped to, without a DiT
     shift: float = 1.0                 # time shift of the flow (flow.shift_time); official: 1
+    expands: bool = False              # tells a prompt in full before it draws it (sample.Pipeline.expand); official: no
     image_token_id: int = 151655       # <|image_pad|>, the placeholder of one vision token
     vision_start_token_id: int = 151652
     eos_token_id: int | list = 151645
@@ -494,14 +495,17 @@ def penalise(scores, seen, penalty):
 
 
 def pick_token(scores, temperature, top_p, generator):
-    """scores (B, V) -> the next token of each row, (B,): the best at temperature 0, else a draw from the nucleus."""
+    """scores (B, V) -> the next token of each row, (B,): the best at temperature 0, else a draw from the nucleus.
+
+    generator: one for all rows, or a list of one for each, so that a row's draws don't depend on its batch.
+    """
     if temperature == 0:
         return scores.argmax(-1)
     probs, order = (scores / temperature).softmax(-1).sort(dim=-1, descending=True)
     probs[probs.cumsum(-1) - probs > top_p] = 0  # all that lies behind the first top_p of the mass
-    source = scores.device if generator is None else generator.device
-    choice = torch.multinomial(probs.to(source), 1, generator=generator).to(scores.device)
-    return order.gather(1, choice)[:, 0]
+    each = zip(probs.split(1), generator) if isinstance(generator, list) else [(probs, generator)]
+    choice = torch.cat([torch.multinomial(p.to(g.device if g else p.device), 1, generator=g) for p, g in each])  # (B, 1)
+    return order.gather(1, choice.to(scores.device))[:, 0]
 
 
 class BLIP3o(nn.Module):
@@ -897,7 +901,7 @@ def read_config(folder, stored):
            **{name: text[name] for name in TOKEN_IDS if text.get(name) is not None}})
 
 
-OURS = ("n_query", "query_std", "grid", "shift", "latents", "mse_channels")
+OURS = ("n_query", "query_std", "grid", "shift", "expands", "latents", "mse_channels")
 TOKEN_IDS = ("image_token_id", "vision_start_token_id", "eos_token_id", "pad_token_id")
 
 

@@ -40,16 +40,16 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from clip_decoder import PRESETS as DECODER_PRESETS, EvaClip, PixelDecoder, UNet, VAE, save_weights, write_json
-from data import (CLAIM, DESCRIBE, PICTURES, BadSample, Tokenizer, chat_ids, crop_square, load_image, pad, preprocess_clip,
+from data import (CLAIM, DESCRIBE, EXPAND, PICTURES, BadSample, Tokenizer, chat_ids, crop_square, load_image, pad, preprocess_clip,
                   preprocess_qwen, prompt_ids, scan, smart_resize)
 from model import PRESETS, BLIP3o, component, last_real, preset, read_headers
 
 # Steps and guidance of the official pipeline; a checkpoint names its own in config.json as nano_blip3o.sampling.
-OFFICIAL = {"steps": 30, "cfg": 3.0, "decoder_steps": 50, "decoder_cfg": 3.0}
+OFFICIAL = {"steps": 30, "cfg": 3.0, "decoder_steps": 50, "decoder_cfg": 3.0, "expand": False}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# One seed makes noise for three things, each a stream of its own. torch's CPU generator reads only 32 bits of its seed,
+# One seed makes noise for four things, each a stream of its own. torch's CPU generator reads only 32 bits of its seed,
 # so streams lie MAX_SEED apart: seed + 2^32 would be the same noise again.
-FEATURES, DECODER, NEGATIVE = 0, 1, 2
+FEATURES, DECODER, NEGATIVE, WORDS = 0, 1, 2, 3
 MAX_SEED = 10 ** 9
 GIB = 2 ** 30
 UNET_WORK, VAE_WORK = 13, 7.5                   # working memory in full-size feature maps of the first level's width
@@ -59,6 +59,7 @@ BATCH, DECODER_PIXELS = 16, 4 * 1024 ** 2       # pictures of one batch; the dec
 FRAMES = 8                                      # of --steps-strip
 SHARD = 1000                                    # pictures in a shard that --caption writes
 LONG, SHORT = "Describe this image in one paragraph of about 90 words.", "Describe this image in one short sentence."
+EXPANDED = 128                                  # most tokens of an expanded prompt
 SHORT_TOKENS, CAPTION_PIXELS = 32, 1024 * 28 ** 2        # most tokens of a short caption, most pixels of a captioned picture
 
 
@@ -85,11 +86,13 @@ class Pipeline:
             raise ValueError(f"there is no model in {folder}: it has no config.json")
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.device)
-        self.sampling = {**OFFICIAL, **self.config.get("nano_blip3o", {}).get("sampling", {})}
+        ours = self.config.get("nano_blip3o", {})
+        self.sampling = {**OFFICIAL, "expand": ours.get("expands", False), **ours.get("sampling", {})}
         self.limits = {}                                             # min_pixels, max_pixels instead of the folder's own
         self.resident = []                                           # the modules that are in memory
         self.seconds = {}                                            # part -> time spent in it
         self.negatives = {}                                          # (seed, steps, guidance) -> (64, C)
+        self.expanded = {}                                           # (prompt, seed) -> the prompt in full
 
     def read(self, name):
         """The object in a JSON file of the folder; {} where there is no such file."""
@@ -186,18 +189,39 @@ class Pipeline:
 
     # ---- text -> features -> pixels ----------------------------------------------------------------------------------
 
-    def features(self, prompts, seeds, steps=None, guidance=None, images=None):
+    @torch.no_grad()
+    def expand(self, prompts, seeds):
+        """Prompts -> what shall be drawn of them, in full: "a red star" becomes "a large red star in the middle on a grey
+        background", or something else with another seed. The language model, asked to EXPAND, decides what they leave open.
+
+        A DiT that has to decide it itself does so at every place at once, and places that disagree make no whole picture.
+        DALL-E 3 calls this upsampling (Betker et al. 2023, section 3.5). An answer of nothing leaves the prompt as it is.
+        """
+        todo = [key for key in dict.fromkeys(zip(prompts, seeds, strict=True)) if key not in self.expanded]
+        for i in range(0, len(todo), BATCH):
+            some = todo[i:i + BATCH]
+            told = self.ask([([(EXPAND.format(prompt), None)], [[]]) for prompt, _ in some], EXPANDED, 1.0,
+                            generator=[torch.Generator().manual_seed(seed + WORDS * MAX_SEED) for _, seed in some])
+            self.expanded |= {key: text.strip() or key[0] for key, text in zip(some, told)}
+        return [self.expanded[key] for key in zip(prompts, seeds)]
+
+    def features(self, prompts, seeds, steps=None, guidance=None, images=None, expand=None):
         """One prompt and one seed for each picture -> CLIP features (B, 64, C), fp32.
 
-        images: PIL images that are part of the prompts, one for each, as in the official text + image form.
+        images: PIL images that are part of the prompts, one for each, as in the official text + image form. expand: draw
+        what `expand` makes of the prompts. Never with images: they leave nothing open.
         """
-        rows, looks = self.rows(prompts, images)
+        rows, looks = self.rows(self.in_full(prompts, seeds, images, expand), images)
         return self.generate(rows, self.noise(seeds, FEATURES), steps, guidance, looks)
+
+    def in_full(self, prompts, seeds, images, expand):
+        """The prompts that are drawn: expanded ones where that is wanted (None: as the checkpoint does)."""
+        if not all(prompt.strip() for prompt in prompts):
+            raise ValueError("the prompt is empty")
+        return self.expand(prompts, seeds) if self.setting("expand", expand) and images is None else prompts
 
     def rows(self, prompts, images=None):
         """Prompts -> their token ids in the template of drawing, and the images as `look` gives them (or None)."""
-        if not all(prompt.strip() for prompt in prompts):
-            raise ValueError("the prompt is empty")
         if images is None:
             return [prompt_ids(self.tokenizer, prompt) for prompt in prompts], None
         looks = [self.look(image.resize((LOOK, LOOK))) for image in images]         # aspect not kept, as official
@@ -275,13 +299,14 @@ class Pipeline:
                                              noise[p], (height, width)).cpu() for p in parts])
 
     def images(self, prompts, seeds, steps=None, guidance=None, decoder_steps=None, decoder_guidance=None, size=None,
-               images=None):
-        """One prompt and one seed for each picture -> pixels (B, 3, H, W) in [0, 1]; `images` as `features` takes them.
+               images=None, expand=None):
+        """One prompt and one seed for each picture -> pixels (B, 3, H, W) in [0, 1]; `images`, `expand`: see `features`.
 
         The features that the decoder's guidance leads away from are drawn in the same batch: the language model and the
         DiT come into memory once.
         """
         self.decoder                                                 # if there is none, say so before the work
+        prompts = self.in_full(prompts, seeds, images, expand)
         (rows, looks), noise, n = self.rows(prompts, images), self.noise(seeds, FEATURES), len(prompts)
         keys, new = self.negative_keys(seeds, steps, guidance)
         if self.setting("decoder_cfg", decoder_guidance) == 1 or self.model.config.latents:
@@ -294,7 +319,7 @@ class Pipeline:
         negative = torch.stack([self.negatives[key] for key in keys]) if keys else None
         return self.pixels(features[:n], seeds, decoder_steps, decoder_guidance, size, negative)
 
-    def trajectory(self, prompt, seed, steps=None, guidance=None):
+    def trajectory(self, prompt, seed, steps=None, guidance=None, expand=None):
         """How the features of one picture came about: (states, guesses), both (steps + 1, 64, C), from noise to result.
 
         states are the points x_t at which the sampler stood. guesses are the data that it saw from there, at the end of
@@ -308,7 +333,7 @@ class Pipeline:
             states.append(x[:1].flatten(2).transpose(1, 2))          # (1, 64, C)
         hook = self.model.dit.register_forward_pre_hook(watch)
         try:
-            states.append(self.features([prompt], [seed], steps, guidance))
+            states.append(self.features([prompt], [seed], steps, guidance, expand=expand))
         finally:
             hook.remove()
         x, t = torch.cat(states), torch.tensor(times + [1.0]).view(-1, 1, 1).to(self.device)       # (steps + 1, 64, C)
@@ -380,7 +405,8 @@ class Pipeline:
         return text
 
     @torch.no_grad()
-    def ask(self, conversations, max_new_tokens, temperature=0.0, on_token=None, top_p=1.0, repetition_penalty=None):
+    def ask(self, conversations, max_new_tokens, temperature=0.0, on_token=None, top_p=1.0, repetition_penalty=None,
+            generator=None):
         """The next answer in each conversation (turns, images for each turn) of a batch: a list of strings.
 
         repetition_penalty None is the folder's own, of generation_config.json.
@@ -392,7 +418,7 @@ class Pipeline:
         with self.timed("LLM"):
             new = self.model.generate_text(ids, mask, *self.seen(looks), max_new_tokens=max_new_tokens, top_p=top_p,
                                            temperature=temperature, repetition_penalty=repetition_penalty,
-                                           on_token=on_token)
+                                           on_token=on_token, generator=generator)
         return [self.tokenizer.decode(row) for row in new]
 
     def read_turns(self, conversations):
@@ -599,13 +625,15 @@ def draw(pipe, args):
     for i in tqdm(range(0, args.n, BATCH), desc="batches", leave=False, disable=None if args.n > BATCH else True):
         batch = seeds[i:i + BATCH]
         sampling = {"steps": args.steps, "guidance": args.cfg, "decoder_steps": args.decoder_steps,
-                    "decoder_guidance": args.decoder_cfg, "size": args.size and (args.size,) * 2}
+                    "decoder_guidance": args.decoder_cfg, "size": args.size and (args.size,) * 2, "expand": args.expand}
         if args.best_of > 1:
             pictures, batch = pipe.best([args.prompt] * len(batch), batch, args.best_of, **sampling)
         else:
             pictures = pipe.images([args.prompt] * len(batch), batch, **sampling, images=image and [image] * len(batch))
         drawn.append(pictures)
         for seed, picture in zip(batch, pictures):
+            if told := pipe.expanded.get((args.prompt, seed)):
+                print(f"seed {seed}: {told}", file=sys.stderr)
             path = save(picture, args.out, f"{slug(args.prompt)}-{seed}", {**about, "seed": seed})
     if args.n > 1:
         path = save(grid(torch.cat(drawn)), args.out, f"{slug(args.prompt)}-{seeds[0]}-to-{seeds[-1]}", {**about, "n": args.n})
@@ -618,7 +646,7 @@ def strip(pipe, args):
     Upper row: what the decoder makes of the state x_t itself. Lower row: of the data that the DiT sees from there. The
     decoder's own noise is the same in all of them.
     """
-    states, guesses = pipe.trajectory(args.prompt, args.seed, args.steps, args.cfg)
+    states, guesses = pipe.trajectory(args.prompt, args.seed, args.steps, args.cfg, args.expand)
     chosen = torch.linspace(0, len(states) - 1, min(FRAMES, len(states))).round().long()
     features = torch.cat([states[chosen], guesses[chosen]])                           # (2 FRAMES, 64, C)
     pictures = pipe.pixels(features, [args.seed] * len(features), args.decoder_steps, args.decoder_cfg,
@@ -862,6 +890,8 @@ def parse(argv):
     add("--seed", type=int, default=0)
     add("--best-of", type=int, default=1, help="draw so many for each picture and keep the one that the model, asked, finds to "
         "show the --prompt best")
+    add("--expand", action=argparse.BooleanOptionalAction, help="let the language model tell the --prompt in full before it is "
+        "drawn (as the checkpoint does; official ones don't)")
     add("--steps", type=int, help="Euler steps of the DiT (the checkpoint's, else 30)")
     add("--cfg", type=float, help="guidance of the DiT, 1 for none (the checkpoint's, else 3)")
     add("--decoder-steps", type=int, help="steps of the pixel decoder (the checkpoint's, else 50)")

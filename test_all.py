@@ -3422,9 +3422,36 @@ def test_train_descriptions_are_asked_for_anywhere(train_folder):
             assert all(question.startswith("Does this image show") for question, _ in turns) and not stage.request(sample)[1]
             continue
         asked = [question == data.DESCRIBE for question, _ in turns]
-        assert len(turns) == stage.questions + 1 and sum(asked) == look
+        assert len(turns) == (stage.questions + 1 if look else 3) and sum(asked) == look
         places |= {asked.index(True)} if look else set()
     assert places == set(range(stage.questions + 1)) and 1 <= spoilt <= 15
+
+
+def test_train_captions_are_told_in_full(train_folder, train_tiny, tmp_path):
+    """Stage 0 of the world answers EXPAND, to a caption or to other words for it, with the description of the scene; the model
+    that comes of it says so and hands it on, and its stage 2 draws descriptions. Other data don't teach it."""
+    stage, _ = train_build("--stage", "0", "--init", train_folder)
+    samples, asked, new = data.Samples(data.World(0, stage.size), stage.size), [], 0
+    for i in range(40):
+        one = samples[i]
+        turns, look = stage.task(one)
+        if not look:
+            assert turns[0][1] == data.describe(one["scene"]) and len(turns) == 3
+            asked.append(turns[0][0] == data.EXPAND.format(one["caption"]))
+            assert all(question.startswith(data.EXPAND[:-2]) for question, _ in turns)
+            new += any(f"{colour} {shape}" in answer for _, answer in turns for colour, shape in data.HELD_OUT)
+    assert 10 < len(asked) < 30 and {True, False} == set(asked) and 0 < new < len(asked)          # read of, never seen
+    stage.export(tmp_path)
+    drawing, _ = train_build("--stage", "1", "--init", tmp_path, "--eva", train_folder, "--fresh")
+    drawing.export(tmp_path)
+    assert BLIP3o.from_pretrained(tmp_path, "meta").config.expands and not drawing.full
+    assert sample.Pipeline(tmp_path).sampling["expand"] and sample.Pipeline(train_folder).sampling["expand"]
+    second, _ = train_build("--stage", "2", "--init", tmp_path, "--eva", train_folder)
+    for i in range(8):
+        one = samples[i]
+        assert second.request(one, 0, 0)[0] == data.describe(one["scene"]) != drawing.request(one, 0, 0)[0] == one["caption"]
+    for flags, expands in (("--data", "shards"), False), ((), True):
+        assert train_build("--stage", "0", "--init", train_tiny, *flags)[0].trained.config.expands == expands
 
 
 def test_train_stage_0_of_a_model_without_queries(train_tiny, tmp_path):
@@ -3841,6 +3868,32 @@ def test_sample_best_of_keeps_what_the_model_likes(sample_folder, tmp_path, monk
     assert sample.main(["--prompt", "x", "--best-of", "2", "--image", "y.png", "--draw", "--ckpt", sample_folder]) == 2
 
 
+def test_sample_expand_tells_prompts_in_full_before_they_are_drawn(sample_folder, tmp_path):
+    """--expand: what is drawn is the language model's answer to EXPAND, another one for another seed, the same in any batch;
+    the file knows; a picture in the prompt leaves nothing open."""
+    pipe, prompts, seeds = sample.Pipeline(sample_folder), ["a star", "two red squares and a circle on white", "a star"], [5, 6, 7]
+    told = pipe.expand(prompts, seeds)
+    assert [sample.Pipeline(sample_folder).expand([p], [s])[0] for p, s in zip(prompts, seeds)] == told
+    assert told[0] != told[2] and not set(told) & set(prompts)
+    question = [([(data.EXPAND.format(prompts[1]), None)], [[]])]
+    assert pipe.ask(question, 128, 1.0, generator=[torch.Generator().manual_seed(6 + 3 * 10 ** 9)])[0].strip() == told[1]
+    full, plain = pipe.images(prompts, seeds, expand=True), pipe.images(told, seeds)
+    assert torch.allclose(full, plain, atol=1e-4) and (full - pipe.images(prompts, seeds)).abs().max() > 1e-3
+    image = [Image.new("RGB", (40, 40), "red")]
+    assert torch.equal(pipe.images(["a star"], [5], images=image, expand=True), pipe.images(["a star"], [5], images=image))
+    asked = ["--prompt", "a star", "--seed", 5, "--ckpt", sample_folder, "--out", tmp_path]
+    done = sample_run(*asked, "--expand")
+    assert done.returncode == 0 and f"seed 5: {told[0].splitlines()[0]}" in done.stderr
+    assert sample_run(*asked).returncode == 0                        # this folder's own way: as typed
+    about = [json.loads(sample.made_from(tmp_path / name)) for name in ("a-star-5.png", "a-star-5-2.png")]
+    assert [each["expand"] for each in about] == [True, False]
+    assert (np.asarray(Image.open(tmp_path / "a-star-5.png")) == sample.to_uint8(full[0])).all()
+    pipe.expanded[("a star", 9)] = "a green star"                    # told once, kept
+    assert pipe.expand(["a star"], [9]) == ["a green star"]
+    with pytest.raises(ValueError, match="empty"):
+        pipe.images([" "], [0], expand=True)
+
+
 def test_sample_eva_names_another_folder(sample_folder, tmp_path):
     """--eva: a folder as stage 1 on a bare language model saves it draws with the image parts of another, as if whole."""
     for name in "config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "preprocessor_config.json":
@@ -3881,7 +3934,7 @@ def test_sample_streams_of_noise_are_independent():
 def test_sample_settings_come_from_the_checkpoint(sample_folder, tmp_path):
     """Guidance and steps: the argument, else config.json's, else the official; the null text is drawn only if used."""
     pipe = sample.Pipeline(sample_folder)
-    assert pipe.sampling == {"cfg": 1.5, "steps": 4, "decoder_steps": 3, "decoder_cfg": 2.0}
+    assert pipe.sampling == {"cfg": 1.5, "steps": 4, "decoder_steps": 3, "decoder_cfg": 2.0, "expand": False}
     default = pipe.features(["a star"], [0])
     assert gap(pipe.features(["a star"], [0], 4, 1.5), default) == 0
     assert gap(pipe.features(["a star"], [0], 4, 3.0), default) > 1e-3

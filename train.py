@@ -270,8 +270,9 @@ class UnderstandingStage(Stage):
 
     Half of the world's conversations are about a picture: questions, whether it shows what a caption says, and somewhere
     among them a description of everything; or whether a spoilt picture shows what it would have shown (it doesn't).
-    The other half are about a caption that asked for a picture. That makes the language model bind each colour to its object
-    while it reads: predicting captions alone never needs this, and the frozen states will have to tell the DiT who is red.
+    The other half tell captions in full (data.EXPAND): whatever a caption leaves open is decided, which sample.Pipeline.expand
+    will ask for before it draws. That makes the language model bind each colour to its object while it reads: predicting
+    captions alone never needs this, and the frozen states will have to tell the DiT who is red.
 
     And the states of the latent queries have to say it, in a way that a DiT can use. Left to chance they tell which words a
     prompt holds, hardly which belong together: exchanging two colours moved them by 2 % of what another prompt does, and the
@@ -294,6 +295,7 @@ class UnderstandingStage(Stage):
         else:
             self.trained = BLIP3o(nano_config(self.tokenizer, dit=None))
         self.vision = self.trained.config.vision
+        self.trained.config.expands |= not args.data                 # the world teaches it
         self.tell = 0 if self.trained.latent_queries is None else args.tell      # a bare Qwen2.5-VL has none to teach
 
     def collate(self, samples):
@@ -332,15 +334,24 @@ class UnderstandingStage(Stage):
             turns = [(data.claim if i % 2 else data.ask)(scene, rng) for i in rng.permutation(self.questions)]
             turns.insert(int(rng.integers(len(turns) + 1)), (data.DESCRIBE, data.describe(scene)))
             return turns, True
-        text = sample["caption"]
-        return [(data.GENERATE.format(text), "")] + [data.ask(scene, rng, text) for _ in range(self.questions)], False
+        told = [(sample["caption"], scene), *(self.read_of(rng) for _ in range(2))]
+        return [(data.EXPAND.format(data.reworded(text, rng)[0] if rng.random() < 0.5 else text), data.describe(scene))
+                for text, scene in told], False
+
+    def read_of(self, rng):
+        """(caption, scene) to read of, not to see: so a fifth of them has a pair of colour and shape that no picture shows."""
+        scene = data.make_scene(0, int(rng.integers(10 ** 9)), novel=rng.random() < 0.2)
+        return data.caption(scene, rng), scene
 
     def request(self, sample):
         """(a prompt to draw, does it show the picture?, the things that the queries shall tell): half of them captions, often
         in other words, half the picture, to be drawn again or with a change."""
         rng, scene, text = sample["rng"], sample.get("scene"), sample["caption"] or ""
-        if scene is None or "spoilt" in sample or rng.random() < 0.5:
-            text, told = data.reworded(text, rng) if rng.random() < 0.5 else (text, data.things_told(text))
+        if scene is None or "spoilt" in sample or rng.random() < 0.6:
+            form = rng.random() if scene else 1.0
+            text, scene = self.read_of(rng) if scene and rng.random() < 0.2 else (text, scene)
+            text = data.describe(scene) if form < 0.4 else text
+            text, told = data.reworded(text, rng) if 0.4 < form < 0.7 else (text, data.things_told(text))
             return text, False, told
         asked, after = (data.RECONSTRUCT, scene) if rng.random() < 0.4 else data.edit(scene, rng)
         return asked, True, data.things_told(data.describe(after))
@@ -400,6 +411,7 @@ class GenerationStage(Stage):
             self.query_lr = args.query_lr
         elif taught is self.trained.latent_queries and self.trained.config.query_std < 0.1 and not args.joint:
             self.query_lr = 0.0                                      # one step of Adam would be a 15th of such small ones
+        self.full = args.stage == "2" and self.trained.config.expands            # then prompts come told in full
         self.design, self.shift = design_of(self.trained.config), self.trained.config.shift
         if self.design == "vae-fm" and self.decoder is None:
             raise ValueError(f"design vae-fm makes a VAE's latents: {args.eva} has no diffusion-decoder (--eva names one)")
@@ -457,7 +469,8 @@ class GenerationStage(Stage):
         if chance < reconstruct + edit:
             asked, after = data.edit(sample["scene"], sample["rng"])
             return asked, True, data.draw(after, self.size)
-        return sample["caption"], False, sample.get("image")         # None where --cache has its features
+        scene, image = sample.get("scene"), sample.get("image")      # no image where --cache has its features
+        return data.describe(scene) if scene and self.full else sample["caption"], False, image
 
     def drawings(self, samples, reconstruct=0.0, edit=0.0):
         """The batch of the samples that shall be drawn, a share `reconstruct` of them from the picture itself, a share `edit`
