@@ -482,6 +482,26 @@ def describe(scene):
     return f"{join(told)} on {article(f'{scene.background} background')}"
 
 
+def in_full(scene, text, told):
+    """What EXPAND asks for: the scene as its caption `text` tells it, with all that it leaves open. `told`: things_told of the
+    caption, or what `reworded` gave; their order stays, so that a small language model has little to do but copy. A relation
+    that the caption tells stays, too; else things have their regions. Of a word as `describe`."""
+    if scene.word:
+        return describe(scene)
+    things, rest = [], list(scene.things)
+    for words in told:
+        number = next((NUMBERS.index(word) for word in words if word in NUMBERS), 1)
+        known = [(t, {t.shape, t.colour, t.size}) for t in rest]
+        alike = [t for t, has in known if all(w in has for w in words if w in (*SHAPES, *COLOURS, *SIZES))][:number]
+        things, rest = things + alike, [t for t in rest if not any(t is one for one in alike)]
+    names = [article(noun(t, size=True)) for t in things]
+    if any(f" {link} " in text for link in (*RELATIONS, "under")):
+        body = f"{names[0]} {relation(*things)} {names[1]}"
+    else:
+        body = join([f"{name} {region(t)}" for name, t in zip(names, things)])
+    return f"{body} on {article(f'{scene.background} background')}"
+
+
 def changed(scene, rng):
     """A scene that differs in one respect, to be told of, not to be drawn: a thing of another colour or shape, one less or one
     more, two that have exchanged places or colours, another background, or everything; of a word its text or colour."""

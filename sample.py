@@ -59,7 +59,7 @@ BATCH, DECODER_PIXELS = 16, 4 * 1024 ** 2       # pictures of one batch; the dec
 FRAMES = 8                                      # of --steps-strip
 SHARD = 1000                                    # pictures in a shard that --caption writes
 LONG, SHORT = "Describe this image in one paragraph of about 90 words.", "Describe this image in one short sentence."
-EXPANDED = 128                                  # most tokens of an expanded prompt
+EXPANDED, NUCLEUS = 128, 0.9                    # most tokens of an expanded prompt, and the mass that they are drawn from
 SHORT_TOKENS, CAPTION_PIXELS = 32, 1024 * 28 ** 2        # most tokens of a short caption, most pixels of a captioned picture
 
 
@@ -200,7 +200,7 @@ class Pipeline:
         todo = [key for key in dict.fromkeys(zip(prompts, seeds, strict=True)) if key not in self.expanded]
         for i in range(0, len(todo), BATCH):
             some = todo[i:i + BATCH]
-            told = self.ask([([(EXPAND.format(prompt), None)], [[]]) for prompt, _ in some], EXPANDED, 1.0,
+            told = self.ask([([(EXPAND.format(prompt), None)], [[]]) for prompt, _ in some], EXPANDED, 1.0, top_p=NUCLEUS,
                             generator=[torch.Generator().manual_seed(seed + WORDS * MAX_SEED) for _, seed in some])
             self.expanded |= {key: text.strip() or key[0] for key, text in zip(some, told)}
         return [self.expanded[key] for key in zip(prompts, seeds)]

@@ -334,9 +334,11 @@ class UnderstandingStage(Stage):
             turns = [(data.claim if i % 2 else data.ask)(scene, rng) for i in rng.permutation(self.questions)]
             turns.insert(int(rng.integers(len(turns) + 1)), (data.DESCRIBE, data.describe(scene)))
             return turns, True
-        told = [(sample["caption"], scene), *(self.read_of(rng) for _ in range(2))]
-        return [(data.EXPAND.format(data.reworded(text, rng)[0] if rng.random() < 0.5 else text), data.describe(scene))
-                for text, scene in told], False
+        turns = []
+        for text, scene in ((sample["caption"], scene), *(self.read_of(rng) for _ in range(2))):
+            asked, told = data.reworded(text, rng) if rng.random() < 0.5 else (text, data.things_told(text))
+            turns.append((data.EXPAND.format(asked), data.in_full(scene, text, told)))
+        return turns, False
 
     def read_of(self, rng):
         """(caption, scene) to read of, not to see: so a fifth of them has a pair of colour and shape that no picture shows."""
@@ -350,7 +352,7 @@ class UnderstandingStage(Stage):
         if scene is None or "spoilt" in sample or rng.random() < 0.6:
             form = rng.random() if scene else 1.0
             text, scene = self.read_of(rng) if scene and rng.random() < 0.2 else (text, scene)
-            text = data.describe(scene) if form < 0.4 else text
+            text = data.in_full(scene, text, data.things_told(text)) if form < 0.4 else text
             text, told = data.reworded(text, rng) if 0.4 < form < 0.7 else (text, data.things_told(text))
             return text, False, told
         asked, after = (data.RECONSTRUCT, scene) if rng.random() < 0.4 else data.edit(scene, rng)
@@ -469,8 +471,10 @@ class GenerationStage(Stage):
         if chance < reconstruct + edit:
             asked, after = data.edit(sample["scene"], sample["rng"])
             return asked, True, data.draw(after, self.size)
-        scene, image = sample.get("scene"), sample.get("image")      # no image where --cache has its features
-        return data.describe(scene) if scene and self.full else sample["caption"], False, image
+        text, scene = sample["caption"], sample.get("scene")
+        if self.full and scene:
+            text = data.in_full(scene, text, data.things_told(text))
+        return text, False, sample.get("image")                      # None where --cache has its features
 
     def drawings(self, samples, reconstruct=0.0, edit=0.0):
         """The batch of the samples that shall be drawn, a share `reconstruct` of them from the picture itself, a share `edit`
