@@ -3452,6 +3452,8 @@ def test_train_captions_are_told_in_full(train_folder, train_tiny, tmp_path):
     assert BLIP3o.from_pretrained(tmp_path, "meta").config.expands and not drawing.full
     assert sample.Pipeline(tmp_path).sampling["expand"] and sample.Pipeline(train_folder).sampling["expand"]
     second, _ = train_build("--stage", "2", "--init", tmp_path, "--eva", train_folder)
+    assert train_build("--stage", "1", "--init", tmp_path, "--eva", train_folder, "--full")[0].full
+    assert second.full and not train_build("--stage", "2", "--init", tmp_path, "--eva", train_folder, "--no-full")[0].full
     for i in range(8):
         one = samples[i]
         assert same(second.request(one, 0, 0)[0], data.describe(one["scene"])) and drawing.request(one, 0, 0)[0] == one["caption"]

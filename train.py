@@ -413,7 +413,7 @@ class GenerationStage(Stage):
             self.query_lr = args.query_lr
         elif taught is self.trained.latent_queries and self.trained.config.query_std < 0.1 and not args.joint:
             self.query_lr = 0.0                                      # one step of Adam would be a 15th of such small ones
-        self.full = args.stage == "2" and self.trained.config.expands            # then prompts come told in full
+        self.full = args.stage == "2" and self.trained.config.expands if args.full is None else args.full
         self.design, self.shift = design_of(self.trained.config), self.trained.config.shift
         if self.design == "vae-fm" and self.decoder is None:
             raise ValueError(f"design vae-fm makes a VAE's latents: {args.eva} has no diffusion-decoder (--eva names one)")
@@ -1284,6 +1284,8 @@ def arguments():
                                           "of the world")
     add("--edit", type=float, help="share of samples of the world whose prompt is a picture and a change of it. Default: 0, in "
                                    "stage 2 0.2")
+    add("--full", action=argparse.BooleanOptionalAction, help="the world's captions as a language model tells them in full before "
+        "they are drawn. Default: in stage 2, if this one does")
     add("--words", type=float, help="share of the world's pictures that show a word")
     add("--things", type=int, default=4, help="the most things that a picture of the world shows: 1 is learnt in minutes")
     add("--draws", type=int, default=1, help="stages 1, 2: noises and times of each picture, for one reading of its prompt: cheap "
