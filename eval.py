@@ -1701,7 +1701,7 @@ def measure_pictures(pipe, args, seed, draw):
 def measure(folder, args, seed, understands=False, **sampling):
     """The numbers of a model folder, with the image parts of --eva; `understands`: also the understanding scores."""
     pipe = Pipeline(folder, eva=args.eva)
-    pipe.sampling = Pipeline(args.eva).sampling | {"expand": False}  # all runs draw alike, and each its own prompts
+    pipe.sampling = Pipeline(args.eva).sampling                      # all runs draw alike
     if args.quick:
         pipe.sampling = pipe.sampling | {"steps": 2, "decoder_steps": 2}
     found = measure_pictures(pipe, args, seed, lambda entries: draw_entries(pipe, entries, seed, **sampling)[0])
@@ -1781,7 +1781,7 @@ class Trainer:
             asked = {"n_prompts": a.n_prompts, "images": a.images, "seed": a.seed, "n": a.n}
             note = run / f"model-{step:06d}" / "measured.json"
             if not note.exists() or json.loads(read_text(note))["asked"] != asked:
-                numbers = measure(note.parent, a, a.seed, "questions" in self.study["panels"])
+                numbers = measure(note.parent, a, a.seed, "questions" in self.study["panels"], expand=False)
                 write_whole(note, json.dumps({"asked": asked, "found": numbers}) + "\n")
             found.append({**read_run(run, step), **json.loads(read_text(note))["found"]})
             self.measured.update()
