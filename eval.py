@@ -659,6 +659,16 @@ def draw_entries(pipe, entries, seed, best_of=1, **sampling):
     return pictures, seeds
 
 
+def tells(entry, text):
+    """Does an expanded prompt tell of the things that the entry asks for, in their numbers and colours, and of no others?"""
+    things = [{shape, *words} for shape, *words in data.things_told(text)
+              for _ in range(max([1, *(data.NUMBERS.index(word) for word in words if word in data.NUMBERS)]))]
+    counts = [clause.get("count", 1) for clause in entry["include"]]
+    return len(things) == sum(counts) and all(
+        sum({clause["class"], clause.get("color", clause["class"])} <= thing for thing in things) >= count
+        for clause, count in zip(entry["include"], counts))
+
+
 def run_alignment(args):
     """Does the model draw what the prompts of the six skills ask? Beside it: shuffled prompts, and true renders."""
     pipe = Pipeline(args.ckpt, args.device, args.dtype, eva=args.eva)
@@ -682,14 +692,18 @@ def run_alignment(args):
     show(f"{len(prompts)} prompts x {args.images} pictures", tables["model"])
     show("the same pictures under shuffled prompts", tables["shuffled"])
     show("the same prompts' true renders", tables["real"])
+    drawn = [pipe.expanded.get((e["prompt"], seed), e["prompt"]) for e, seed in zip(entries, seeds)]
+    if pipe.expanded and not args.words:
+        tables["told in full"] = {"overall": share([tells(e, text) for e, text in zip(entries, drawn)])}
+        show("the prompts told in full tell of the things asked", tables["told in full"])
     every = -(-len(pictures) // SHEET)                               # of how many prompts one is on the contact sheet
     chosen = [i for i in range(len(pictures)) if i // args.images % every == 0]
     sheet = contact_sheet([pictures[i] for i in chosen], [entries[i]["prompt"] for i in chosen],
                           [verdicts[i][0] for i in chosen], max(8, 4 * args.images))
     write_whole(Path(args.out) / f"{name}.png", np.asarray(sheet))
     save(args, {**tables, "pictures": [
-        {"tag": e["tag"], "prompt": e["prompt"], "drawn": pipe.expanded.get((e["prompt"], seed), e["prompt"]), "seed": seed, "hit": hit, "strict": strict, "seen": asdict(s)}
-        for e, seed, (hit, strict, _), s in zip(entries, seeds, verdicts, seen)]}, name)
+        {"tag": e["tag"], "prompt": e["prompt"], "drawn": text, "seed": seed, "hit": hit, "strict": strict, "seen": asdict(s)}
+        for e, text, seed, (hit, strict, _), s in zip(entries, drawn, seeds, verdicts, seen)]}, name)
 
 
 def draw_questions(seed, n, most=4):

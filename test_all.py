@@ -3470,6 +3470,19 @@ def test_train_stage_0_of_a_model_without_queries(train_tiny, tmp_path):
     assert "tell" not in train_log(tmp_path / "run")[0]
 
 
+def test_eval_expanded_prompts_tell_what_was_asked():
+    """Things, numbers and colours of an entry in an expanded prompt; scenes of the prompts told in full always pass."""
+    two = {"include": [{"class": "star", "count": 2}, {"class": "circle", "count": 1, "color": "red"}]}
+    for text, right in (("a small red star on the left, a large red circle at the top and a small blue star below on grey", True),
+                        ("two small stars and a red circle on grey", True), ("a star and a red circle", False),
+                        ("two stars and a blue circle", False), ("two stars, a red circle and a red circle", False), ("", False)):
+        assert scores.tells(two, text) == right, text
+    rng = np.random.default_rng(0)
+    entries = data.skill_prompts(60, 3)
+    full = [data.describe(scores.scene_for(e, rng)) for e in entries]
+    assert all(map(scores.tells, entries, full)) and sum(map(scores.tells, entries, full[1:] + full[:1])) < 20
+
+
 def test_data_captions_in_full():
     """A caption with all that it leaves open: its things in its order, its relation or regions, the background; in words that
     turn the order round, with the relation turned round; the same things as in the scene, whatever the caption."""
