@@ -550,7 +550,7 @@ def read_pictures(folder):
             for i in tqdm(range(0, len(found), BATCH), disable=None))
 
 
-NUMBERS = {"dB": ".2f", "points": ".1f", "SSIM": ".3f", "cosine": ".3f", "Frechet": ".4g", "MMD": ".3g", "p": ".2g",
+NUMBERS = {"dB": ".2f", "points": ".1f", "SSIM": ".3f", "cosine": ".3f", "distance": ".3f", "Frechet": ".4g", "MMD": ".3g", "p": ".2g",
            "feature spread": ".3f", "pixel spread": ".3f", "gap, t = 0.02": ".4f", "gap, t = 0.05": ".4f",
            "seconds": ".0f"}
 
@@ -1594,6 +1594,43 @@ def run_leakage(args):
                                           for p, (s, text, same) in zip(prompts, best) if text is not None]})
 
 
+def run_neighbours(args):
+    """What is memorised? To each picture in --a the nearest of --train's pictures, by the root mean square difference of all
+    64 CLIP features. A copy is far nearer than training pictures are to each other; that distance stands beside it.
+
+    OUT/neighbours.png: the pictures, each with the nearest one below it.
+    """
+    pipe, source = Pipeline(args.ckpt, args.device, args.dtype, eva=args.eva), data.open_source(args.train)
+    numbers, known, side = [], [], pipe.eva.config.image_size
+    features = lambda pictures: clip_features(pipe, pictures).flatten(1)                       # (B, 64 C)
+    files, drawn = zip(*itertools.chain(*read_pictures(args.a)))
+    pictures = [data.crop_square(picture, side) for picture in drawn]
+    mine = torch.cat([features(pictures[i:i + BATCH]) for i in range(0, len(pictures), BATCH)])
+    for i in tqdm(range(0, min(args.n, len(source)), BATCH), disable=None):
+        some = []
+        for j in range(i, min(i + BATCH, args.n, len(source))):
+            with suppress(data.BadSample):                           # training passes over these, too
+                some.append(source[j]["image"])
+                numbers.append(j)
+        known += [features(some)] if some else []
+    if len(numbers) < 2:
+        raise ValueError(f"{args.train} holds {len(numbers)} pictures that can be read: two are the least")
+    known, root = torch.cat(known), mine.shape[1] ** 0.5
+    distances, nearest = (torch.cdist(mine, known) / root).min(1)                              # (pictures,)
+    usual = (torch.cdist(known[:1000], known) / root).fill_diagonal_(math.inf).min(1).values
+    found = [source[numbers[k]] for k in nearest.tolist()]
+    table = {"pictures to training pictures": {"distance": distances.median().item(), "n": len(pictures)},
+             "training pictures to each other": {"distance": usual.median().item(), "n": len(known)}}
+    show(f"median distance to the nearest, {args.a} and {args.train}", table)
+    shown = range(0, len(pictures), -(-len(pictures) // (SHEET // 12)))
+    rows = [[np.asarray(pictures[i]) for i in shown], [np.asarray(data.crop_square(found[i]["image"], side)) for i in shown]]
+    sheet = np.concatenate([np.concatenate(row, 1) for row in rows]).repeat(2, 0).repeat(2, 1)
+    write_whole(Path(args.out) / "neighbours.png", sheet)
+    save(args, {"table": table, "pictures": [
+        {"file": str(file), "distance": d, "nearest": item.get("captions", [None])[0]}
+        for file, d, item in zip(files, distances.tolist(), found)]})
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Binding: whose colour is it?
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2149,7 +2186,7 @@ STUDY = {name.replace("_", "-"): None for name in USUAL}             # None: the
 COMMANDS = {"judge": run_judge, "alignment": run_alignment, "understanding": run_understanding,
             "reconstruction": run_reconstruction, "binding": run_binding, "editing": run_editing,
             "generate": run_generate, "score": run_score,
-            "fid": run_fid, "compare": run_compare, "leakage": run_leakage,
+            "fid": run_fid, "compare": run_compare, "leakage": run_leakage, "neighbours": run_neighbours,
             "figure4": run_study, "figure5": run_study, "ablation": run_study, "speed": run_speed}
 
 
@@ -2161,7 +2198,7 @@ def parse(argv):
                                ("understanding", 1, {"n": 600}), ("reconstruction", 1, {"n": 200}),
                                ("binding", 1, {"n": 256}), ("editing", 1, {"n": 200}),
                                ("speed", 0, {"rounds": 5}), ("generate", 0, {}),
-                               ("score", 0, {}), ("fid", 0, {}), ("compare", 0, {}), ("leakage", 0, {"n": 20000}),
+                               ("score", 0, {}), ("fid", 0, {}), ("compare", 0, {}), ("leakage", 0, {"n": 20000}), ("neighbours", 0, {"n": 20000}),
                                ("figure4", 0, STUDY), ("figure5", 0, STUDY), ("ablation", 0, STUDY)):
         command = commands.add_parser(name, description=COMMANDS[name].__doc__)
         add[name] = command.add_argument
@@ -2169,7 +2206,7 @@ def parse(argv):
             command.add_argument(f"--{option}", type=int, default=value)
         command.add_argument("--seed", type=int, default=seed, help="of the prompts and pictures")
         command.add_argument("--out", default="runs/eval", help="folder of the results")
-        if name in ("alignment", "understanding", "reconstruction", "binding", "editing", "generate", "fid"):
+        if name in ("alignment", "understanding", "reconstruction", "binding", "editing", "generate", "fid", "neighbours"):
             command.add_argument("--ckpt", default=str(WEIGHTS / "nano"), help="model folder")
             command.add_argument("--eva", help="folder with EVA-CLIP and the diffusion-decoder, if --ckpt has none")
             command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -2208,6 +2245,8 @@ def parse(argv):
     add["compare"]("folders", nargs="*", help="two folders that `generate` filled, A and B")
     add["compare"]("--votes", nargs="+", help="files that the page exported")
     add["leakage"]("--train", help="shards as in train.py --data (the world's first --n captions)")
+    add["neighbours"]("--a", required=True, help="a folder of pictures")
+    add["neighbours"]("--train", required=True, help="shards as in train.py --data (their first --n pictures)")
     add["leakage"]("--near", type=float, default=0.7, help="least similarity of a near-duplicate")
     args = parser.parse_args(argv)
     for name in ("n", "n_prompts", "images", "size", "rounds", "seeds", "steps", "points", "batch", "jobs", "best_of"):
