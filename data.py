@@ -459,11 +459,9 @@ def question(scene, rng, kind=None):
 
 
 def ask(scene, rng):
-    """(question, answer) about a scene, of a kind that it can answer. Where things lie, it is asked half of the time: no other
-    kind takes so long to learn."""
-    found = question(scene, rng, "position") if scene.things and rng.random() < 0.5 else None
-    while not found:
-        found = question(scene, rng)
+    """(question, answer) about a scene, of a kind that it can answer."""
+    while not (found := question(scene, rng)):
+        pass
     return found[1:]
 
 

@@ -1842,17 +1842,15 @@ def test_questions_yes_and_no_are_even():
         assert n > 200 and abs(said["yes"] / n - 0.5) < 3 * 0.5 / math.sqrt(n), (kind, said)
 
 
-def test_questions_of_training_are_about_position_half_of_the_time():
-    """data.ask: where a scene can tell of positions, half of the questions and a share of the other half; else none, and all of
-    its own kinds."""
+def test_questions_of_training_are_those_that_a_scene_can_answer():
+    """data.ask: about two things all six kinds, about one all but position."""
     a, b = data.Thing("circle", "red", "small", 0.2, 0.5), data.Thing("star", "blue", "small", 0.7, 0.52)
     kinds = {"position": ("Where is", "Is the "), "colour": ("What colour is the circle", "What colour is the star"), "shape": ("What shape",),
              "existence": ("Is there",), "background": ("What colour is the background",), "count": ("How many",)}
-    for things, least, most in ((a, b), 0.5, 0.7), ((a,), 0, 0):
-        asked = [data.ask(data.Scene("grey", things), np.random.default_rng(i))[0] for i in range(300)]
+    for things in (a, b), (a,):
+        asked = [data.ask(data.Scene("grey", things), np.random.default_rng(i))[0] for i in range(120)]
         found = Counter(kind for kind, starts in kinds.items() for q in asked if q.startswith(starts))
-        assert sum(found.values()) == 300 and least <= found["position"] / 300 <= most
-        assert all(found[kind] > 10 for kind in kinds if kind != "position")
+        assert sum(found.values()) == 120 and set(kinds) - set(found) == ({"position"} if len(things) == 1 else set())
 
 
 def test_describe_tells_everything():

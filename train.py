@@ -281,7 +281,7 @@ class UnderstandingStage(Stage):
     language model of 7B, whose states hold conjunctions such as "red circle" after reading the internet.
     """
     talk = True
-    questions = 8                   # in one conversation: the prompt is read once, so more questions cost little
+    questions = 4                   # in one conversation: the prompt is read once, so more questions cost little
     spoilt = 0.2                    # share of pictures with a thing that is neither this nor that
 
     def __init__(self, init, args, trained=None):
