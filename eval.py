@@ -1619,8 +1619,8 @@ def run_neighbours(args):
     distances, nearest = (torch.cdist(mine, known) / root).min(1)                              # (pictures,)
     usual = (torch.cdist(known[:1000], known) / root).fill_diagonal_(math.inf).min(1).values
     found = [source[numbers[k]] for k in nearest.tolist()]
-    table = {"pictures to training pictures": {"distance": distances.median().item(), "n": len(pictures)},
-             "training pictures to each other": {"distance": usual.median().item(), "n": len(known)}}
+    table = {"to training pictures": {"distance": distances.median().item(), "n": len(pictures)},
+             "among training pictures": {"distance": usual.median().item(), "n": len(known)}}
     show(f"median distance to the nearest, {args.a} and {args.train}", table)
     shown = range(0, len(pictures), -(-len(pictures) // (SHEET // 12)))
     rows = [[np.asarray(pictures[i]) for i in shown], [np.asarray(data.crop_square(found[i]["image"], side)) for i in shown]]

@@ -3484,7 +3484,7 @@ def test_eval_neighbours_find_what_is_copied(sample_folder, tmp_path, capsys):
     report = json.loads((tmp_path / "neighbours.json").read_text())
     copy_, new = report["pictures"]
     assert copy_["nearest"] == "picture 4" and copy_["distance"] < 1e-3 < new["distance"]
-    assert report["table"]["training pictures to each other"]["n"] == 6 and report["table"]["training pictures to each other"]["distance"] > 1e-3
+    assert report["table"]["among training pictures"]["n"] == 6 and report["table"]["among training pictures"]["distance"] > 1e-3
     sheet = np.asarray(Image.open(tmp_path / "neighbours.png"))
     assert sheet.shape == (128, 128, 3) and (sheet[:64, :64] == sheet[64:, :64]).all() and (sheet[:64, 64:] != sheet[64:, 64:]).any()
     assert scores.main([*asked, "--n", "1"]) == 2 and "two are the least" in capsys.readouterr().err
