@@ -4823,9 +4823,11 @@ class EvalOracle:
     """A stand-in for the pipeline: draws what is asked, and says yes to every question."""
 
     def __init__(self, *_, **__):
-        self.device = torch.device("cpu")
+        self.device, self.expanded = torch.device("cpu"), {}
 
-    def images(self, prompts, seeds):
+    def images(self, prompts, seeds, expand=None):
+        if expand:
+            self.expanded |= {key: key[0] + ", in full" for key in zip(prompts, seeds)}
         entries = {e["prompt"]: e for most in (1, 4) for e in data.skill_prompts(12, 0, most=most)}
         scenes = [scores.scene_for(entries[p], np.random.default_rng(s)) for p, s in zip(prompts, seeds)]
         return torch.from_numpy(np.stack([data.draw(s) for s in scenes])).permute(0, 3, 1, 2) / 255
@@ -4842,6 +4844,10 @@ def test_alignment_command_writes_scores_and_pictures(tmp_path, monkeypatch, cap
     assert results["model"]["overall"]["score"] == results["real"]["overall"]["score"] == 1
     assert len(results["pictures"]) == len({p["seed"] for p in results["pictures"]}) == 36
     assert data.load_image(tmp_path / "alignment.png").width == 12 * (128 + 16)
+    assert "told in full" not in results and all(p["drawn"] == p["prompt"] for p in results["pictures"])
+    assert scores.main(["alignment", "--n-prompts", "12", "--images", "1", "--expand", "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "alignment.json").read_text())
+    assert results["told in full"]["overall"]["score"] == 1 and all(p["drawn"].endswith(", in full") for p in results["pictures"])
     assert "100.0 %" in capsys.readouterr().out
     few = ["alignment", "--n-prompts", "12", "--images", "1", "--things", "1", "--out", str(tmp_path)]
     assert scores.main(few) == 0
