@@ -346,8 +346,8 @@ class UnderstandingStage(Stage):
         return data.caption(scene, rng), scene
 
     def request(self, sample):
-        """(a prompt to draw, does it show the picture?, the things that the queries shall tell): half of them captions, often
-        in other words, half the picture, to be drawn again or with a change."""
+        """(a prompt to draw, does it show the picture?, the things that the queries shall tell): most of them captions, often in full or
+        in other words, the others the picture, to be drawn again or with a change."""
         rng, scene, text = sample["rng"], sample.get("scene"), sample["caption"] or ""
         if scene is None or "spoilt" in sample or rng.random() < 0.6:
             form = rng.random() if scene else 1.0
