@@ -1,0 +1,267 @@
+"""Model folders on disk: where tensors are stored, what they are called, how they are loaded and written.
+
+    config.json                       settings; model.py, clip_decoder.py and sample.py each read their own
+    model.safetensors                 or shards and model.safetensors.index.json; official key names
+    gen_vision_tower/                 EVA-CLIP, unless it is in the model's shards
+    diffusion-decoder/unet|vae/       diffusers' layout, with its .bf16 and .fp16 variants
+
+Loading is strict and cheap: read_headers -> compare all names and shapes with the module -> map and assign.
+No tensor is read before all names and shapes match, and memory never holds one twice. Writing is atomic:
+after a crash a file is complete or absent.
+"""
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+# ---- files ------------------------------------------------------------------------------------------------
+
+def read_json(path):
+    """The content of a JSON file; ValueError, naming the file, if it isn't valid JSON."""
+    try:
+        return json.loads(Path(path).read_text("utf-8"))
+    except ValueError as error:  # UnicodeDecodeError included
+        raise ValueError(f"{path} isn't valid JSON: {error}") from None
+
+
+def write_json(path, content):
+    """Write `content` as indented JSON, atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
+@contextmanager
+def atomic_write(path):
+    """Yield a temporary Path beside `path`; the file that the body writes there replaces `path`.
+
+    It is fsynced before the rename, so that a crash leaves the old or the new file, never half of one. If
+    the body fails, `path` stays as it was. Missing parent folders are made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # hidden: other tools walk these folders
+    try:
+        yield temporary
+        publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def publish(temporary, path):
+    """Fsync a file, or all files of a folder, and rename it to `path`; an older folder there is removed."""
+    temporary, path = Path(temporary), Path(path)
+    files = [temporary] if temporary.is_file() else [f for f in temporary.rglob("*") if f.is_file()]
+    for file in files:
+        with open(file, "rb+") as f:
+            os.fsync(f.fileno())
+    if path.is_dir():
+        shutil.rmtree(path)
+    os.replace(temporary, path)
+
+
+def save_weights(module_or_tensors, path, dtype=None):
+    """Write a module's state dict, or {name: tensor}, to the safetensors file `path`, atomically.
+    dtype None keeps each tensor's own."""
+    tensors = module_or_tensors
+    if isinstance(tensors, torch.nn.Module):
+        tensors = tensors.state_dict()
+    tensors = {name: t.detach().to("cpu", dtype or t.dtype).contiguous() for name, t in tensors.items()}
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+
+
+# ---- tensors on disk --------------------------------------------------------------------------------------
+
+class Stored(NamedTuple):
+    """A tensor on disk; only its file's header has been read."""
+    file: Path
+    key: str
+    shape: tuple
+
+
+def read_headers(folder):
+    """{key: Stored} of the weights in `folder`, or in one .safetensors file; {} where there are none.
+
+    With an index, its shards are read; else model.safetensors alone, if there is one; else every
+    .safetensors file. Plain files are preferred to diffusers' .bf16 variants, and these to .fp16. Raises
+    ValueError for a broken index or file, a missing shard, or a tensor in two files.
+    """
+    stored = {}
+    for file in weight_files(Path(folder)):
+        try:
+            with safe_open(file, framework="pt") as f:
+                shapes = {key: tuple(f.get_slice(key).get_shape()) for key in list(f.keys())}
+        except SafetensorError as error:
+            raise ValueError(f"{file} is cut short or broken ({error}): download it again") from None
+        for key, shape in shapes.items():
+            if key in stored:
+                raise ValueError(f"{key} is both in {stored[key].file} and in {file}: remove one of them")
+            stored[key] = Stored(file, key, shape)
+    return stored
+
+
+def weight_files(folder):
+    """The safetensors files that make up the weights in `folder`; see read_headers."""
+    if folder.is_file():
+        return [folder]
+    files = sorted(folder.glob("[!.]*.safetensors"))  # hidden ones are leftovers of atomic_write
+    indexes = sorted(folder.glob("[!.]*.safetensors.index*.json"))
+    best = min(map(variant, files or indexes), default=0)
+    files = [f for f in files if variant(f) == best]
+    indexes = [f for f in indexes if variant(f) == best]
+    if indexes:
+        return shards_of(folder / INDEX if folder / INDEX in indexes else indexes[-1])
+    return [folder / WEIGHTS] if folder / WEIGHTS in files else files
+
+
+def variant(file):
+    """The rank of diffusers' file variants: 0 plain, 1 bf16, 2 fp16."""
+    if ".bf16" in file.name:
+        return 1
+    return 2 if ".fp16" in file.name else 0
+
+
+def shards_of(index):
+    """The files that an index names; ValueError if it isn't an index, or if one of them is missing."""
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index} isn't an index of weights: download it again")
+    shards = [index.parent / name for name in sorted(set(weight_map.values()))]
+    missing = [shard.name for shard in shards if not shard.exists()]
+    if missing:
+        raise ValueError(f"{index.parent} lacks the shards {', '.join(missing)} that {index.name} names: "
+                         "download them again")
+    return shards
+
+
+def read_tensor(stored, device="cpu", dtype=None):
+    """The tensor on `device` as `dtype` (None: the file's), copied at most once; "meta" reads nothing. The
+    file is mapped, and reopened for each tensor, so that the pages of the last one are released."""
+    if str(device) == "meta":
+        return torch.empty(stored.shape, dtype=dtype, device="meta")
+    with safe_open(stored.file, framework="pt", device=str(device)) as f:
+        tensor = f.get_tensor(stored.key)
+    return tensor if dtype is None else tensor.to(dtype)
+
+
+# ---- official names ---------------------------------------------------------------------------------------
+
+# (official prefix, our prefix, component); the first match wins; None: not read by BLIP3o. transformers 4
+# wrote visual.* and model.*, 5 writes model.visual.* and model.language_model.*.
+PREFIXES = (
+    ("visual.", "visual.", "visual"),
+    ("model.visual.", "visual.", "visual"),
+    ("model.dit.model.", "dit.", "dit"),
+    ("model.regressor.", "regressor.", "regressor"),
+    ("model.latent_queries", "latent_queries", "queries"),
+    ("model.gen_vision_tower.", None, "gen_vision_tower"),  # EVA-CLIP, which clip_decoder.py reads
+    ("model.vae.", None, "vae"),                            # FLUX's VAE in early releases, never used
+    ("lm_head.", "llm.lm_head.", "llm"),
+    ("model.language_model.", "llm.", "llm"),
+    ("model.", "llm.", "llm"),
+)
+WRITTEN = {"visual.": "visual.", "dit.": "model.dit.model.", "regressor.": "model.regressor.",
+           "latent_queries": "model.latent_queries",
+           "llm.lm_head.": "lm_head.", "llm.": "model."}  # our prefix -> official prefix, as released
+
+
+def component(key):
+    """The component that an official key belongs to, "other" if none."""
+    return next((part for prefix, _, part in PREFIXES if key.startswith(prefix)), "other")
+
+
+def our_name(key):
+    """Official key -> our parameter's name; None for keys that BLIP3o skips; unknown keys are unchanged."""
+    for prefix, ours, _ in PREFIXES:
+        if key.startswith(prefix):
+            return None if ours is None else ours + key[len(prefix):]
+    return key
+
+
+def official_name(name):
+    """Our parameter's name -> official key; names of no component of BLIP3o are unchanged."""
+    for ours, official in WRITTEN.items():
+        if name.startswith(ours):
+            return official + name[len(ours):]
+    return name
+
+
+def folder_parts(folder):
+    """What a model folder holds: a subset of {"visual", "llm", "queries", "dit", "regressor", "clip", "vae",
+    "unet"}, empty for None or without weights. Raises ValueError if its files are broken."""
+    if folder is None:
+        return set()
+    folder = Path(folder)
+    components = {component(key) for key in read_headers(folder)}
+    parts = components & {"visual", "llm", "queries", "dit", "regressor"}
+    if "gen_vision_tower" in components or (folder / "gen_vision_tower").is_dir():
+        parts.add("clip")
+    for part in ("vae", "unet"):
+        if (folder / "diffusion-decoder" / part).is_dir() or (folder / part).is_dir():
+            parts.add(part)
+    return parts
+
+
+# ---- strict loading ---------------------------------------------------------------------------------------
+
+def load_strict(build, tensors, source, device="cpu", dtype=torch.float32):
+    """build() with weights from tensors {parameter name: Stored or Tensor}, in eval mode.
+
+    The module is built on "meta" and the tensors are assigned, so that they exist once. Raises ValueError
+    before anything is read, unless names and shapes match exactly; `source` names their origin in its
+    message. On device "meta" nothing is read.
+    """
+    if not tensors:
+        raise ValueError(f"{source} holds no weights: neither {WEIGHTS}, nor shards with {INDEX}, nor any "
+                         "other .safetensors file")
+    with torch.device("meta"):
+        module = build()
+    problems = misfits(module, tensors)
+    if problems:
+        raise ValueError(f"the weights in {source} don't fit {type(module).__name__}: {problems}")
+    state = {}
+    for name, tensor in tensors.items():
+        stored = isinstance(tensor, Stored)
+        state[name] = read_tensor(tensor, device, dtype) if stored else tensor.to(device, dtype)
+    module.load_state_dict(state, assign=True)
+    return module.eval()
+
+
+def misfits(module, tensors):
+    """How names and shapes of `tensors` differ from the module's, by component; "" if they don't."""
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    components = {component(official_name(name)) for name in expected}
+    # The keys of EVA-CLIP, UNet and VAE have no component: they are reported under the class name.
+    unnamed = type(module).__name__ if components == {"other"} else "other"
+    groups = {}
+
+    def add(name, kind, text):
+        part = component(official_name(name))
+        groups.setdefault((unnamed if part == "other" else part, kind), []).append(text)
+
+    for name, tensor in tensors.items():
+        key, shape = tensor.key if isinstance(tensor, Stored) else name, tuple(tensor.shape)
+        if name not in expected:
+            add(name, "unexpected", key)
+        elif shape != expected[name]:
+            add(name, "mis-shaped", f"{key} {shape}, not {expected[name]}")
+    for name in expected:
+        if name not in tensors:
+            add(name, "missing", official_name(name))
+
+    lines = [f"{part}: {len(keys)} {kind} ({', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''})"
+             for (part, kind), keys in sorted(groups.items())]
+    if any("feed_forward" in key for key in groups.get(("dit", "mis-shaped"), [])):
+        lines.append("the DiT's feed-forward is 4864 wide by Lumina's rule (2/3 of 4 x 1792, rounded up "
+                     "to 256s) but 7168 in files of newer versions of diffusers, which leave out the 2/3")
+    return "; ".join(lines)
