@@ -1,0 +1,318 @@
+"""Training the parts that the paper takes from others: stages clip, vae and 0 of a model without parents.
+
+    clip    EVA-CLIP tower, with a text tower and heads that are thrown away afterwards
+    vae     pixels <-> latents
+    0       language model and vision tower from random weights, the states of the queries supervised
+
+The paper has EVA-CLIP, SDXL's VAE and Qwen2.5-VL for these. The stages have train.Stage's form; train.py
+picks them. B batch, L tokens, C width of the image features, E of the contrastive embedding, S side of an
+image.
+"""
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Tokenizers
+from torch import nn
+
+import data
+import train
+from checkpoint import folder_parts
+from clip_decoder import PRESETS, VAE, EvaClip, pool, sincos_positions
+from miniature import world
+
+VOCABULARY = 512                              # upper limit of the nano tokenizer's size
+CONTEXT = 128                                 # longest caption, in tokens, that the text tower reads
+
+
+# ---- the tokenizer --------------------------------------------------------------------------------------
+
+def train_tokenizer(texts, vocab_size):
+    """A byte-level BPE of Qwen2's form, learnt from an iterable of strings; at most vocab_size entries,
+    SPECIAL last."""
+    bpe = Tokenizers(models.BPE())
+    bpe.normalizer = normalizers.NFC()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(data.QWEN_PATTERN), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size - len(data.SPECIAL), initial_alphabet=alphabet, show_progress=False))
+    bpe.add_special_tokens([AddedToken(token, normalized=False) for token in data.SPECIAL])
+    return data.Tokenizer(bpe)
+
+
+def world_tokenizer():
+    """The nano tokenizer: learnt from captions, questions and templates of the world."""
+    return train_tokenizer(world.world_texts(6000), VOCABULARY)
+
+
+# ---- stage clip -----------------------------------------------------------------------------------------
+
+class TextBlock(nn.Module):
+    """Pre-norm transformer block of the text tower; `mask` (B, L) is True at real tokens."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x, mask):
+        """x (B, L, C), mask (B, L) -> (B, L, C)."""
+        B, L, C = x.shape
+        qkv = self.qkv(self.norm1(x)).view(B, L, 3, self.heads, C // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                     # each (B, h, L, hd)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])  # all see all real tokens
+        x = x + self.proj(y.transpose(1, 2).reshape(B, L, C))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+class TextTower(nn.Module):
+    """Token ids and mask (B, L) -> a vector per text (B, E): bidirectional, mean over real tokens."""
+
+    def __init__(self, vocab_size, width, layers, embed_dim, context):
+        super().__init__()
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.positional_embedding = nn.Parameter(torch.randn(context, width) * 0.02)
+        self.blocks = nn.ModuleList(TextBlock(width, max(1, width // 32)) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, embed_dim, bias=False)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+
+    def forward(self, ids, mask):
+        """Raises ValueError where the texts are longer than the context."""
+        L, context = ids.shape[1], len(self.positional_embedding)
+        if context < L:
+            raise ValueError(f"a caption of {L} tokens is longer than the text tower's context of {context}")
+        x = self.token_embedding(ids) + self.positional_embedding[:L]            # (B, L, C)
+        for block in self.blocks:
+            x = block(x, mask)
+        w = mask.to(x.dtype).unsqueeze(-1)                                       # (B, L, 1)
+        return self.head((self.norm(x) * w).sum(1) / w.sum(1).clamp(min=1))      # (B, E)
+
+
+class CLIP(nn.Module):
+    """An EVA-CLIP tower and what trains it from scratch: a text tower (contrastive), linear heads, a scale
+    loss.
+
+    Only `.visual` is BLIP3-o's encoder; norm, head and text are CLIP's contrastive half (Radford et al.
+    2021), pixel_head and place_head help in training.
+    """
+
+    def __init__(self, config, vocab_size, text_width=96, text_layers=2, embed_dim=64, context=CONTEXT):
+        super().__init__()
+        C, side = config.width, math.isqrt(config.n_query)
+        if config.image_size % side:
+            raise ValueError(f"image_size {config.image_size} does not divide into {side} x {side} features")
+        self.visual = EvaClip(config)
+        self.norm = nn.LayerNorm(C, eps=1e-6)
+        self.head = nn.Linear(C, embed_dim)
+        self.text = TextTower(vocab_size, text_width, text_layers, embed_dim, context)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.pixel_head = nn.Linear(C, 3 * (config.image_size // side) ** 2)
+        self.place_head = nn.Linear(C, 16)
+        places = 2 * sincos_positions(16, side)                                  # (64, 16), unit scale
+        self.register_buffer("places", places, persistent=False)
+
+    def encode_image(self, pixels):
+        """pixels (B, 3, S, S), CLIP-normalised -> unit vectors (B, E)."""
+        return F.normalize(self.head(self.norm(self.visual(pixels, with_cls=True)[1])), dim=-1)
+
+    def encode_text(self, ids, mask):
+        """ids (B, L), mask (B, L) True at real tokens -> unit vectors (B, E)."""
+        return F.normalize(self.text(ids, mask), dim=-1)
+
+    def forward(self, pixels, ids, mask, noise):
+        """Losses of a batch of pairs, each a mean: {"contrastive", "pixels", "places", "scale"}.
+
+        noise (B, 64, C) is added to the pooled features before the linear heads read them. contrastive
+        symmetric InfoNCE (CLIP): every image finds its caption in the batch, every caption its image. pixels
+        MSE of each pooled feature's own block of the normalised image, predicted linearly from the noisy
+                     feature. The flow will add errors of that size, so shapes and colours have to sit in
+                     directions of large variance (the noise-augmented decoders of representation
+                     autoencoders). Contrastive training alone collapses small towers to a few dimensions.
+        places       the same for where a feature lies in the grid: the pixel decoder's cross-attention sees
+        a set of
+                     features and learns only from themselves which is which.
+        scale        per channel, mean^2 + (std - 1)^2: the RAW features then have the unit scale that flow
+        matching
+                     from unit noise wants, and no statistics have to be stored beside the weights.
+        """
+        tokens, cls = self.visual(pixels, with_cls=True)
+        z = pool(tokens, self.visual.config.n_query)                             # (B, 64, C)
+        image, text = F.normalize(self.head(self.norm(cls)), dim=-1), self.encode_text(ids, mask)
+        logits = self.logit_scale.clamp(max=math.log(100)).exp() * image @ text.T        # (B, B)
+        target = torch.arange(len(logits), device=logits.device)
+        contrastive = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        noisy = z + noise.to(z)
+        flat = z.flatten(0, 1)                                                   # (B*64, C)
+        blocks = image_blocks(pixels, math.isqrt(z.shape[1]))
+        return {"contrastive": contrastive,
+                "pixels": F.mse_loss(self.pixel_head(noisy), blocks),
+                "places": F.mse_loss(self.place_head(noisy), self.places.expand(len(z), -1, -1)),
+                "scale": (flat.mean(0) ** 2 + (flat.std(0) - 1) ** 2).mean()}
+
+
+def image_blocks(pixels, grid):
+    """Cut images (B, 3, S, S) into a grid of square blocks, row-major: (B, grid^2, 3 * (S/grid)^2)."""
+    return F.pixel_unshuffle(pixels, pixels.shape[-1] // grid).flatten(2).transpose(1, 2)
+
+
+class ClipCollate:
+    """Examples -> pixels, caption tokens and feature noise (B, 64, C) of standard deviation `std`."""
+
+    def __init__(self, tokenizer, config, std=0.3):
+        self.tokenizer, self.shape, self.std = tokenizer, (config.n_query, config.width), std
+
+    def __call__(self, examples):
+        ids, mask = data.pad([self.tokenizer.encode(e.prompt)[:CONTEXT] for e in examples])
+        return {**train.collate_images(examples), "text_ids": ids, "text_mask": mask,
+                "noise": self.std * train.unit_normal(examples, *self.shape)}
+
+
+class ClipStage(train.Stage):
+    """EVA-CLIP from scratch: contrastive, plus what makes its features fit for a flow; see CLIP."""
+    long_captions = True
+
+    def __init__(self, args):
+        super().__init__()
+        self.tokenizer = train.tokenizer_of(args.init)
+        config = PRESETS["nano"]["clip"]
+        self.size, self.trained = config.image_size, CLIP(config, self.tokenizer.vocab_size)
+        if "clip" in folder_parts(args.init) and not args.fresh:
+            self.trained.visual = EvaClip.from_pretrained(args.init)
+        self.compile_target = self.trained.visual
+        self.collate = ClipCollate(self.tokenizer, self.trained.visual.config)
+
+    def forward(self, batch):
+        losses = self.trained(batch["pixels"], batch["text_ids"], batch["text_mask"], batch["noise"])
+        return {"pixels": 3 * losses["pixels"], "places": losses["places"],
+                "contrastive": 0.3 * losses["contrastive"], "scale": 0.3 * losses["scale"]}
+
+    def export(self, folder):
+        self.tokenizer.save(folder)
+        self.trained.visual.save_pretrained(folder, torch.float16)
+
+    def probe(self, batch):
+        image = self.trained.encode_image(batch["pixels"])
+        text = self.trained.encode_text(batch["text_ids"], batch["text_mask"])
+        correct = (image @ text.T).argmax(1) == torch.arange(len(image), device=image.device)
+        places = self.trained.place_head(self.trained.visual.encode(batch["pixels"]))
+        return {"_top1": correct.float().mean(),
+                "_psnr": train.psnr(self.preview(batch)[0], train.to_unit_range(batch["pixels"])),
+                "_place_error": F.mse_loss(places, self.trained.places.expand_as(places))}
+
+    def preview(self, batch):
+        side = math.isqrt(self.trained.visual.config.n_query)
+        blocks = self.trained.pixel_head(self.trained.visual.encode(batch["pixels"])).transpose(1, 2)
+        decoded = F.pixel_shuffle(blocks.unflatten(2, (side, side)), self.size // side)
+        return [train.to_unit_range(decoded), train.to_unit_range(batch["pixels"])]
+
+
+# ---- stage vae ------------------------------------------------------------------------------------------
+
+class VaeCollate:
+    """Examples -> pixels and the unit normal noise of a latent sample (B, latent, S/f, S/f)."""
+
+    def __init__(self, size, vae):
+        self.shape = vae.config.latent_channels, size // vae.factor, size // vae.factor
+
+    def __call__(self, examples):
+        return {**train.collate_images(examples), "noise": train.unit_normal(examples, *self.shape)}
+
+
+class VaeStage(train.Stage):
+    """The VAE: L1 reconstruction plus a little KL (Rombach et al. 2022, without the GAN, which plain
+    shapes don't need)."""
+
+    def __init__(self, args):
+        super().__init__()
+        self.size = PRESETS["nano"]["clip"].image_size
+        has_vae = "vae" in folder_parts(args.init) and not args.fresh
+        self.trained = VAE.from_pretrained(args.init) if has_vae else VAE(PRESETS["nano"]["vae"])
+        self.compile_target = self.trained.to(memory_format=torch.channels_last)
+        self.collate = VaeCollate(self.size, self.trained)
+
+    def forward(self, batch):
+        target = data.to_signed(batch["pixels"]).to(memory_format=torch.channels_last)
+        reconstruction, kl = self.trained(target, noise=batch["noise"])
+        return {"l1": F.l1_loss(reconstruction, target), "mse": F.mse_loss(reconstruction, target),
+                "kl": 1e-6 * kl}
+
+    def export(self, folder):
+        self.trained.save_pretrained(Path(folder) / "diffusion-decoder" / "vae", torch.float16)
+
+    def probe(self, batch):
+        self.calibrate(data.to_signed(batch["pixels"]))
+        return {"_psnr": train.psnr(self.preview(batch)[0], train.to_unit_range(batch["pixels"]))}
+
+    def calibrate(self, pixels):
+        """Set the VAE's scaling_factor to 1 / std of these images' raw latents: unit-variance latents for
+        the UNet."""
+        std = float(self.trained.moments(pixels)[0].std())
+        self.trained.config = replace(self.trained.config, scaling_factor=1 / std)
+
+    def preview(self, batch):
+        latents = self.trained.encode(data.to_signed(batch["pixels"]))
+        return [(self.trained.decode(latents) / 2 + 0.5).clamp(0, 1), train.to_unit_range(batch["pixels"])]
+
+
+# ---- stage 0 from random weights, the queries supervised ------------------------------------------------
+
+class SupervisedCollate(train.ConversationCollate):
+    """Conversations, and beside them prompts with the targets (B, n_query, D) of the queries' states
+    after them."""
+
+    def __init__(self, tokenizer, vision, size, shape):
+        super().__init__(tokenizer, vision, size)
+        self.shape = shape
+
+    def __call__(self, examples):
+        batch, zeros = super().__call__(examples), np.zeros(self.shape, np.float32)
+        targets = [zeros if e.query_targets is None else e.query_targets for e in examples]
+        has_targets = [e.query_targets is not None for e in examples]
+        return {**batch, "prompts": self.prompts(examples),
+                "query_targets": torch.from_numpy(np.stack(targets)),
+                "has_query_targets": torch.tensor(has_targets)}
+
+
+class SupervisedUnderstandingStage(train.UnderstandingStage):
+    """Stage 0 of the miniature: conversations, and query supervision.
+
+    Left to chance, the states of the latent queries encode which words a prompt holds, hardly which belong
+    together: exchanging two colours moved them by 2 % of what another prompt does, and the DiT learnt to
+    generate bags of words. So each query is trained to encode one object of the prompt, the objects taking
+    turns, as a sum of fixed random vectors for its words (world.query_targets). The paper has no such loss;
+    it has a language model of 7B, whose states hold conjunctions such as "red circle" after reading the
+    internet.
+    """
+
+    def __init__(self, args):
+        super().__init__(args)
+        self.weight, model, config = args.world["query_supervision"], self.trained, self.trained.config
+        if model.latent_queries is None or not self.weight:  # a bare Qwen2.5-VL has none to supervise
+            return
+        model.latent_queries.requires_grad_(True)
+        config.queries_supervised = True
+        self.query_targets_shape = config.n_query, config.text.hidden_size
+        world.query_targets([], *self.query_targets_shape)           # refuses a width that has no targets
+        self.collate = SupervisedCollate(self.tokenizer, config.vision, self.size, self.query_targets_shape)
+
+    def forward(self, batch):
+        losses = super().forward(batch)
+        if "query_targets" in batch:
+            p = batch["prompts"]
+            states = self.trained.condition(p["ids"], p["mask"], p["patches"], p["grid"])  # (B, n_query, D)
+            error = (states.float() - batch["query_targets"]).square().mean((1, 2))               # (B,)
+            losses["queries"] = train.mean_over_ranks(self.weight * error[batch["has_query_targets"]])
+        return losses
