@@ -1,0 +1,1 @@
+"""What other people publish: benchmarks, distances, a study with people, and comparisons with their code."""

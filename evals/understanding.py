@@ -1,0 +1,414 @@
+"""Benchmarks of image understanding: questions as they are published, answers graded by the benchmarks'
+own rules."""
+import ast
+import base64
+import csv
+import io
+import json
+import re
+from collections import Counter, defaultdict
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from data import load_image
+from evals.report import (
+    BATCH,
+    fingerprint,
+    jpeg,
+    print_table,
+    rate,
+    read_records,
+    read_text,
+    save_results,
+    write_text,
+)
+from sample import Pipeline
+
+# Most tokens of an answer.
+TASKS = {"choice": 128, "mme": 16, "pope": 128, "vqav2": 128, "textvqa": 128, "mmvet": 1024}
+SHORT = "Answer the question using a single word or phrase."
+LETTER = "Answer with the option's letter from the given choices directly."
+THINK = ("First please perform reasoning, and think step by step to provide best answer to the following "
+         "question: \n\n")
+PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark",
+              "artwork", "OCR")
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+OFFICIAL_PIXELS = {"min_pixels": 256 * 28 * 28, "max_pixels": 1605632}     # of the official run of lmms-eval
+
+
+# ---- reading questions ----------------------------------------------------------------------------------
+
+def as_list(cell):
+    """A table's cell as a list: "['a', 'b']" has two entries, anything else is one."""
+    if isinstance(cell, str) and cell.startswith("["):
+        with suppress(ValueError, SyntaxError):
+            cell = ast.literal_eval(cell)
+    return cell if isinstance(cell, list) else [cell]
+
+
+def read_table(path):
+    """The rows of a TSV file as dicts without empty cells; ValueError where one has not as many cells
+    as the header."""
+    csv.field_size_limit(2 ** 31 - 1)                                # a cell can be an image
+    header, *lines = csv.reader(io.StringIO(read_text(path), newline=""), delimiter="\t")
+    for number, cells in enumerate(lines, 1):
+        if len(cells) != len(header):
+            raise ValueError(f"row {number} of {path} has {len(cells)} cells, not {len(header)}: "
+                             "is it cut short?")
+    if not lines:
+        raise ValueError(f"{path} has a header, but no rows")
+    return [{name: cell for name, cell in zip(header, cells) if cell} for cells in lines]
+
+
+def get_field(row, where, *names):
+    """The first of the named fields that is there and not empty; ValueError if none is."""
+    for name in names:
+        if row.get(name) not in (None, ""):
+            return row[name]
+    raise ValueError(f"{where} has no {' or '.join(names)}")
+
+
+def decode_image(cell, where):
+    """The bytes of an image in base64; ValueError if it is none, or can't be read."""
+    try:
+        content = base64.b64decode(cell, validate=True)
+        load_image(io.BytesIO(content))                        # a broken one is found before the work begins
+    except ValueError:                                               # binascii's is one, too
+        raise ValueError(f"{where}: its image is no picture in base64") from None
+    return content
+
+
+def find_image(folder, name, where):
+    """The path of an image file; ValueError if there is none."""
+    file = Path(folder) / name
+    if not file.is_file():
+        raise ValueError(f"{where}: there is no picture {file}")
+    return file
+
+
+def read_question(row, where, number, images, folder):
+    """One row as a question of `read_questions`. images: {index: image cell} of a table with images in
+    it, else None.
+
+    Raises ValueError, which begins with `where`, if the row lacks something or doesn't fit.
+    """
+    cells = as_list(get_field(row, where, "image", "image_path", "imagename"))
+    if images is not None and "image" in row:
+        files = [decode_image(images.get(cell) or cell, where) for cell in cells]
+    else:
+        files = [find_image(folder, cell, where) for cell in cells]
+    answers = [answer["answer"] if isinstance(answer, dict) else str(answer)
+               for answer in as_list(get_field(row, where, "answers", "answer", "label"))]
+    options = {name: str(row[name]) for name in sorted(row) if re.fullmatch("[A-Z]", name)}
+    if options and answers[0] not in options:
+        raise ValueError(f"{where}: the answer {answers[0]!r} is none of its options {', '.join(options)}")
+    index = next((row[name] for name in ("index", "question_id", "key") if name in row), number)
+    category = str(row.get("category", "all"))
+    return {"index": str(index), "images": files, "question": str(get_field(row, where, "question", "text")),
+            "hint": row.get("hint"), "options": options, "answers": answers, "category": category,
+            "group": (category, row.get("image_path", files[0]))}
+
+
+def read_questions(path, task=None, images=None):
+    """A file's (task, [{"index", "images": [bytes or path], "question", "hint", "options": {letter:
+    text}, "answers", "category", "group"}]). task None is "choice" where there are options, else
+    "vqav2".
+
+    .tsv: the layout of VLMEvalKit, images in base64, a short one being the index of the row whose image
+    is meant. .jsonl (or .json): question or text, answer, answers or label, and image, a file in the
+    folder `images` (the data's if None). group: what the two questions of MME about one image have in
+    common. Raises ValueError naming the row.
+    """
+    is_table = Path(path).suffix == ".tsv"
+    rows = read_table(path) if is_table else read_records(path)
+    cells = {str(row.get("index")): row.get("image") for row in rows} if is_table else None
+    folder = images or Path(path).parent
+    questions = [read_question(row, f"row {number} of {path}", number, cells, folder)
+                 for number, row in enumerate(rows, 1)]
+    if len({q["index"] for q in questions}) < len(questions):
+        raise ValueError(f"two rows of {path} have the same index")
+    return task or ("choice" if any(q["options"] for q in questions) else "vqav2"), questions
+
+
+def official_text(task, q):
+    """The text that goes to the model with the images of a question, worded as in the official
+    evaluation."""
+    text = re.sub(r"<image(?: \d+)?>", "", q["question"]).strip()
+    if task == "choice":
+        options = [f"{letter}. {option}" for letter, option in q["options"].items()]
+        lines = [line for line in (q["hint"], text) if line]
+        return "\n".join([*lines, *options, LETTER if options else SHORT])
+    if task == "mme":
+        text = re.sub(r"\s*Please answer yes or no\.", "", text)
+    return {"mme": f"{text}\n{SHORT}", "pope": f"{text}\n{SHORT}",
+            "textvqa": f"{text.capitalize()}\n{SHORT}", "mmvet": THINK + text, "vqav2": text}[task]
+
+
+# ---- grading answers ------------------------------------------------------------------------------------
+
+def pick_option(answer, options):
+    """The letter that an answer chooses: at its beginning, alone in it, or by the option's words; else
+    None."""
+    letters = "".join(options)
+    if first := re.match(rf"\(?([{letters}])(?:[).:,]|$)", answer.strip()):
+        return first[1]
+    named = set(re.findall(rf"(?<![\w'])([{letters}])(?![\w'])", answer))
+    article = named == {"A"} and re.search(r"\bA [a-z]", answer)     # "A cat" names no option
+    if len(named) == 1 and not article:
+        return named.pop()
+    words = answer.strip().lower().removesuffix(".")
+    inside = [k for k, text in options.items()
+              if re.search(rf"(?<!\w){re.escape(text.lower())}(?!\w)", words)]
+    equal = [k for k in inside if options[k].lower() == words]
+    if equal:
+        return equal[0]
+    return inside[0] if len(inside) == 1 else None
+
+
+def yes_or_no(task, answer):
+    """MME's reading: "yes" or "no" within the first four characters, else "other". POPE's: "no" if the
+    first sentence has the word no or not, else "yes"."""
+    if task == "pope":
+        words = answer.split(".")[0].replace(",", "").split(" ")
+        return "no" if {"No", "no", "not"} & set(words) else "yes"
+    return next((word for word in ("yes", "no") if word in answer.strip().lower()[:4]), "other")
+
+
+# The contractions that VQA's evaluation restores: each may have lost one of its apostrophes.
+CONTRACTIONS = {word[:i] + word[i + 1:]: word for word in (
+    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't "
+    "haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't "
+    "mightn't've must've mustn't needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've "
+    "shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll "
+    "someone's something'd something'd've something'll that's there'd there'd've there're there's "
+    "they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's "
+    "what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's "
+    "won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"
+).split() for i, letter in enumerate(word) if letter == "'"}
+DIGITS = dict(zip("none zero one two three four five six seven eight nine ten".split(),
+                  "0 0 1 2 3 4 5 6 7 8 9 10".split()))
+
+
+def vqa_normal(text):
+    """An answer in the normal form of VQA's evaluation: lower case, no articles, numbers as digits, no
+    punctuation (it becomes nothing where it stands beside a space or the text has a number like
+    1,000, else a space)."""
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    has_thousands = re.search(r"\d,\d", text)
+    plain = text
+    for mark in ";/[]\"{}()=+\\_-><@`,?!":
+        beside_space = f"{mark} " in text or f" {mark}" in text
+        plain = plain.replace(mark, "" if has_thousands or beside_space else " ")
+    words = [DIGITS.get(word, word) for word in re.sub(r"\.(?!\d)", "", plain).lower().split()]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
+def vqa_score(answer, truths):
+    """VQA's soft accuracy: min(1, people who said it / 3), averaged over leaving out each one; one
+    truth: exact match.
+
+    Both sides are normalised, as in TextVQA; VQAv2's own script leaves them as they are where all ten
+    people agree.
+    """
+    answer, truths = vqa_normal(answer), [vqa_normal(truth) for truth in truths]
+    if len(truths) == 1:
+        return float(answer == truths[0])
+    agree = truths.count(answer)
+    return sum(min(1, (agree - (truth == answer)) / 3) for truth in truths) / len(truths)
+
+
+# MMMU's key words: the answer follows.
+KEYS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
+NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+|(?=\.\d))(?:\.\d+)?(?:e[+-]?\d+)?(?![\d,]*\d)")
+
+
+def open_normal(text):
+    """What MMMU compares: of a number [its value to two decimals], of words [lower case], of one letter
+    [it and a space on either side]."""
+    text = text.strip().lower()
+    with suppress(ValueError):
+        return [round(float(text.replace(",", "")), 2)]
+    return [f" {text}", f"{text} "] if len(text) == 1 else [text]
+
+
+def answer_ends(answer):
+    """The parts of an answer that MMMU looks at: see `open_score`."""
+    lines = answer.strip().rstrip(".").lower().split("\n")
+    ends = []
+    for i, line in enumerate(lines):
+        keys = (*KEYS, "=") if i == len(lines) - 1 else KEYS
+        after = [line.rsplit(key, 1)[1].strip() for key in keys if key in line]
+        end = min(after, key=len, default="")
+        if end.strip(":,.!?;'"):
+            ends.append(end)
+    return ends or ["\n".join(lines)]
+
+
+def open_score(answer, truths):
+    """MMMU's rule for questions without options: 1 if a truth stands in an answer's words or equals one
+    of its numbers.
+
+    Of each line only what follows the last of KEYS counts (the shortest such end; in the last line also
+    after "="), if any line has one; else all. Numbers are read whole: the published script takes
+    1,234.5 for 234.5, too, and .5 for 5.
+    """
+    ends = answer_ends(answer)
+    numbers = [number for end in ends for number in NUMBER.findall(end)]
+    parts = [part for text in ends + numbers for part in open_normal(text)]
+
+    def matches(truth, part):
+        both_words = isinstance(truth, str) and isinstance(part, str)
+        return truth in part if both_words else truth == part
+    wanted = [part for truth in truths for part in open_normal(truth)]
+    return float(any(matches(truth, part) for truth in wanted for part in parts))
+
+
+def grade(task, q, answer):
+    """(what an answer says, its score from 0 to 1) by the task's rule."""
+    if task == "choice" and q["options"]:
+        letter = pick_option(answer, q["options"])
+        return letter, float(letter == q["answers"][0])
+    if task == "choice":                                             # as some questions of MMMU
+        return answer.strip(), open_score(answer, q["answers"])
+    if task in ("mme", "pope"):
+        word = yes_or_no(task, answer)
+        return word, float(word == q["answers"][0].lower())
+    return vqa_normal(answer), vqa_score(answer, q["answers"])
+
+
+# ---- tables ---------------------------------------------------------------------------------------------
+
+def pope_columns(answers, truths):
+    """F1, precision and recall of "yes", and the fraction of answers that are "yes"."""
+    pairs = Counter(zip(answers, truths))
+    true, false, missed = pairs["yes", "yes"], pairs["yes", "no"], pairs["no", "yes"]
+    return {"F1": 2 * true / max(1, 2 * true + false + missed), "precision": true / max(1, true + false),
+            "recall": true / max(1, true + missed), "yes": (true + false) / len(truths)}
+
+
+def mme_columns(name, groups, scores):
+    """accuracy+ (both questions of an image right) and points (accuracy and accuracy+ in per cent,
+    summed)."""
+    by_image = defaultdict(list)
+    for group, score in zip(groups, scores):
+        by_image[group].append(score)
+    if any(len(pair) != 2 for pair in by_image.values()):
+        raise ValueError(f"MME asks two questions about each picture; those of {name} don't come in pairs")
+    plus = sum(all(pair) for pair in by_image.values()) / len(by_image)
+    return {"plus": plus, "points": 100 * (sum(scores) / len(scores) + plus)}
+
+
+def tabulate(task, questions, answers):
+    """Questions and answers -> the table of a task: a row for each category, then one for all.
+
+    "baseline" is what always giving the commonest answer of each category would score: more than a
+    model gets without vision inputs, since it knows the answers' frequencies. POPE adds F1, precision,
+    recall and the fraction of yes; MME accuracy+ and points, summed over perception and cognition.
+    ValueError where MME's questions don't come in pairs.
+    """
+    graded = [grade(task, q, answer) for q, answer in zip(questions, answers)]
+    rows = defaultdict(list)                                         # category -> numbers of its questions
+    for i, q in enumerate(questions):
+        rows[q["category"]].append(i)
+    given = defaultdict(Counter)                                     # category -> its answers
+    for q in questions:
+        given[q["category"]].update(q["answers"])
+    common = {name: answers.most_common(1)[0][0] for name, answers in given.items()}
+    blind = [grade(task, q, common[q["category"]])[1] for q in questions]
+    if len(rows) > 1:
+        rows["overall"] = range(len(questions))
+    table = {}
+    for name, members in rows.items():
+        scores = [graded[i][1] for i in members]
+        table[name] = {**rate(scores), "baseline": sum(blind[i] for i in members) / len(members)}
+        if task == "pope":
+            table[name] |= pope_columns([graded[i][0] for i in members],
+                                        [questions[i]["answers"][0].lower() for i in members])
+        if task == "mme":
+            table[name] |= mme_columns(name, [questions[i]["group"] for i in members], scores)
+    for name, members in (("perception", PERCEPTION), ("cognition", COGNITION)):
+        if task == "mme" and set(members) <= set(table):
+            table[name] = {"points": sum(table[member]["points"] for member in members)}
+    return table
+
+
+# ---- the command ----------------------------------------------------------------------------------------
+
+def read_answers(file, about):
+    """{index: answer} of an earlier run that was stopped, {} if there is none; ValueError if it is
+    another run's."""
+    if not file.exists():
+        return {}
+    try:                                                    # the rest of a killed run's last line is dropped
+        before, *lines = map(json.loads, file.read_text("utf-8").split("\n")[:-1])
+    except ValueError:
+        raise ValueError(f"{file} is broken: remove it, or choose another --out") from None
+    if before != about:
+        raise ValueError(f"{file} holds answers of another run ({before}): choose another --out")
+    return {line["index"]: line["prediction"] for line in lines}
+
+
+def ask_model(pipe, task, questions, official):
+    """Yield (question, answer) for all questions, which are asked in batches."""
+    for i in tqdm(range(0, len(questions), BATCH), disable=None):
+        conversations = []
+        for q in questions[i:i + BATCH]:
+            images = [load_image(io.BytesIO(p) if isinstance(p, bytes) else p) for p in q["images"]]
+            if official:
+                images = [Image.fromarray(jpeg(np.asarray(image))) for image in images]
+            conversations.append(([(official_text(task, q), None)], [images]))
+        yield from zip(questions[i:], pipe.ask(conversations, TASKS[task]))
+
+
+def answer_file(args):
+    """`understanding --data NAME.tsv`: answer the questions, into OUT/NAME.answers.jsonl, then score
+    them, into OUT/NAME.score.json (MM-Vet: write what its judge reads, OUT/NAME.predictions.json).
+
+    The same line goes on where a run stopped. Prompts are worded as in the official run; with
+    --official, images go through JPEG and are scaled as there, too.
+    """
+    path = Path(args.data)
+    task, questions = read_questions(path, args.task, args.images)
+    file = Path(args.out) / f"{path.stem}.answers.jsonl"
+    if task != "mmvet":
+        tabulate(task, questions, [""] * len(questions))      # what can't be scored is found before the work
+    about = {"ckpt": args.ckpt, "task": task, "official": args.official,
+             "data": fingerprint(path.read_bytes())}
+    answers = read_answers(file, about)
+    missing = [q for q in questions if q["index"] not in answers]
+    pipe = Pipeline(args.ckpt, args.device, args.dtype, eva=args.eva)
+    pipe.limits = OFFICIAL_PIXELS if args.official else {}
+    lines = [about, *({"index": index, "prediction": answer} for index, answer in answers.items())]
+    write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
+    with open(file, "a", encoding="utf-8") as log:
+        for q, answer in ask_model(pipe, task, missing, args.official):
+            answers[q["index"]] = answer
+            log.write(json.dumps({"index": q["index"], "prediction": answer}) + "\n")
+            log.flush()
+    if task == "mmvet":
+        write_predictions(file.with_name(f"{path.stem}.predictions.json"), answers)
+    else:
+        save_scores(args, path, task, questions, [answers[q["index"]] for q in questions])
+
+
+def write_predictions(file, answers):
+    """Write {index: answer} as MM-Vet's judge reads it: only that can score these answers."""
+    named = {f"v1_{index}" if index.isdigit() else index: answer for index, answer in answers.items()}
+    write_text(file, json.dumps(named, indent=1) + "\n")
+    print(f"{file} is for MM-Vet's judge")
+
+
+def save_scores(args, path, task, questions, answers):
+    """Print the table of a file's questions, and write it with all answers as OUT/NAME.score.json."""
+    table = tabulate(task, questions, answers)
+    print_table(f"{path.name}, {len(questions)} questions, as {task}", table)
+    rows = []
+    for q, answer in zip(questions, answers):
+        read, score = grade(task, q, answer)
+        rows.append({"index": q["index"], "asked": official_text(task, q), "answer": answer,
+                     "expected": q["answers"], "read": read, "score": score})
+    save_results(args, {"table": table, "task": task, "answers": rows}, f"{path.stem}.score")

@@ -1,0 +1,348 @@
+"""The studies: the paper's figures and the ablations in miniature, `python eval.py figure4 | figure5 |
+ablation`.
+
+A study trains each of its runs with several seeds on equally many images, from the same language model and a
+fresh DiT, and measures it several times on the way. Two ablations train nothing: --ckpt generates with each
+value of one setting. Whatever is done is kept: the same line again goes on where it stopped.
+"""
+import itertools
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from checkpoint import read_json, write_json
+from data import DESCRIBE
+from evals.charts import draw_charts
+from evals.distances import clip_features, frechet
+from evals.report import BATCH, print_table, read_records, save_results, write_image, write_text
+from miniature import world
+from miniature.judge import caption_truth, scene_for, score_renders
+from miniature.scores import answer_all, answers_right, draw_questions, generate_images
+from sample import Pipeline
+
+# `runs` is {name: flags of train.py}, `flags` are those of all runs, `panels` the charts of the figure;
+# other keys replace the defaults in USUAL. `vary` is the argument of Pipeline.images that takes `values`.
+SMALL = "--dit dim=128,n_layers=4,n_heads=4,n_kv_heads=2,ffn_dim=352"
+STUDIES = {
+    # 64 fresh queries for all: CLIP + MSE maps query i to feature i.
+    "figure4": dict(
+        runs={"CLIP + MSE": "--design clip-mse", "CLIP + flow matching": "--design clip-fm",
+              "VAE + flow matching": "--design vae-fm"},
+        flags=f"--queries 64 {SMALL}", seeds=3,
+        panels=("alignment", "colours", "Frechet", "feature spread")),
+    "figure5": dict(
+        runs={"sequential": "--joint 0", "joint": "--joint 0.5"}, flags=SMALL, seeds=2, objects=2,
+        panels=("alignment", "Frechet", "questions", "captions")),
+    "queries": dict(
+        runs={"16 queries": "--queries 16", "64 queries": "--queries 64"}, flags=SMALL,
+        panels=("alignment", "colours", "Frechet")),
+    "rope": dict(
+        runs={"2D RoPE": f"{SMALL},rope=2d", "3D RoPE": f"{SMALL},rope=3d"},
+        panels=("alignment", "colours", "Frechet")),
+    "shift": dict(
+        runs={f"shift {shift}": f"--shift {shift}" for shift in (1, 2, 5, 10)}, flags=SMALL,
+        panels=("alignment", "colours", "gap, t = 0.02", "gap, t = 0.05")),
+    "ema": dict(
+        runs={"averaged weights": "--ema 0.999", "last weights": "--ema 0"}, flags=SMALL,
+        panels=("alignment", "colours", "Frechet")),
+    "size": dict(
+        runs={"width 64, 4 layers": "--dit dim=64,n_layers=4,n_heads=2,n_kv_heads=1,ffn_dim=176",
+              "width 128, 4 layers": SMALL,
+              "width 192, 6 layers": "--dit dim=192,n_layers=6,n_heads=6,n_kv_heads=2,ffn_dim=512"},
+        panels=("alignment", "colours", "Frechet")),
+    "steps": dict(
+        vary="steps", values=(4, 8, 15, 30, 60), x_label="Euler steps", n_prompts=100, seeds=3, objects=4,
+        panels=("alignment", "colours", "Frechet")),
+    "guidance": dict(
+        vary="guidance", values=(1, 1.5, 2, 3, 5), x_label="guidance", n_prompts=100, seeds=3, objects=4,
+        panels=("alignment", "Frechet", "feature spread")),
+}
+PANELS = {"alignment": "Alignment: % of images that show what was asked",
+          "colours": "Colours: % with as many objects, and the colours asked",
+          "Frechet": "Frechet distance to true images (own CLIP)",
+          "feature spread": "CLIP features: difference of images of a prompt",
+          "questions": "Understanding: % of questions answered right",
+          "captions": "Understanding: % of captions right in all objects",
+          "gap, t = 0.02": "Loss of shuffled less true prompts at t = 0.02",
+          "gap, t = 0.05": "Loss of shuffled less true prompts at t = 0.05"}
+USUAL = {"steps": 400, "points": 5, "batch": 64, "seeds": 1, "n_prompts": 48, "images": 2, "n": 120,
+         "objects": 1}
+# The same with --quick, to see that everything runs; its figures mean nothing.
+QUICK = {"steps": 4, "points": 2, "batch": 8, "seeds": 1, "n_prompts": 6, "images": 2, "n": 12}
+
+
+# ---- numbers of one model -------------------------------------------------------------------------------
+
+def spread(x, k):
+    """x (n * k, ...), k of a prompt -> RMS difference of two of a prompt, mean over pairs and prompts."""
+    x = torch.as_tensor(x).flatten(1).unflatten(0, (-1, k))                                    # (n, k, D)
+    first, second = zip(*itertools.combinations(range(k), 2))
+    return float((x[:, first] - x[:, second]).square().mean(2).sqrt().mean())
+
+
+def encode_images(pipe, images):
+    """uint8 images (H, W, 3) -> their CLIP features (N, 64, C)."""
+    return torch.cat([clip_features(pipe, map(Image.fromarray, images[i:i + BATCH]))
+                      for i in range(0, len(images), BATCH)])
+
+
+def measure_images(pipe, args, seed, generate):
+    """Alignment, Frechet distance and spread of the uint8 images (H, W, 3) that generate(entries) makes of
+    --n-prompts prompts, --images of each."""
+    prompts = world.skill_prompts(args.n_prompts, seed, most=args.objects)
+    entries = [entry for entry in prompts for _ in range(args.images)]
+    images, rng = generate(entries), np.random.default_rng((seed, 1))
+    renders = [world.render(scene_for(entry, rng), len(images[0])) for entry in entries]
+    made, real = encode_images(pipe, images), encode_images(pipe, renders)                     # (N, 64, C)
+    scores = score_renders(entries, images)["overall"]
+    return {"alignment": scores["score"], "colours": scores["colours"],
+            "Frechet": frechet(made.mean(1), real.mean(1)), "feature spread": spread(made, args.images),
+            "pixel spread": spread(np.stack(images) / np.float32(255), args.images)}
+
+
+def measure_understanding(pipe, args):
+    """The fractions of --n unseen scenes with a right answer, and with a caption right in all objects."""
+    asked = draw_questions(1, args.n, args.objects)
+    scenes = [question.scene for question in asked]
+    answers = answer_all(pipe, scenes, [question.question for question in asked])
+    captions = answer_all(pipe, scenes, [DESCRIBE] * args.n)
+    true = [caption_truth(text, scene)[0] for text, scene in zip(captions, scenes)]
+    return {"questions": sum(answers_right(answers, [question.answer for question in asked])) / args.n,
+            "captions": sum(true) / args.n}
+
+
+def measure(folder, args, seed, understands=False, **sampling):
+    """The numbers of a model folder, with the image parts of --eva; understands: also of reading images."""
+    pipe = Pipeline(folder, eva=args.eva)
+    pipe.sampling = Pipeline(args.eva).sampling                      # all runs sample alike
+    if args.quick:
+        pipe.sampling = pipe.sampling | {"steps": 2, "decoder_steps": 2}
+    numbers = measure_images(pipe, args, seed,
+                             lambda entries: generate_images(pipe, entries, seed, **sampling)[0])
+    if understands:              # a frozen language model is that of --init, which also has the vision tower
+        reader = pipe if pipe.model.visual is not None else Pipeline(args.init)
+        numbers |= measure_understanding(reader, args)
+    return numbers
+
+
+# ---- training the runs of a study -----------------------------------------------------------------------
+
+def read_log(run):
+    """A run's log.jsonl -> {step: its numbers}, {} before the first; what a crash undid counts once."""
+    log, rows = run / "log.jsonl", {}
+    for row in read_records(log) if log.exists() and log.stat().st_size else ():
+        rows.setdefault(row["step"], {}).update(row)
+    return dict(sorted(rows.items()))
+
+
+def read_run(run, step):
+    """What a run's log says of its first `step` steps: images, seconds of training, and at small t the gap:
+    the loss of shuffled prompts less that of true ones, zero for a DiT that ignores its condition."""
+    rows, samples, seconds = read_log(run), 0, 0.0
+    for at, row in rows.items():
+        if at <= step and "per_s" in row:
+            seconds += (row["samples"] - samples) / row["per_s"]
+            samples = row["samples"]
+    gaps = {f"gap, t = {t}": rows[step][f"_shuffled@{t}"] - rows[step][f"_true@{t}"] for t in (0.02, 0.05)
+            if f"_true@{t}" in rows[step]}
+    return {"step": step, "samples": samples, "seconds": seconds, **gaps}
+
+
+class Trainer:
+    """The runs of a study: --jobs at a time, each by train.py on one thread, then measured."""
+
+    def __init__(self, args, study, folder):
+        self.args, self.study, self.folder = args, study, folder
+        self.stopped, self.children = False, set()
+        self.every = max(1, args.steps // args.points)
+        self.points = sorted({*range(self.every, args.steps + 1, self.every), args.steps})
+        self.jobs = {(name, seed): folder / re.sub(r"[^\w.]+", "-", f"{name} {seed}").lower()
+                     for seed in range(args.seeds) for name in study["runs"]}
+
+    def command(self, name, seed, run):
+        """The flags of train.py for one run."""
+        args, flags = self.args, " ".join((self.study.get("flags", ""), self.study["runs"][name]))
+        if args.quick:
+            flags = re.sub("--dit ([^ ]+)", r"--dit \1,n_layers=1", f"--dit rope=3d {flags}")
+        words = ["--stage", 1, "--fresh", "--init", args.init, "--eva", args.eva, *flags.split(),
+                 "--seed", seed, "--steps", args.steps, "--batch", args.batch,
+                 "--world", f"objects={args.objects}", *["--bf16"] * args.bf16,
+                 "--save-every", self.every, "--log-every", math.gcd(20, self.every),
+                 "--out", run, "--save", run / "model-{step}"]
+        return [str(word) for word in words]
+
+    def train(self, name, seed, run):
+        """Train a run to its end from wherever it stands; ValueError if it fails or was another run."""
+        models = [run / f"model-{step:06d}" / "config.json" for step in self.points]
+        command, note = self.command(name, seed, run), run / "command.json"
+        if note.exists() and read_json(note) != command:
+            raise ValueError(f"{run} holds a run of other settings than these: choose another --runs, or "
+                             "delete it")
+        if all(model.exists() for model in models):
+            return
+        write_json(note, command)
+        script = Path(__file__).parent.parent / "train.py"
+        with open(run / "train.txt", "a+") as output:
+            child = subprocess.Popen([sys.executable, script, *command, "--quiet"], stdout=output,
+                                     stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            self.children.add(child)
+            child.wait()
+            self.children.discard(child)
+            if child.returncode and not self.stopped:
+                output.seek(0)
+                last = (output.read().strip() or "it was killed").splitlines()[-1]
+                raise ValueError(f"training {run} failed: {last}")
+        absent = [str(model.parent) for model in models if not model.exists()]
+        if absent and not self.stopped:
+            raise ValueError(f"{run} was killed before {absent[0]} was written: delete {run}, to train it "
+                             "anew")
+
+    def measure_point(self, run, step):
+        """The numbers of a run after `step` steps, from its measured.json if that asked the same."""
+        args, note = self.args, run / f"model-{step:06d}" / "measured.json"
+        asked = {"n_prompts": args.n_prompts, "images": args.images, "seed": args.seed, "n": args.n}
+        stored = read_json(note) if note.exists() else {}
+        if stored.get("asked") != asked:
+            understands = "questions" in self.study["panels"]
+            numbers = measure(note.parent, args, args.seed, understands, upsample=False)
+            stored = {"asked": asked, "numbers": numbers}
+            write_json(note, stored)
+        return {**read_run(run, step), **stored["numbers"]}
+
+    def __call__(self, name, seed):
+        """[numbers at each point] of one run."""
+        run, numbers = self.jobs[name, seed], []
+        self.train(name, seed, run)
+        for step in self.points:
+            if self.stopped:
+                break
+            numbers.append(self.measure_point(run, step))
+            self.measured.update()
+        return numbers
+
+    def wait_for(self, futures, bar):
+        """Wait until all futures are done, or one fails; `bar` shows the steps trained so far."""
+        waiting = set(futures)
+        while waiting:
+            done, waiting = wait(waiting, timeout=2, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()
+            with suppress(ValueError):                               # a line that is just being written
+                bar.update(sum(max(read_log(run), default=0) for run in self.jobs.values()) - bar.n)
+
+    def all(self):
+        """{name: [[numbers at each point] of each seed]}, under two progress bars."""
+        with ThreadPoolExecutor(self.args.jobs) as pool, \
+                tqdm(total=self.args.steps * len(self.jobs), desc="training", unit="step") as bar, \
+                tqdm(total=len(self.points) * len(self.jobs), desc="measuring") as self.measured:
+            futures = {job: pool.submit(self, *job) for job in self.jobs}
+            before = signal.signal(signal.SIGTERM, signal.default_int_handler)   # or trainings outlive us
+            try:
+                self.wait_for(futures.values(), bar)
+            except BaseException:
+                self.stopped = True              # the other runs end without an error of their own
+                raise
+            finally:                             # after Ctrl-C trainings write their state
+                signal.signal(signal.SIGTERM, before)
+                pool.shutdown(wait=False, cancel_futures=True)
+                for child in set(self.children):
+                    child.send_signal(signal.SIGINT)
+        return {name: [futures[job].result() for job in self.jobs if job[0] == name]
+                for name in self.study["runs"]}
+
+
+# ---- the commands ---------------------------------------------------------------------------------------
+
+def fill_settings(args, study):
+    """Give settings left open (None) on the command line the study's values; ValueError if impossible."""
+    for key, usual in USUAL.items():
+        if getattr(args, key) is None:
+            setattr(args, key, QUICK[key] if args.quick and key in QUICK else study.get(key, usual))
+    if not ("questions" in study["panels"]) < args.objects <= 4:
+        raise ValueError("--objects must lie between 1 and 4 (figure5, which asks where objects lie: 2), "
+                         f"not {args.objects}")
+    if args.images < 2:
+        raise ValueError("--images must be at least 2: images of one prompt are compared")
+
+
+def train_runs(args, study, folder, out):
+    """Train and measure all runs in --runs, copy their logs to `out`: {name: [[numbers] of each seed]}."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // args.jobs))
+    trainer = Trainer(args, study, Path(args.runs) / folder)
+    runs = trainer.all()
+    for run in trainer.jobs.values():
+        write_text(out / f"{run.name}.jsonl", (run / "log.jsonl").read_text())
+    return runs
+
+
+def vary_setting(args, study):
+    """Measure --ckpt with each value of one setting, other prompts for each seed; returns as train_runs."""
+    setting, points = study["vary"], []
+    for seed in range(args.seeds):
+        points.append([{setting: value, **measure(args.ckpt, args, args.seed + seed, **{setting: value})}
+                       for value in tqdm(study["values"], desc=study["x_label"])])
+    return {Path(args.ckpt).name: points}
+
+
+def chart(runs, true, panel, x, x_label):
+    """One panel of `draw_charts`: a line for each run, its mean over seeds, in a band from the least to the
+    largest; of distances also the true images' own, the best that can be had."""
+    scale = 100 if "%" in PANELS[panel] else 1
+    lines = {}
+    for name, seeds in runs.items():
+        if panel not in seeds[0][0]:                                 # CLIP + MSE has no loss at a time t
+            continue
+        lines[name] = []
+        for point in zip(*seeds):                                    # of all seeds
+            values = [row[panel] * scale for row in point]
+            lines[name].append((point[0][x], min(values), float(np.mean(values)), max(values)))
+    if panel in true and scale == 1:
+        points = next(iter(runs.values()))[0]
+        lines["true images"] = [(row[x], true[panel], true[panel], true[panel]) for row in points]
+    return PANELS[panel], x_label, lines
+
+
+def run_study(args):
+    """The paper's figures and what people ask about them, in miniature. Each trains its runs on equally many
+    images, and goes on where it stopped; numbers are in OUT/STUDY/results.json, the figure and the logs of
+    training beside it.
+
+    figure4: CLIP features by regression, CLIP features by flow matching, or VAE latents by flow matching?
+    And how much do the images of a prompt differ? figure5: is the language model better frozen or trained
+    along? ablation --what: number of queries, RoPE, shift of time, EMA, size of the DiT; without training,
+    Euler steps and guidance of --ckpt.
+    """
+    study = STUDIES[getattr(args, "what", args.command)]
+    name = f"ablation-{args.what}" if args.command == "ablation" else args.command
+    folder = name + "-quick" * args.quick
+    out = Path(args.out) / folder
+    fill_settings(args, study)
+    if "runs" in study:
+        x, x_label = "step", f"training steps of {args.batch} images"
+        runs = train_runs(args, study, folder, out)
+    else:
+        x, x_label = study["vary"], study["x_label"]
+        args.eva = args.ckpt
+        runs = vary_setting(args, study)
+    rng = np.random.default_rng((args.seed, 2))
+    true = measure_images(Pipeline(args.eva), args, args.seed,
+                          lambda entries: [world.render(scene_for(entry, rng)) for entry in entries])
+    last, columns = {}, (*study["panels"], "feature spread", "seconds")
+    for name, seeds in {**runs, "true images": [[true]]}.items():
+        last[name] = {key: float(np.mean([points[-1][key] for points in seeds]))
+                      for key in columns if key in seeds[0][-1]}
+    print_table(f"{folder}, the last point: means over seeds ({args.seeds})", last)
+    figure = draw_charts([chart(runs, true, panel, x, x_label) for panel in study["panels"]])
+    write_image(out / "figure.png", np.asarray(figure))
+    save_results(args, {"runs": runs, "true images": true}, f"{folder}/results")
