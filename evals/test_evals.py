@@ -1,0 +1,918 @@
+"""The wing evals/: published benchmarks in and out, distances, the study with people, leakage, the
+mistakes of all commands of eval.py."""
+import base64
+import importlib.util
+import io
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+import data
+import eval as command_line
+import sample
+from clip_decoder import EvaClip
+from conftest import gap
+from evals import distances, generation, leakage, preference, report, speed, understanding
+
+
+# ---- shared ----------------------------------------------------------------------------------------
+class Model:
+    """A stand-in for the pipeline: images (8 x 8) are a function of prompt and seed, answers those of
+    `says(question, images)`; `asked` collects what it was asked."""
+    sampling, dtype = {}, torch.float32
+
+    def __init__(self):
+        self.negatives, self.asked, self.says = {}, [], lambda question, images: "yes"
+
+    def images(self, prompts, seeds):
+        self.asked.extend(zip(prompts, seeds))
+        streams = [np.random.default_rng(zlib.crc32(p.encode()) + seed) for p, seed in zip(prompts, seeds)]
+        return torch.from_numpy(np.stack([stream.random((3, 8, 8), np.float32) for stream in streams]))
+
+    def ask(self, conversations, max_new_tokens):
+        asked = [(turns[0][0], images[0]) for turns, images in conversations]
+        self.asked.extend(asked)
+        return [self.says(*question) for question in asked]
+
+
+@pytest.fixture
+def model(monkeypatch):
+    """`generate` and `understanding --data` with a stand-in for a model."""
+    model = Model()
+    for module in generation, understanding:
+        monkeypatch.setattr(module, "Pipeline", lambda *_, **__: model)
+    return model
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run a command line with --out tmp_path/out, expecting an exit code; returns a result file if named."""
+    def run(line, result=None, out=".", code=0):
+        assert command_line.main([*line.split(), "--out", str(tmp_path / out)]) == code
+        return json.loads((tmp_path / out / result).read_text()) if result else None
+    return run
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_tsv(path, rows):
+    """Write dicts as a TSV file with the first row's columns."""
+    def cell(x):
+        return '"' + str(x).replace('"', '""') + '"' if any(c in str(x) for c in '\n\t"') else str(x)
+    lines = ["\t".join(rows[0])] + ["\t".join(cell(row.get(name, "")) for name in rows[0]) for row in rows]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def write_prompts(path, n):
+    """A prompt file of GenEval's form with n entries."""
+    entry = {"tag": "colors", "include": [{"class": "dog", "count": 1}]}
+    return write_jsonl(path, [{**entry, "prompt": f"{i} red dogs"} for i in range(n)])
+
+
+def files_below(folder):
+    """{relative path: bytes} of all files below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+def noise(seed, *shape):
+    """A uint8 array of noise."""
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def base64_image(colour="red", size=(9, 7)):
+    """A plain image as VLMEvalKit keeps it in a cell."""
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+# ---- generation ------------------------------------------------------------------------------------
+def test_generate_geneval_folder_passes_the_scorers_walk(model, run, monkeypatch, tmp_path):
+    """All 553 prompts: every numbered folder has the entry and four readable images, all seeds differ."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)              # 2,765 files
+    prompts, walked = write_prompts(tmp_path / "prompts.jsonl", 553), []
+    entries = [json.loads(line) for line in prompts.read_text().splitlines()]
+    run(f"generate --prompts {prompts}")
+    for folder in sorted((tmp_path / "geneval").iterdir()):          # as GenEval's scorer walks it
+        walked.append(json.loads((folder / "metadata.jsonl").read_text()))
+        names = sorted(os.listdir(folder / "samples"))
+        assert folder.name.isdigit() and names == [f"{i:04}.png" for i in range(4)]
+        images = [Image.open(folder / "samples" / name) for name in names]
+        assert {(image.convert("RGB").size, image.format) for image in images} == {((8, 8), "PNG")}
+    assert walked == entries and len({seed for _, seed in model.asked}) == 4 * 553
+    assert [prompt for prompt, _ in model.asked] == [e["prompt"] for e in entries for _ in range(4)]
+
+
+def test_generate_parts_batches_and_restarts_change_no_image(model, monkeypatch, run, tmp_path, capsys):
+    """Three processes of other batch sizes, one of them restarted after losing files, make what one
+    process makes."""
+    line = f"generate --prompts {write_prompts(tmp_path / 'prompts.jsonl', 9)}"
+    run(line, out="one")
+    whole = files_below(tmp_path / "one")
+    assert len(whole) == 1 + 9 * 5
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "3")
+        for rank in range(3):
+            patch.setenv("RANK", str(rank))
+            patch.setattr(generation, "BATCH", 5 + 2 * rank)
+            run(line, out="three")
+            assert len(model.asked) == 36 + 12 * (rank + 1)        # a third each
+    assert files_below(tmp_path / "three") == whole
+    for file in sorted(tmp_path.glob("three/geneval/*/samples/0002.png"))[:4]:
+        file.unlink()
+    del model.asked[:]
+    run(line, out="three")
+    assert files_below(tmp_path / "three") == whole and len(model.asked) == 4
+    assert "4 new files, 32 were there" in capsys.readouterr().out
+    run(f"{line} --seed 1", out="one", code=2)
+    assert "other settings" in capsys.readouterr().err and files_below(tmp_path / "one") == whole
+
+
+def test_generate_with_a_real_model(tiny_folder, run, tmp_path):
+    """The images in the folder are those of sample.Pipeline for that prompt and seed."""
+    run(f"generate --prompts {write_prompts(tmp_path / 'p.jsonl', 2)} --ckpt {tiny_folder} --seed 2")
+    alone = sample.Pipeline(tiny_folder).images(["1 red dogs"], [2 * 10 ** 6 + 6])[0]
+    image = np.asarray(Image.open(tmp_path / "geneval/00001/samples/0002.png"))
+    assert abs(image - sample.to_uint8(alone).astype(int)).max() <= 1
+
+
+def test_generate_other_benchmarks_layouts(model, run, tmp_path):
+    """DPG-Bench: 2 x 2 as its scorer cuts them; WISE: numbers; MJHQ: a folder for each category."""
+    (tmp_path / "dpg").mkdir()
+    (tmp_path / "dpg/drawbench_7.txt").write_text("A long text.\n")
+    (tmp_path / "dpg/COCOval_1.txt").write_text("Another.")
+    wise = [{"Prompt": f"p{i}", "Explanation": "e", "Category": "c", "prompt_id": i} for i in (701, 3)]
+    (tmp_path / "wise.json").write_text(json.dumps(wise))
+    mjhq = {"ab12": {"category": "food", "prompt": "soup"}, "cd34": {"category": "art", "prompt": "a smile"}}
+    (tmp_path / "mjhq.json").write_text(json.dumps(mjhq))
+    for bench, file, names in (("dpg", "dpg", ["COCOval_1.png", "drawbench_7.png"]),
+                               ("wise", "wise.json", ["3.png", "701.png"]),
+                               ("mjhq", "mjhq.json", ["art/cd34.png", "food/ab12.png"])):
+        run(f"generate --bench {bench} --prompts {tmp_path / file}", out="out")
+        assert sorted(files_below(tmp_path / "out" / bench)) == names
+    image = Image.open(tmp_path / "out/dpg/drawbench_7.png")
+    boxes = [(0, 0, 8, 8), (8, 0, 16, 8), (0, 8, 8, 16), (8, 8, 16, 16)]
+    for box, seed in zip(boxes, (4, 5, 6, 7)):                     # the second file by name: seeds from 4 on
+        alone = sample.to_uint8(Model().images(["A long text."], [seed])[0])
+        assert (np.asarray(image.crop(box)) == alone).all()
+
+
+def test_score_geneval_by_hand(run, tmp_path, capsys):
+    """The unweighted mean of the skills, not of the images; prompts count if any image is right."""
+    plan = {"single_object": [[1, 1], [1, 0], [0, 0]], "counting": [[0, 0]], "colors": [[1, 1]]}
+    rows = [{"tag": tag, "prompt": "same", "metadata": f"{tag}{i}", "correct": bool(c), "filename": "f"}
+            for tag, prompts in plan.items() for i, pair in enumerate(prompts) for c in pair]
+    file = write_jsonl(tmp_path / "r.jsonl", rows)
+    table = run(f"score geneval --results {file}", "score-geneval.json")["table"]
+    assert table == generation.score_geneval(rows)
+    assert table["single_object"]["score"] == pytest.approx(3 / 6) and table["counting"]["score"] == 0
+    assert table["overall"]["score"] == pytest.approx((1 / 2 + 0 + 1) / 3) and table["overall"]["n"] == 10
+    assert table["overall"]["low"] < 0.5 < table["overall"]["high"]
+    assert table["prompts"]["score"] == pytest.approx(3 / 5)
+    output = capsys.readouterr()
+    assert "50.0 %" in output.out and "published scores are of 2212 images, this one of 10" in output.err
+
+
+def test_wilson_equals_published_values():
+    """8 of 10 and 0 of 10, as statistics texts print them (R's binom.wilson; Wilson 1927)."""
+    for count, interval in ((8, (0.4902, 0.9433)), (0, (0.0, 0.2775)), (10, (0.7225, 1.0))):
+        assert report.wilson(count, 10) == pytest.approx(interval, abs=1e-4)
+
+
+def test_score_wise_by_hand():
+    """Published rows (category figures and overall, PKU-YuanGroup/WISE), then marks counted by hand."""
+    published = {"GPT4o": (.81, .71, .89, .83, .79, .74, .80),
+                 "FLUX.1-dev": (.48, .58, .62, .42, .51, .35, .50),
+                 "MetaQuery-XL": (.56, .55, .62, .49, .63, .41, .55),
+                 "Janus-Pro-7B": (.30, .37, .49, .36, .42, .26, .35)}
+    fields = ("consistency", "realism", "aesthetic_quality")
+    for *parts, overall in published.values():                 # three equal marks of 2 m make a WiScore of m
+        sizes = [last - first + 1 for first, last, _ in generation.WISE.values()]
+        table = generation.score_wise([{"prompt_id": i, **dict.fromkeys(fields, 2 * mean)}
+                                       for i, mean in enumerate(np.repeat(parts, sizes), 1)])
+        assert round(table["overall"]["score"], 2) == overall
+    rows = [{"prompt_id": i, "consistency": 2 * (i <= 400), "realism": i % 2 * 2, "aesthetic_quality": 1}
+            for i in range(1, 1001)]
+    table = generation.score_wise(rows)
+    assert table["cultural"]["score"] == pytest.approx((0.7 * 2 + 0.2 * 1 + 0.1) / 2)
+    assert table["physics"]["score"] == pytest.approx((0.2 * 1 + 0.1) / 2)
+    assert table["time"]["score"] == pytest.approx((0.2 * 2 * 84 / 167 + 0.1) / 2)
+    deviation = np.std([0.85 + 0.1 * (-1) ** i for i in range(400)], ddof=1)
+    half = table["cultural"]["high"] - table["cultural"]["score"]
+    assert half == pytest.approx(1.96 * deviation / 20, rel=1e-4)
+    assert table["overall"]["score"] == pytest.approx(0.4 * 0.85 + 0.6 * 0.15, abs=1e-3)
+
+
+# ---- understanding ---------------------------------------------------------------------------------
+def test_choice_table_in_vlmevalkits_layout(model, run, tmp_path):
+    """Options, hints, line breaks, images of other rows, several images; accuracy and baseline by hand."""
+    red, blue = base64_image("red"), base64_image("blue")
+    fields = ("index", "image", "hint", "question", "A", "B", "C", "answer", "category")
+    rows = [(10, red, "Look.", "What\ncolour?", "red", "blue", "", "A", "colour"),
+            (11, "10", "", 'The "same"?', "no", "yes", "", "B", "same"),
+            (12, blue, "", "Colour?", "red", "blue", "green", "B", "colour"),
+            (13, str([red, blue]), "", "<image 1> or <image 2>?", "x", "y", "", "A", "colour")]
+    file = write_tsv(tmp_path / "bench.tsv", [dict(zip(fields, row)) for row in rows])
+    answers = {"What": "A", "The": "I think (B).", "Colour": "C. green", "or": "both"}
+    model.says = lambda question, images: next(a for start, a in answers.items() if start in question)
+    results = run(f"understanding --data {file}", "bench.score.json")
+    (first, images), (second, again), _, (last, two) = model.asked
+    assert first == f"Look.\nWhat\ncolour?\nA. red\nB. blue\n{understanding.LETTER}"
+    assert second == f'The "same"?\nA. no\nB. yes\n{understanding.LETTER}' and last.startswith("or ?")
+    colours = [image.getpixel((0, 0)) for image in (*images, *again, *two)]
+    assert colours == [(255, 0, 0)] * 3 + [(0, 0, 255)] and images[0].size == (9, 7)
+    assert {name: (row["score"], row["baseline"]) for name, row in results["table"].items()} == {
+        "colour": (1 / 3, 2 / 3), "same": (1, 1), "overall": (0.5, 0.75)}
+    assert [answer["read"] for answer in results["answers"]] == ["A", "B", "C", None]
+    lines = [json.loads(line) for line in (tmp_path / "bench.answers.jsonl").read_text().splitlines()]
+    assert lines[1:] == [{"index": str(10 + i), "prediction": a} for i, a in enumerate(answers.values())]
+
+
+def test_understanding_goes_on_where_it_was_cut(model, monkeypatch, run, tmp_path, capsys):
+    """A kill in the middle of a line costs that answer alone; another run's answers are refused."""
+    image = base64_image()
+    rows = [{"index": i, "image": image, "question": f"q{i}?", "answer": "ny"[i % 2]} for i in range(7)]
+    line = f"understanding --data {write_tsv(tmp_path / 'qa.tsv', rows)}"
+    run(line)
+    answers, score = tmp_path / "qa.answers.jsonl", tmp_path / "qa.score.json"
+    whole, table = answers.read_bytes(), score.read_bytes()
+    answers.write_bytes(b"".join(whole.splitlines(True)[:4]) + b'{"index": "3", "pre')
+    score.unlink()
+    del model.asked[:]
+    monkeypatch.setattr(understanding, "BATCH", 2)
+    run(line)
+    assert answers.read_bytes() == whole and score.read_bytes() == table
+    assert [question for question, _ in model.asked] == ["q3?", "q4?", "q5?", "q6?"]
+    run(f"{line} --task pope", code=2)
+    assert "another run" in capsys.readouterr().err and answers.read_bytes() == whole
+
+
+def test_the_worlds_questions_as_a_table(model, run, tmp_path):
+    """`--write`, read back: the questions of draw_questions, all right for a model that knows; the
+    baseline by hand."""
+    from miniature import scores, world
+    run(f"understanding --write {tmp_path / 'w.tsv'} --n 60")
+    asked = scores.draw_questions(1, 60)
+    truth = {(q.question, world.render(q.scene).tobytes()): q.answer for q in asked}
+    model.says = lambda question, images: truth[question, np.asarray(images[0]).tobytes()].capitalize() + "."
+    table = run(f"understanding --data {tmp_path / 'w.tsv'}", "w.score.json")["table"]
+    assert list(table) == [*world.QUESTIONS, "overall"] and all(row["score"] == 1 for row in table.values())
+    answers = [Counter(q.answer for q in asked if q.kind == kind) for kind in world.QUESTIONS]
+    common = sum(counts.most_common(1)[0][1] for counts in answers)
+    assert table["overall"]["baseline"] == pytest.approx(common / 60)
+
+
+def test_understanding_with_a_real_model(tiny_folder, monkeypatch, run, tmp_path):
+    """The answers in the file are those of sample.Pipeline; with --official, of the image after JPEG,
+    enlarged."""
+    pixels = noise(0, 40, 40, 3)
+    Image.fromarray(pixels).save(tmp_path / "p.png")
+    rows = [{"question_id": 5, "image": "p.png", "text": "a circle?", "label": "yes"}]
+    line = f"understanding --data {write_jsonl(tmp_path / 'q.jsonl', rows)} --task pope --ckpt {tiny_folder}"
+    answer = run(line, "q.score.json")["answers"][0]
+    pipe = sample.Pipeline(tiny_folder)
+    assert answer["answer"] == pipe.answer(Image.fromarray(pixels), f"a circle?\n{understanding.SHORT}", 128)
+    assert answer["index"] == "5"
+    calls, vision_inputs = [], sample.Pipeline.vision_inputs
+
+    def watched(self, image):
+        calls.append((np.asarray(image), vision_inputs(self, image)))
+        return calls[-1][1]
+    monkeypatch.setattr(sample.Pipeline, "vision_inputs", watched)
+    run(f"{line} --official", out="official")
+    (image, (patches, _)), = calls
+    assert (image == report.jpeg(pixels)).all() and (image != pixels).any()
+    assert 200704 <= len(patches) * 8 ** 2 <= 1605632                # patches of 8 x 8 pixels
+
+
+OPTIONS = {"A": "a cat", "B": "dog", "C": "hot dog"}
+READINGS = [  # (a rule, what it reads off answers)
+    (lambda answer: understanding.pick_option(answer, OPTIONS),
+     {"A": "A", "(B)": "B", "B.": "B", "C: hot dog": "C", "The answer is B": "B", "I'd say B": "B",
+      "It must be (C), surely": "C", "A cat sits there": "A", "dog": "B", "Hot dog.": "C",
+      "It is a cat": "A", "A or B": None, "D": None, "": None, "A hot dog": None, "neither": None,
+      "Because": None}),
+    (lambda answer: understanding.yes_or_no("mme", answer),
+     {"yes": "yes", "No, it": "no", " nope": "no", "The": "other", "It is yes": "other", "Yes.": "yes"}),
+    (lambda answer: understanding.yes_or_no("pope", answer),
+     {"Yes, there is.": "yes", "No": "no", "There is not one. Yes": "no", "I see no dog": "no",
+      "a dog": "yes", "Yes. No.": "yes", "No, sir": "no", "nothing": "yes"}),
+    (understanding.vqa_normal,                                       # vqaEval.py of VQA
+     {"The  Red, ball!": "red ball", "two": "2", "none": "0", "dont": "don't", "Couldn'tve": "couldn't've",
+      "youd've": "you'd've", "1,000": "1000", "u.s.": "us", "3.5": "3.5", "black/white": "black white",
+      "t-shirt": "t shirt", "left - right": "left right", "An apple\n": "apple", "it's": "it's",
+      "What? ": "what", "ten.": "10", "1,000 (red)": "1000 red", "6:30": "6:30", "A": ""})]
+
+
+@pytest.mark.parametrize("read, cases", READINGS, ids=["options", "mme", "pope", "vqa"])
+def test_answers_are_read_as_the_benchmarks_read_them(read, cases):
+    """Clear letters or words of options, MME's first four characters, POPE's first sentence, VQA's
+    normal form."""
+    assert {answer: read(answer) for answer in cases} == cases
+
+
+def test_mme_by_hand(model, run, tmp_path):
+    """Accuracy and accuracy+ of each category; perception sums ten categories, cognition four; official
+    wording."""
+    rows = [{"image": base64_image(size=(8 + pair, 8 + c)), "category": category, "answer": answer,
+             "question": f"Is {category} {pair}? Please answer yes or no."}
+            for c, category in enumerate((*understanding.PERCEPTION, *understanding.COGNITION))
+            for pair in range(2) for answer in ("Yes", "No")]
+    rows = [{"index": i, **row} for i, row in enumerate(rows)]
+    # Always "Yes, ...": half of the questions, no pair. In "count" the first pair is right as well.
+    turn = iter(range(100))
+    model.says = lambda question, images: "No" if next(turn) % 2 and "count 0?" in question else "Yes, it is"
+    file = write_tsv(tmp_path / "mme.tsv", rows)
+    table = run(f"understanding --task mme --data {file}", "mme.score.json")["table"]
+    assert model.asked[0][0] == f"Is existence 0?\n{understanding.SHORT}"
+    assert [table["count"][column] for column in ("score", "plus", "points")] == [0.75, 0.5, 125]
+    assert table["scene"]["points"] == 50 and table["cognition"]["points"] == 200
+    assert table["perception"]["points"] == 9 * 50 + 125
+
+
+def test_pope_by_hand():
+    """3 true yes, 1 false yes, 2 missed, 4 true no: precision 3/4, recall 3/5, F1 2/3."""
+    truths = ["yes"] * 3 + ["no"] + ["yes"] * 2 + ["no"] * 4
+    questions = [{"category": "random", "answers": [truth], "options": {}} for truth in truths]
+    row = understanding.tabulate("pope", questions, ["Yes"] * 4 + ["No."] * 6)["random"]
+    assert row["score"] == 0.7 and row["F1"] == pytest.approx(2 / 3) and row["yes"] == 0.4
+    assert row["precision"] == 0.75 and row["recall"] == 0.6 and row["baseline"] == 0.5
+
+
+def test_vqa_by_hand():
+    """Soft accuracy with its leave-one-out mean."""
+    people = ["yes"] * 3 + ["no"] * 2 + ["two", "2", "maybe", "a cat", "cat"]
+    # 3 of 10: the three themselves have two others, 2/3; the seven rest see three, 1.
+    scores = {"Yes.": (3 * 2 / 3 + 7) / 10, "no": (2 * 1 / 3 + 8 * 2 / 3) / 10, "2": 0.6, "Two.": 0.6,
+              "the cat": 0.6, "perhaps": 0}
+    assert {answer: understanding.vqa_score(answer, people) for answer in scores} == pytest.approx(scores)
+    assert understanding.vqa_score("yes", ["yes"] * 10) == understanding.vqa_score("Two", ["2"]) == 1
+
+
+def test_mmmu_open_questions_by_hand():
+    """MMMU's published rule: what follows a key word, numbers to two decimals, any truth within the
+    words."""
+    cases = [("8", ["8"], 1), ("The answer is 8.", ["8"], 1), ("8 or 9", ["9.004"], 1), ("8.01", ["8"], 0),
+             ("It costs $1,234.50", ["1234.5"], 1), ("It costs $1,234.50", ["234.5"], 0), ("-3", ["3"], 0),
+             ("6e3 ohms", ["6000"], 1), ("x = 3\nso y = 4", ["3"], 0), ("so x is 3 = 4", ["4"], 1),
+             ("so x is 3 = 4", ["3"], 0),                            # the shortest end is the one after "="
+             ("x = 4\nfinal answer 5", ["4"], 0),                    # "=" counts in the last line alone
+             ("Transistor, therefore a diode", ["transistor"], 0), ("a Schottky diode", ["Diode"], 1),
+             ("diode", ["schottky diode"], 0), ("a diode", ["tube", "diode"], 1), ("the loop a b", ["b"], 1),
+             ("cab", ["b"], 0), ("b", ["B"], 1), (".5", ["0.5"], 1), ("12,34", ["12"], 0), ("", ["8"], 0),
+             ("The answer :", ["answer"], 1), ("24/7", ["24/7"], 1), ("2.999", ["3"], 1)]
+    for answer, truths, score in cases:
+        assert understanding.open_score(answer, truths) == score, (answer, truths)
+    question = {"options": {}, "answers": ["$6", "6"], "category": "Math"}
+    grade = understanding.grade("choice", question, " It is 6.00 dollars")
+    assert grade == ("It is 6.00 dollars", 1)
+
+
+def test_questions_of_other_layouts(model, run, tmp_path):
+    """VQAv2's lists of people, TextVQA's lists in a cell, MM-Vet's json and predictions for its judge."""
+    Image.new("RGB", (9, 9), "blue").save(tmp_path / "a.jpg")
+    people = [{"answer": "yes", "answer_id": i} for i in range(5)] + [{"answer": "no", "answer_id": 9}] * 5
+    rows = [{"question_id": 77, "image": "a.jpg", "question": "Blue?", "answers": people}]
+    results = run(f"understanding --data {write_jsonl(tmp_path / 'vqa.jsonl', rows)}", "vqa.score.json")
+    assert results["table"]["all"]["score"] == 1 and results["answers"][0]["asked"] == "Blue?"
+    rows = [{"index": 0, "image": base64_image(), "question": "what does it SAY?",
+             "answer": str(["yes"] * 2 + ["no"] * 8)}]
+    file = write_tsv(tmp_path / "text.tsv", rows)
+    answer = run(f"understanding --data {file} --task textvqa", "text.score.json")["answers"][0]
+    assert answer["asked"] == f"What does it say?\n{understanding.SHORT}"
+    assert answer["score"] == pytest.approx((2 * 1 / 3 + 8 * 2 / 3) / 10)
+    vet = {"v1_0": {"imagename": "a.jpg", "question": "Why?", "answer": "because", "capability": ["rec"]}}
+    file = tmp_path / "mm-vet.json"
+    file.write_text(json.dumps(vet))
+    assert run(f"understanding --data {file} --task mmvet", "mm-vet.predictions.json") == {"v1_0": "yes"}
+    assert json.loads(file.read_text()) == vet
+    question = model.asked[-1][0]
+    assert question.startswith("First please perform reasoning") and question.endswith("Why?")
+
+
+# ---- distances -------------------------------------------------------------------------------------
+@pytest.mark.reference
+def test_psnr_and_ssim_equal_scikit_image():
+    """Against skimage.metrics, on noise, on a shifted image and on equal ones."""
+    metrics = pytest.importorskip("skimage.metrics", reason="needs pip install scikit-image")
+    rng = np.random.default_rng(0)
+    smooth = Image.fromarray(noise(1, 8, 9, 3)).resize((52, 40), Image.BICUBIC)
+    a = np.stack([rng.random((40, 52, 3)), np.asarray(smooth) / 255, np.full((40, 52, 3), 0.3)])
+    b = np.stack([rng.random((40, 52, 3)), np.roll(a[1], 2, 0), a[2]])
+    mine, others = (torch.from_numpy(x).permute(0, 3, 1, 2).float() for x in (a, b))
+    how = dict(data_range=1, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+    theirs = [metrics.structural_similarity(x, y, **how) for x, y in zip(a, b)]
+    assert distances.ssim(mine, others).tolist() == pytest.approx(theirs, abs=1e-5) and theirs[1] < 0.95
+    theirs = [metrics.peak_signal_noise_ratio(x, y, data_range=1) for x, y in zip(a[:2], b)]
+    assert distances.psnr(mine, others)[:2].tolist() == pytest.approx(theirs, abs=1e-4)
+
+
+@pytest.mark.reference
+def test_frechet_and_mmd_equal_independent_forms():
+    """Against scipy's matrix square root, normal distributions in one dimension, and the MMD's sums
+    written out."""
+    linalg = pytest.importorskip("scipy.linalg", reason="needs pip install scipy")
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(60, 5)) @ rng.normal(size=(5, 5)), rng.normal(size=(50, 5)) + 0.5
+    cx, cy = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    theirs = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(cx + cy - 2 * linalg.sqrtm(cx @ cy).real)
+    assert distances.frechet(x, y) == pytest.approx(theirs, rel=1e-8)
+    assert distances.frechet(x, x) == pytest.approx(0, abs=1e-8)
+    a, b = x[:, :1], y[:, :1]                               # differences of means and of deviations, squared
+    moments = (a.mean() - b.mean()) ** 2 + (a.std(ddof=1) - b.std(ddof=1)) ** 2
+    assert distances.frechet(a, b) == pytest.approx(moments)
+
+    def kernel(p, q):
+        return (sum(p[i] * q[i] for i in range(5)) / 5 + 1) ** 3
+
+    def within(s):
+        return np.mean([kernel(s[i], s[j]) for i in range(len(s)) for j in range(len(s)) if i != j])
+    across = np.mean([kernel(p, q) for p in x for q in y])
+    assert distances.mmd(x, y) == pytest.approx(within(x) + within(y) - 2 * across, rel=1e-9)
+    halves = rng.normal(size=(400, 2, 30, 5))
+    assert abs(np.mean([distances.mmd(p, q) for p, q in halves])) < 0.02        # unbiased
+
+
+def test_fid_and_reconstruction_of_folders(tiny_folder, run, tmp_path, capsys):
+    """Folders of images through a real tower: features by hand, the noise floor, the warning, the three
+    measures."""
+    sets = {name: [Image.fromarray(noise((seed, i), 40, 40, 3)) for i in range(6)]
+            for seed, name in enumerate("ab")}
+    for name, images in sets.items():
+        (tmp_path / name / "sub").mkdir(parents=True)
+        for i, image in enumerate(images):
+            image.save(tmp_path / name / "sub" / f"{i}.png")
+    table = run(f"fid --a {tmp_path / 'a'} --b {tmp_path / 'b'} --ckpt {tiny_folder}", "fid.json")["table"]
+    assert "fewer than 5,000" in capsys.readouterr().err
+    assert set(table) == {"A and B", "noise floor, halves of A"}
+    eva = EvaClip.from_pretrained(tiny_folder)
+    with torch.no_grad():
+        features = [eva.encode(torch.cat([data.preprocess_clip(p, 32) for p in images])).mean(1).numpy()
+                    for images in sets.values()]
+    assert table["A and B"]["Frechet"] == pytest.approx(distances.frechet(*features), rel=1e-3)
+    assert table["A and B"]["MMD"] == pytest.approx(distances.mmd(*features), rel=1e-3)
+    results = run(f"reconstruction --images {tmp_path / 'a'} --ckpt {tiny_folder}", "reconstruction.json")
+    assert len(results["pictures"]) == 6
+    made = sample.Pipeline(tiny_folder).reconstruct([sets["a"][3]], [3])[0].permute(1, 2, 0).numpy()
+    truth = np.asarray(data.crop_square(sets["a"][3], 32)) / 255
+    row = results["pictures"][str(tmp_path / "a/sub/3.png")]
+    assert row["dB"] == pytest.approx(-10 * math.log10(((made - truth) ** 2).mean()), abs=0.01)
+    assert -1 <= row["cosine"] <= 1 and -1 <= row["SSIM"] < 1
+
+
+@pytest.fixture(scope="module")
+def inception_state():
+    """FID's Inception with random weights that keep the scale of activations, as the state dict of its
+    file."""
+    torch.manual_seed(0)
+    net = distances.Inception()
+    for name, tensor in net.state_dict().items():
+        if tensor.ndim == 4:
+            nn.init.kaiming_normal_(tensor)
+        elif name.endswith("running_var"):
+            tensor.uniform_(0.5, 1.5)
+        elif tensor.ndim:
+            tensor.normal_(float(name.endswith("bn.weight")), 0.1)
+    return net.state_dict()
+
+
+# The graph as text: the steps of a branch, each NAME, or NAME:hws, h and w its padding, s its stride.
+STEM = "Conv2d_1a_3x3:002 Conv2d_2a_3x3 Conv2d_2b_3x3:111", "Conv2d_3b_1x1 Conv2d_4a_3x3"
+TRIPLE, TALL = "3x3dbl_1 3x3dbl_2:111 ", "_1 7x7_2:031 7x7_3:301"
+DOUBLE = "7x7dbl_1 7x7dbl_2:301 7x7dbl_3:031 7x7dbl_4:301 7x7dbl_5:031"
+BRANCHES = {"5": ("1x1", "5x5_1 5x5_2:221", TRIPLE + "3x3dbl_3:111", "mean _pool"),
+            "6a": ("3x3:002", TRIPLE + "3x3dbl_3:002", "halve"),
+            "6": ("1x1", "7x7" + TALL, DOUBLE, "mean _pool"),
+            "7a": ("3x3_1 3x3_2:002", "7x7x3_1 7x7x3_2:031 7x7x3_3:301 7x7x3_4:002", "halve"),
+            "7": ("1x1", "3x3_1 3x3_2a:011", "3x3_1 3x3_2b:101", TRIPLE + "3x3dbl_3a:011",
+                  TRIPLE + "3x3dbl_3b:101", "mean _pool")}
+
+
+def plain_inception(state, image, pad_counts=False, last_mean=False):
+    """FID's Inception written out in float64, resizing included: uint8 (H, W, 3) -> (2048,).
+
+    pad_counts, last_mean: two ways to get it wrong: pools that count the padding, a mean for a maximum.
+    """
+    def matrix(n):                                     # (299, n): half-pixel centres, edges repeated
+        at = np.clip((np.arange(299) + 0.5) * n / 299 - 0.5, 0, n - 1)
+        return torch.from_numpy(np.maximum(0, 1 - abs(at[:, None] - np.arange(n))))
+
+    def conv(x, name, height=0, width=0, stride=1):
+        keys = ("conv.weight", "bn.running_mean", "bn.running_var", "bn.weight", "bn.bias")
+        weight, *norm = (state[f"{name}.{key}"].double() for key in keys)
+        mean, var, scale, shift = (x[:, None, None] for x in norm)
+        y = F.conv2d(x, weight, stride=stride, padding=(height, width))
+        return ((y - mean) / (var + 1e-3).sqrt() * scale + shift).clamp(min=0)
+
+    def around(x, fill):                                             # the nine neighbours of every pixel
+        padded, (h, w) = F.pad(x, (1, 1, 1, 1), value=fill), x.shape[2:]
+        return torch.stack([padded[..., i:i + h, j:j + w] for i in range(3) for j in range(3)])
+
+    def pool(x, name):
+        if name == "mean":
+            return around(x, 0.0).sum(0) / (9 if pad_counts else around(torch.ones_like(x), 0.0).sum(0))
+        most = around(x, -math.inf).amax(0)
+        return most if name == "max" else most[..., 1:-1:2, 1:-1:2]  # halve: windows that fit
+
+    def chain(x, steps, prefix=""):
+        for name, _, numbers in (step.partition(":") for step in steps.split()):
+            is_pool = name in ("mean", "max", "halve")
+            x = pool(x, name) if is_pool else conv(x, prefix + name, *map(int, numbers))
+        return x
+    pixels = torch.tensor(image).permute(2, 0, 1).double() / 255 * 2 - 1
+    x = (matrix(image.shape[0]) @ pixels @ matrix(image.shape[1]).T)[None]
+    for steps in STEM:
+        x = pool(chain(x, steps), "halve")
+    for block in "5b 5c 5d 6a 6b 6c 6d 6e 7a 7b 7c".split():
+        branches = BRANCHES.get(block) or BRANCHES[block[0]]
+        if block == "7c" and not last_mean:
+            branches = [steps.replace("mean", "max") for steps in branches]
+        x = torch.cat([chain(x, steps, f"Mixed_{block}.branch") for steps in branches], 1)
+    return x.mean((0, 2, 3))
+
+
+@pytest.mark.slow
+def test_fid_of_inception_equals_plain_formulas(inception_state, run, tmp_path, capsys):
+    """The command's FID of odd-sized images: features as written out layer by layer, the distance by
+    scipy's square root of a matrix, with random weights; what the two oddities of that graph are
+    worth."""
+    linalg = pytest.importorskip("scipy.linalg", reason="needs pip install scipy")
+    weights = [v for k, v in inception_state.items() if k.endswith(("weight", "bias"))]
+    assert len(inception_state) == 566 and sum(v.numel() for v in weights) == 23850960
+    file = tmp_path / "inception.safetensors"
+    save_file({k: v for k, v in inception_state.items() if "tracked" not in k}, file)
+    net, sets = distances.load_inception(file), []
+    for k, name in enumerate("ab"):
+        (tmp_path / name).mkdir()
+        sizes = (37, 91), (1, 50), (299, 640), (64, 64)
+        images = [noise((k, i), *size, 3) for i, size in enumerate(sizes)]
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(tmp_path / name / f"{i}.png")
+        sets.append(torch.stack([plain_inception(inception_state, image) for image in images]))
+        mine = distances.inception_features(net, [Image.fromarray(image) for image in images])
+        assert all(gap(m, t) < 1e-5 for m, t in zip(mine, sets[-1].float()))
+    for bug in ("pad_counts", "last_mean"):
+        assert gap(plain_inception(inception_state, images[3], **{bug: True}).float(), mine[3]) > 1e-2
+    results = run(f"fid --a {tmp_path / 'a'} --b {tmp_path / 'b'} --inception {file}", "fid-inception.json")
+    assert "resized as in pytorch-fid" in capsys.readouterr().out
+    a, b = (s.numpy() for s in sets)
+    # The covariances are x'x and y'y; x y'y x' has the eigenvalues of their product.
+    x, y = ((s - s.mean(0)) / math.sqrt(3) for s in (a, b))
+    theirs = ((a.mean(0) - b.mean(0)) ** 2).sum() + (x ** 2).sum() + (y ** 2).sum()
+    theirs -= 2 * np.trace(linalg.sqrtm(x @ y.T @ y @ x.T)).real
+    assert results["table"]["A and B"]["Frechet"] == pytest.approx(theirs, rel=1e-5)
+    assert results["table"]["A and B"]["MMD"] == pytest.approx(distances.mmd(a, b), rel=1e-3)
+    assert "pytorch-fid: bilinear" in results["features"] and not (tmp_path / "fid.json").exists()
+
+
+@pytest.mark.reference
+def test_inception_matches_torch_fidelity(inception_state, tmp_path, monkeypatch):
+    """The network of torch-fidelity with the same weights, which it reads from a file of its own kind."""
+    package = importlib.util.find_spec("torch_fidelity")
+    if not package:
+        pytest.skip("pip install --no-deps torch-fidelity to compare with it")
+    bare = type(sys)("torch_fidelity")                      # its __init__ wants torchvision, the network not
+    bare.__path__ = list(package.submodule_search_locations)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", bare)
+    theirs = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
+    torch.save(inception_state, tmp_path / "w.pth")
+    save_file(inception_state, tmp_path / "w.safetensors")
+    theirs = theirs.FeatureExtractorInceptionV3("inception", ["2048"], str(tmp_path / "w.pth"))
+    pixels = torch.randint(0, 256, (2, 3, 299, 299), dtype=torch.uint8)
+    with torch.no_grad():
+        mine = distances.load_inception(tmp_path / "w.safetensors")((pixels.float() - 128) / 128)
+        assert gap(mine, theirs(pixels)[0]) < 1e-5
+
+
+@pytest.mark.slow
+def test_inception_weights_that_are_none(inception_state, run, tmp_path, capsys):
+    """A pickle, a missing file, other networks: one sentence, whose line of Python makes a file that is
+    read."""
+    state = {k: v.contiguous(memory_format=torch.channels_last) if v.ndim == 4 else v
+             for k, v in inception_state.items()}                    # as ported weights may lie
+    torch.save(state, tmp_path / "pt_inception-2015-12-05-6726825d.pth")
+    other = {k.replace("Mixed", "mixed"): v.contiguous() for k, v in state.items()}
+    save_file(other, tmp_path / "other.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "other.safetensors").read_bytes()[:-1])
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    for name, sentence in (("pt_inception-2015-12-05-6726825d.pth", "cut short or broken"),
+                           ("none", "there is no file"), ("other.safetensors", "don't fit Inception"),
+                           ("cut.safetensors", "cut short or broken")):
+        run(f"fid --a {tmp_path} --b {tmp_path} --inception {tmp_path / name}", out="out", code=2)
+        message = capsys.readouterr().err
+        assert message.startswith("eval.py: ") and message.count("\n") == 1 and sentence in message, message
+        assert len(message) < 700 and files_below(tmp_path / "out") == {}
+    command = message[message.index("python -c"):].replace("python", sys.executable, 1)
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    loaded = distances.load_inception(tmp_path / "inception.safetensors").state_dict()
+    assert all(torch.equal(loaded[k], v) for k, v in state.items())
+
+
+# ---- people ----------------------------------------------------------------------------------------
+@pytest.fixture
+def compare_page(model, run, tmp_path):
+    """n -> (a comparison page of two generated folders, its study, the folders)."""
+    def compare_page(n=3):
+        prompts = write_prompts(tmp_path / "prompts.jsonl", n)
+        run(f"generate --prompts {prompts} --seed 0", out="first")
+        run(f"generate --prompts {prompts} --seed 1", out="second")
+        folders = [tmp_path / name / "geneval" for name in ("first", "second")]
+        run(f"compare {folders[0]} {folders[1]} --prompts {prompts} --seed 5")
+        page = tmp_path / "compare.html"
+        return page, json.loads(re.search(r"const study = (.*);\n", page.read_text())[1]), folders
+    return compare_page
+
+
+def test_compare_page_is_blind_whole_and_shuffled(compare_page):
+    """Every pair once, in another order, sides by coin; images are in the page, which names no other
+    address."""
+    page, study, folders = compare_page(12)
+    assert not re.search(r"(?:src|href)=|https?:|url\(|@import", page.read_text())
+    ids = [pair["id"] for pair in study["pairs"]]
+    assert sorted(ids) == list(range(48)) != ids
+    for pair in study["pairs"]:
+        name = f"{pair['id'] // 4:05}/samples/{pair['id'] % 4:04}.png"
+        files = [folder / name for folder in folders]
+        if not preference.a_is_left(5, pair["id"]):
+            files.reverse()
+        for side, file in zip(("left", "right"), files):
+            kind, code = pair[side].split(",")
+            assert kind == "data:image/png;base64"
+            image = Image.open(io.BytesIO(base64.b64decode(code)))
+            assert (np.asarray(image) == np.asarray(data.load_image(file))).all()
+    assert 12 < sum(preference.a_is_left(5, i) for i in range(48)) < 36
+
+
+@pytest.mark.reference
+def test_votes_are_counted_and_tested(run, tmp_path, capsys):
+    """By hand with sides undone; the p-value equals scipy's exact binomial test; files of two people
+    add up."""
+    stats = pytest.importorskip("scipy.stats", reason="needs pip install scipy")
+    for wins, losses in ((0, 1), (5, 5), (8, 2), (3, 14), (60, 41), (900, 1000)):
+        theirs = stats.binomtest(wins, wins + losses).pvalue
+        assert preference.sign_test(wins, losses) == pytest.approx(theirs, rel=1e-9)
+    files = []
+    for person, prefers_a in enumerate((range(9), range(7))):
+        sides = {i: "left" if (i in prefers_a) == preference.a_is_left(3, i) else "right" for i in range(10)}
+        votes = {str(i): {"quality": side} for i, side in sides.items()}
+        votes["10"] = {"quality": "alike", "alignment": "alike"}
+        ballot = {"id": "x", "seed": 3, "a": "ours", "b": "theirs", "votes": votes}
+        files.append(write_jsonl(tmp_path / f"{person}.json", [ballot]))
+    table = run(f"compare --votes {files[0]} {files[1]}", "compare.json")["table"]
+    assert list(table) == ["quality"]                        # no side was ever chosen for the other question
+    row = table["quality"]
+    assert (row["A"], row["B"], row["alike"], row["score"]) == (16, 4, 2, 0.8)
+    assert row["p"] == pytest.approx(stats.binomtest(16, 20).pvalue)
+    assert "ours beat B = theirs" in capsys.readouterr().out
+
+
+@pytest.fixture
+def browser():
+    """Headless Chromium: the one that the variable CHROMIUM names, else one on PATH, else Playwright's
+    own."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
+    names = "chromium chromium-browser google-chrome google-chrome-stable chrome headless_shell".split()
+    with playwright.sync_playwright() as p:
+        there = [*filter(None, map(shutil.which, names)), p.chromium.executable_path]
+        chromium = os.environ.get("CHROMIUM") or there[0]
+        if "CHROMIUM" not in os.environ and not Path(chromium).is_file():
+            pytest.skip(f"none of {', '.join(names)} on PATH: apt install chromium, or set CHROMIUM")
+        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.mark.parametrize("width, height", [(1280, 720), (360, 740), (740, 360)])
+def test_compare_page_fits_screens(compare_page, browser, width, height):
+    """On a desk, on a phone and on a phone held across: no sideways scrolling, buttons on one line and
+    large enough to tap, images of equal size side by side that a tap enlarges."""
+    page = browser.new_page(viewport={"width": width, "height": height})
+    page.goto(compare_page()[0].as_uri())
+    page.evaluate("document.getElementById('prompt').textContent = 'many words '.repeat(30)")
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    boxes = [b.bounding_box() for b in page.locator("button").all()]
+    assert len(boxes) == 9 and all(36 <= b["height"] < 60 and b["width"] >= 60 for b in boxes)
+    assert all(b["x"] >= 0 and b["x"] + b["width"] <= width for b in boxes)
+    left, right = (page.locator(f"#{side}").bounding_box() for side in ("left", "right"))
+    assert left["y"] == right["y"] and left["width"] == pytest.approx(right["width"], abs=1)
+    assert left["width"] > 150
+    assert left["height"] <= max(0.61 * height, 194)
+    page.click("#left")
+    assert page.locator("#left").bounding_box() == {"x": 0, "y": 0, "width": width, "height": height}
+    page.click("#left")
+    page.click("#right")
+    page.click("#right")
+    assert page.locator("#left").bounding_box()["width"] == left["width"]
+
+
+def test_compare_page_in_a_browser(compare_page, browser, run, tmp_path):
+    """Click through the page in headless Chromium, reload in between: the export is what was clicked,
+    and counts."""
+    file, study, _ = compare_page()
+    clicked, rng, page, errors = {}, np.random.default_rng(1), browser.new_page(), []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.route(re.compile("^https?:"), lambda route: errors.append(route.request.url))
+    page.goto(file.as_uri())
+    for number, pair in enumerate(study["pairs"]):
+        if number == 5:
+            page.reload()                                            # goes on at the first unanswered pair
+        assert page.text_content("#prompt") == pair["prompt"]
+        assert page.evaluate("document.getElementById('left').naturalWidth") == 8
+        assert page.text_content("#count") == f"{number + 1} of 12, {number} answered"
+        for name in preference.QUESTIONS:
+            for side in rng.choice(["left", "alike", "right"], 2).tolist():      # minds change
+                page.click(f"button[data-name={name}][data-side={side}]")
+                clicked.setdefault(str(pair["id"]), {})[name] = side
+            assert page.locator(f"button[data-name={name}].on").count() == 1
+        if number < 11:
+            page.click("#next")
+    assert page.is_disabled("#next") and "12 answered" in page.text_content("#count")
+    with page.expect_download() as download:
+        page.click("#export")
+    download.value.save_as(tmp_path / "votes.json")
+    assert not errors and json.loads((tmp_path / "votes.json").read_text())["votes"] == clicked
+    table = run(f"compare --votes {tmp_path / 'votes.json'}", "compare.json")["table"]
+    for name, row in table.items():
+        sides = {int(i): vote[name] for i, vote in clicked.items()}
+        wins = sum(side == ("left" if preference.a_is_left(5, i) else "right") for i, side in sides.items())
+        ties = sum(side == "alike" for side in sides.values())
+        assert (row["A"], row["alike"], row["B"]) == (wins, ties, 12 - wins - ties)
+
+
+# ---- leakage ---------------------------------------------------------------------------------------
+def test_leaks_equal_brute_force():
+    """Nearest captions by every pair's Jaccard similarity; exact ones whatever the case."""
+    rng = np.random.default_rng(0)
+    words = "a the red blue small star circle dog on above and two".split()
+    captions = [" ".join(rng.choice(words, rng.integers(3, 9))) + "." for _ in range(300)]
+    prompts = [" ".join(rng.choice(words, rng.integers(2, 7))) for _ in range(40)]
+    prompts += [captions[7].upper() + "!", "nothing like it"]
+
+    def pairs(text):
+        words = ["^", *re.sub(r"[^a-z ]", "", text.lower()).split(), "$"]
+        return {*zip(words, words[1:])}
+
+    def jaccard(a, b):
+        return len(pairs(a) & pairs(b)) / len(pairs(a) | pairs(b))
+    leaks = leakage.find_leaks(prompts, captions, 0.5)
+    for prompt, (similarity, caption, _) in zip(prompts, leaks):
+        best = max(jaccard(prompt, text) for text in captions)
+        assert similarity == pytest.approx(best if best >= 0.5 else 0)
+        assert caption is None or jaccard(prompt, caption) == pytest.approx(best)
+    assert leaks[-1] == (0, None, False) and leaks[-2][0] == 1 and leaks[-2][2]
+
+
+def test_leakage_of_a_folder_and_of_the_world(run, tmp_path):
+    """A folder as source, whose images aren't read; without files, the prompts of `alignment` and the
+    world's captions."""
+    for i, text in enumerate((b"A photo of a circle.", b"\xff\xfe", b"a photo of two big stars")):
+        (tmp_path / f"{i}.png").write_bytes(b"captions that training passes over don't count")
+        (tmp_path / f"{i}.txt").write_bytes(text)
+    prompts = [{"tag": "t", "include": [], "prompt": prompt}
+               for prompt in ("a photo of a circle", "a photo of two stars", "a dog")]
+    file = write_jsonl(tmp_path / "p.jsonl", prompts)
+    results = run(f"leakage --train {tmp_path} --prompts {file} --near 0.5", "leakage.json", out="out")
+    assert [row["score"] for row in results["table"].values()] == pytest.approx([1 / 3, 2 / 3])
+    assert [row["exact"] for row in results["found"]] == [True, False]
+    results = run("leakage --n 400 --near 0.6", "leakage.json", out="world")
+    assert results["table"]["word for word"]["n"] > 100 and results["found"]
+    assert all(0.6 <= row["similarity"] <= 1 and row["caption"] for row in results["found"])
+
+
+def test_neighbours_find_what_is_copied(tiny_folder, run, tmp_path, capsys):
+    """A copy of a training image lies at distance 0 of it, another image beyond; broken training images
+    are passed over."""
+    train_set, made = tmp_path / "train", tmp_path / "made"
+    train_set.mkdir()
+    made.mkdir()
+    for i in range(6):
+        Image.fromarray(noise(i, 32, 32, 3)).save(train_set / f"{i}.png")
+        (train_set / f"{i}.txt").write_text(f"image {i}")
+    (train_set / "7.png").write_bytes(b"broken")
+    (train_set / "7.txt").write_text("broken")
+    shutil.copy(train_set / "4.png", made / "copy.png")
+    Image.fromarray(noise(9, 32, 32, 3)).save(made / "new.png")
+    line = f"neighbours --a {made} --train {train_set} --ckpt {tiny_folder}"
+    results = run(line, "neighbours.json")
+    assert "median distance" in capsys.readouterr().out
+    copied, new = results["pictures"]
+    assert copied["nearest"] == "image 4" and copied["distance"] < 1e-3 < new["distance"]
+    usual = results["table"]["among training pictures"]
+    assert usual["n"] == 6 and usual["distance"] > 1e-3
+    sheet = np.asarray(Image.open(tmp_path / "neighbours.png"))
+    assert sheet.shape == (128, 128, 3) and (sheet[:64, :64] == sheet[64:, :64]).all()
+    assert (sheet[:64, 64:] != sheet[64:, 64:]).any()
+    run(f"{line} --n 1", code=2)
+    assert "two are the least" in capsys.readouterr().err
+
+
+# ---- speed -----------------------------------------------------------------------------------------
+@pytest.mark.reference
+def test_reading_equals_webdataset(tmp_path):
+    """The two readers that `eval.py speed` compares make the same pixels of the same shard."""
+    pytest.importorskip("webdataset", reason="needs pip install webdataset")
+    row = speed.benchmark_reading(tmp_path, 1, n=4, shape=(60, 80), size=32)
+    assert row["apart"] == 0 and min(row["images_per_s"]) > 0 and not (tmp_path / "speed.tar").exists()
+
+
+# ---- mistakes --------------------------------------------------------------------------------------
+ROW = {"index": 1, "image": base64_image(), "question": "q?", "answer": "yes"}
+CUT_IMAGE = {**ROW, "index": 2, "image": base64_image(size=(90, 70))[:100]}
+ENTRY = json.dumps({"tag": "colors", "include": [], "prompt": "a red dog"})
+GENEVAL = json.dumps({"tag": "colors", "prompt": "p", "correct": True})
+WISE = json.dumps({"prompt_id": 7, "consistency": 2, "realism": 1, "aesthetic_quality": 1})
+
+
+def without(name):
+    return {key: value for key, value in ROW.items() if key != name}
+
+
+MISTAKES = {  # command line: what the sentence must name
+    "": "required", "paint": "invalid choice", "alignment --ckpt /nowhere": "no model in /nowhere",
+    "alignment --seed -1": "--seed", "understanding --seed 0": "world that models are trained on",
+    "judge --n 0": "--n must be at least 1", "judge --size x": "--size", "judge --size 8": "at least 16",
+    "ablation --what luck": "--what", "figure4 --points 0": "--points must be at least 1",
+    "figure4 --images 1": "--images must be at least 2", "fid --a FOLDER --b x": "no image",
+    f"fid --a {Path(command_line.__file__).parent / 'assets'} --b FOLDER": "no image",
+    "reconstruction --images FOLDER": "no image", "generate --bench dpg --prompts FOLDER": "no prompts",
+    "leakage --prompts FOLDER/none.jsonl": "^eval.py: [^[]*none.jsonl: No such file"}
+BROKEN_FILES = {  # command line: [(what is in FILE: text, or rows of a TSV; what the sentence must name)]
+    "understanding --data FILE.tsv": [
+        ([{**ROW, "image": "%%%notbase64" * 9}], "row 1 .*no picture in base64"),
+        ([ROW, CUT_IMAGE], "row 2 .*no picture in base64"), ([without("answer")], "no answers or answer"),
+        ([without("image")], "no image"), ([{**ROW, "A": "x", "B": "y"}], "none of its options"),
+        ([ROW, ROW], "same index"), ("index\timage\n", "no rows"),
+        ("index\timage\tquestion\tanswer\n1\tab", "row 1 .*2 cells, not 4")],
+    "understanding --task mme --data FILE.tsv": [([ROW], "don't come in pairs")],
+    "understanding --data FILE.jsonl": [
+        ('{"image": "no.png", "question": "q", "answer": "a"}', "there is no .*no.png")],
+    "generate --prompts FILE.jsonl": [
+        ("", "is empty"), (f"{ENTRY}\n{ENTRY[:20]}", "line 2, is cut short"),
+        ('{"tag": "x", "include": []}', "entry 1 .*lacks the field prompt"),
+        (ENTRY.replace("a red dog", " "), "is empty")],
+    "generate --bench wise --prompts FILE.json": [
+        ('{"a": 1}', "entry 1 .* no object"),
+        (json.dumps([{"prompt_id": 1, "Prompt": "a"}] * 2), "there twice")],
+    "generate --bench mjhq --prompts FILE.json": [
+        ("[3]", "entry 1 .* no object"), ('{"a": {"prompt"', "cut short")],
+    "score geneval --results FILE.jsonl": [
+        (f"{GENEVAL}\n{GENEVAL[:-4]}", "line 2, is cut short"),
+        (GENEVAL.replace("true", '"no"'), "not true or false"),
+        ("\n".join([GENEVAL, GENEVAL, GENEVAL.replace('"p"', '"q"')]), "finish")],
+    "score geneval --results FILE.json": [("[]", "no entries")],
+    "score wise --results FILE.jsonl": [
+        (WISE.replace("1,", "999,"), "judge again"), (WISE, "999 of 1000"),
+        (WISE.replace('id": 7', 'id": [7]'), "1 to 1000")],
+    "compare --votes FILE.json": [
+        ('{"id": 3, "votes"', "cut short"),
+        ('{"id": 1, "seed": 0, "a": "", "b": "", "votes": {}}', "no votes")],
+    "compare --prompts FILE.jsonl": [(ENTRY, "two folders")],
+    "leakage --train /nowhere --prompts FILE.jsonl": [(ENTRY, "no shard or folder")],
+    "leakage --near 2 --prompts FILE.jsonl": [(ENTRY, "between 0 and 1")],
+    "leakage --prompts FILE.jsonl": [(ENTRY.replace('"a red dog"', "null"), "empty or no text")],
+}
+
+
+@pytest.mark.parametrize("line, content, sentence", [
+    *((line, None, sentence) for line, sentence in MISTAKES.items()),
+    *((line, *case) for line, cases in BROKEN_FILES.items() for case in cases)])
+def test_mistakes_are_sentences(model, tmp_path, capsys, line, content, sentence):
+    """Exit code 2, one line on stderr that says where, and nothing written."""
+    out = tmp_path / "out"
+    (tmp_path / "FOLDER").mkdir()
+    words = [str(tmp_path / word) if word.startswith(("FILE", "FOLDER")) else word for word in line.split()]
+    for file in [Path(word) for word in words if "FILE" in word]:
+        file.write_text(content) if isinstance(content, str) else write_tsv(file, content)
+    assert command_line.main([*words, "--out", str(out)] if words else []) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("eval.py: ") and message.count("\n") == 1, message
+    assert re.search(sentence, message), message
+    assert not out.exists() or files_below(out) == {}
+
+
+def test_ctrl_c_is_no_mistake(monkeypatch, run, capsys):
+    """Exit code 130 and nothing on stderr."""
+    def interrupt(args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(generation, "score", interrupt)
+    run("score geneval --results x", code=130)
+    assert not capsys.readouterr().err
