@@ -18,6 +18,8 @@ from checkpoint import read_json, write_json
 from clip_decoder import VAE, EvaClip, EvaConfig, PixelDecoder, UNet, UNetConfig, VAEConfig
 from evals import charts
 
+torch.set_num_threads(1)     # tensors are tiny: threads would only wait for each other
+
 # 32 px images, 64 features of 16 numbers: the nano presets made smaller still. Tests put them in the
 # presets' place.
 TINY_DECODER = {

@@ -395,9 +395,6 @@ def test_skill_prompts_say_what_their_clauses_ask_for(novel):
         assert asked["prompt"] == f"a photo of {text}"
 
 
-# ---- Tasks, then pretraining: their tests come here -------------------------------------------------------
-
-
 # ---- The judge --------------------------------------------------------------------------------------------
 BLANK = np.full((64, 64, 3), 250, np.uint8)
 
