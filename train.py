@@ -359,9 +359,9 @@ class GenerationStage(Stage):
 
     def forward(self, batch):
         # Every process takes part in every all-reduce, also one without samples of a kind.
-        of_nothing = torch.zeros(0, device=self.trained.latent_queries.device)
-        name, each = "mse" if self.trained.dit is None else "flow", of_nothing
-        losses = {}
+        empty = torch.zeros(0, device=self.trained.latent_queries.device)
+        name = "mse" if self.trained.dit is None else "flow"
+        each, losses = empty, {}
         if "prompts" in batch:
             p, (target,) = batch["prompts"], self.targets(batch).values()
             each = self.trained(p["ids"], p["mask"], features=target, pixels=p["patches"],
@@ -373,7 +373,7 @@ class GenerationStage(Stage):
         if "conversations" in batch:
             losses["text"] = text_loss(self.trained, batch["conversations"])
         elif self.converse:
-            losses["text"] = mean_over_ranks(of_nothing)
+            losses["text"] = mean_over_ranks(empty)
         return losses
 
     def by_time(self, each, t):

@@ -4,7 +4,7 @@
 
 Each fault is a sign, an index, a dropped call, a wrong axis or a default that somebody might get wrong. A
 fault is noticed if some test fails; the fast tests are tried first, with --slow the others, too. Prints a
-line for each fault and exits with 1 if one goes unnoticed. Not part of CI: it takes about twenty minutes on
+line for each fault and exits with 1 if one goes unnoticed. Not part of CI: it takes most of an hour on
 two cores.
 """
 import argparse

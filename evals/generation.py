@@ -26,7 +26,6 @@ from evals.report import (
 )
 from sample import Pipeline, to_uint8
 
-BENCHES = ("geneval", "dpg", "wise", "mjhq")
 GENEVAL_SKILLS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 GENEVAL_IMAGES = 4 * 553                  # four of each published prompt
 # WISE: first and last prompt_id of a category, and its weight in the overall score.

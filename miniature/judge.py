@@ -23,7 +23,6 @@ from PIL import Image, ImageDraw
 
 from evals.report import by_skill, read_records
 from miniature import world
-from sample import to_uint8
 
 SIDE = 64                          # images of any size are judged at this one
 CONTRAST = 40                      # least RGB distance of an object to the background; the palette's is 94
@@ -382,11 +381,6 @@ def summarise(entries, verdicts):
 def score_renders(entries, images):
     """uint8 images (H, W, 3) and one entry for each -> the table of `summarise`."""
     return summarise(entries, judge_all(entries, judge_images(images, entries)))
-
-
-def score_images(images, entries):
-    """Images (B, 3, H, W) in [0, 1], as models return them, and their entries: see `summarise`."""
-    return score_renders(entries, to_uint8(images.float().clamp(0, 1)))
 
 
 def scene_for(entry, rng):

@@ -31,13 +31,14 @@ OPTIONS = {
 WORDS = {"clip": 0.1, "vae": 0.1, "decoder": 0.1, "0": 0.3, "1": 0.0, "2": 0.2}
 
 
-def parse_options(spec, stage, paper=False, sees=False, joint=False):
+def parse_options(spec, stage, paper=False, has_vision=False, joint=False):
     """`--world words=0.2,objects=2` -> {option: number} with the defaults of a stage.
 
-    sees: does the model have a vision tower? Then stage 2 learns to edit. joint: conversations are mixed in.
+    has_vision: the model has a vision tower, so stage 2 learns to edit. joint: conversations are mixed in.
     Raises ValueError for what is no option, or no value of one.
     """
-    options = {**OPTIONS, "words": 0.0 if paper else WORDS[stage], "edit": 0.2 * (stage == "2" and sees),
+    options = {**OPTIONS, "words": 0.0 if paper else WORDS[stage],
+               "edit": 0.2 * (has_vision and stage == "2"),
                "query_supervision": float(stage == "0" and not joint)}
     for part in filter(None, (spec or "").split(",")):
         name, _, value = part.partition("=")

@@ -512,8 +512,7 @@ def test_colours_fit_whatever_the_shapes_and_skills_weigh_the_same():
                               "red red": False, "red red red blue": False}.items():
         shown = seen(*(("square", colour, 0.5, 0.5) for colour in colours.split()))
         assert rules.colours_fit(asked, shown) == expected, colours
-    image = torch.tensor(render(Scene("white", (CIRCLE,)))).permute(2, 0, 1) / 255
-    table = rules.score_images(image.expand(4, -1, -1, -1), [TWO] + [RED_CIRCLE] * 3)
+    table = rules.score_renders([TWO] + [RED_CIRCLE] * 3, [render(Scene("white", (CIRCLE,)))] * 4)
     assert [table[skill]["score"] for skill in ("two_object", "colors", "overall")] == [0, 1, 0.5]
     assert table["colors"]["n"] == 3 and table["overall"]["low"] < 0.5 < table["overall"]["high"]
 
