@@ -1,4 +1,4 @@
-"""Model folders on disk: where tensors are stored, what they are called, how they are loaded and written.
+"""Files from outside and model folders: how they are opened, checked, loaded and written.
 
     config.json                       settings; model.py, clip_decoder.py and sample.py each read their own
     model.safetensors                 or shards and model.safetensors.index.json; official key names
@@ -8,12 +8,22 @@
 Loading is strict and cheap: read_headers -> compare all names and shapes with the module -> map and assign.
 No tensor is read before all names and shapes match, and memory never holds one twice. Writing is atomic:
 after a crash a file is complete or absent.
+
+Whatever a person brings, a flag, a JSON file or a folder, is checked here by one function of its kind; a
+mistake is a ValueError of one sentence, which `run_command` prints.
 """
+import argparse
 import json
+import math
 import os
 import shutil
+import stat
+import sys
+import typing
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import NamedTuple
 
 import torch
@@ -23,14 +33,190 @@ from safetensors.torch import save_file
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
+# ---- command lines ----------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but mistakes are ValueErrors like all others here, and no flag may be abbreviated."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, allow_abbrev=False, **options)
+
+    def error(self, message):
+        raise ValueError(message)
+
+
+class Interval(NamedTuple):
+    """Numbers from `least` to `most`; above, below: the same without the bound itself."""
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+
+    def __contains__(self, value):
+        return self.least <= value <= self.most and self.above < value < self.below
+
+    def __str__(self):
+        bounds = (("at least", self.least), ("above", self.above), ("at most", self.most),
+                  ("below", self.below))
+        return " and ".join(f"{words} {bound:g}" for words, bound in bounds if math.isfinite(bound))
+
+
+COUNT = Interval(1, 10 ** 9)             # how many of something there are
+FRACTION = Interval(0, 1)
+POSITIVE = Interval(above=0)
+
+
+def number(kind, interval=None):
+    """The `type` of a flag that takes an int or a float in an Interval (None: any finite number).
+
+    Raises argparse's error, which names the flag.
+    """
+    def convert(text):
+        try:
+            value = kind(text)
+        except (ValueError, OverflowError):
+            value = math.nan
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if kind is int else ''}number")
+        if interval is not None and value not in interval:
+            raise argparse.ArgumentTypeError(f"{text} isn't {interval}")
+        return value
+    return convert
+
+
+def run_command(program, command):
+    """Run command() -> the exit code of a script: command's own or 0; 2 after a mistake, whose sentence goes
+    to stderr; 130 after Ctrl-C. With `python -X dev` errors keep their traceback."""
+    try:
+        return command() or 0
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError, MemoryError, RuntimeError, SafetensorError) as error:
+        if sys.flags.dev_mode:
+            raise
+        print(f"{program}: {sentence(error)}", file=sys.stderr)
+        return 2
+
+
+def sentence(error):
+    """What an exception says, for a person."""
+    text = "\n".join(line.rstrip() for line in str(error).splitlines() if line.strip())
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"                 # without Python's "[Errno 2]"
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU's memory is too small for this: try less at a time, or --device cpu"
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        return f"the memory of this machine is too small for this: try less at a time ({text})"
+    if isinstance(error, RuntimeError):
+        return f"{type(error).__name__}: {text} (python -X dev shows where)"
+    return text
+
+
 # ---- files ------------------------------------------------------------------------------------------------
 
-def read_json(path):
-    """The content of a JSON file; ValueError, naming the file, if it isn't valid JSON."""
+def open_file(path, buffering=-1):
+    """A regular file, open for reading bytes.
+
+    Raises ValueError for a folder, and for a pipe or a device, which might never end; OSError as open.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    handle = os.open(path, flags)                                    # a pipe without a writer would block
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(handle)
+        raise ValueError(f"{path} is a {'folder' if stat.S_ISDIR(mode) else 'pipe or device'}, not a file")
+    return os.fdopen(handle, "rb", buffering)
+
+
+def read_file(path):
+    """The bytes of a regular file; raises as `open_file`."""
+    with open_file(path) as file:
+        return file.read()
+
+
+def path_below(folder, name, where):
+    """The path of `name`, which a file says, in `folder`; ValueError, beginning with `where`, if it would
+    lie outside: names in data are not trusted. Symbolic links are: a person has made them."""
+    path = os.path.normpath(os.path.join(folder, name)) if isinstance(name, str) else os.curdir
+    root = os.path.join(os.path.abspath(folder), "")
+    if not os.path.abspath(path).startswith(root) or "\0" in path:
+        raise ValueError(f"{where}: {name!r} isn't the name of a file below {folder}")
+    return Path(path)
+
+
+def parse_json(content, where, kind=dict):
+    """The value of JSON in UTF-8, bytes or str, of a type or one of several: an object, unless `kind` says
+    otherwise.
+
+    Raises ValueError, beginning with `where`, for what isn't JSON (NaN and infinity aren't), or of another
+    type.
+    """
+    def refuse(text):
+        raise ValueError(f"{text} is no number")
+
+    def finite(text):
+        return float(text) if math.isfinite(float(text)) else refuse(text)
     try:
-        return json.loads(Path(path).read_text("utf-8"))
-    except ValueError as error:  # UnicodeDecodeError included
-        raise ValueError(f"{path} isn't valid JSON: {error}") from None
+        text = content if isinstance(content, str) else content.decode("utf-8-sig")
+        value = json.loads(text, parse_constant=refuse, parse_float=finite)
+    except RecursionError:
+        raise ValueError(f"{where} isn't valid JSON: it is nested too deeply") from None
+    except ValueError as error:                                      # UnicodeDecodeError included
+        raise ValueError(f"{where} isn't valid JSON: {error}") from None
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if type(value) not in kinds:
+        wanted = " or ".join(JSON_NAMES[kind] for kind in kinds)
+        raise ValueError(f"{where} must hold {wanted}, not {JSON_NAMES[type(value)]}")
+    return value
+
+
+JSON_NAMES = {dict: "a JSON object", list: "a list", str: "a text", int: "a whole number", float: "a number",
+              bool: "true or false", NoneType: "null", tuple: "a list"}
+
+
+def read_json(path, kind=dict):
+    """The value in a JSON file, an object unless `kind` says otherwise; raises as `parse_json` and
+    `open_file`."""
+    return parse_json(read_file(path), path, kind)
+
+
+def from_json(cls, raw, where, most=2 ** 31 - 1):
+    """The dataclass `cls` from those entries of a JSON object that are its fields.
+
+    Each value must have the type of its field's annotation. Numbers lie in the Interval that the field has
+    as metadata["interval"]; without one they are positive, and at most `most`. Raises ValueError, beginning
+    with `where`, naming the field.
+    """
+    hints, values = typing.get_type_hints(cls), {}
+    for f in fields(cls):
+        if f.name in raw:
+            interval = f.metadata.get("interval", Interval(above=0, most=most))
+            values[f.name] = typed(raw[f.name], hints[f.name], interval, f"{where}: {f.name}")
+        elif f.default is MISSING and f.default_factory is MISSING:
+            raise ValueError(f"{where} lacks {f.name}")
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def typed(value, hint, interval, where):
+    """A JSON value as the type `hint` (int, float, bool, str, dict, list[...], tuple[..., ...] or a union);
+    ValueError, beginning with `where`, if it has another type, or a number lies outside of `interval`."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else (hint,)
+    for option in options:
+        kind = typing.get_origin(option) or option
+        if kind in (list, tuple) and isinstance(value, (list, tuple)):
+            inner = (typing.get_args(option) or (object,))[0]
+            return kind(typed(item, inner, interval, f"{where}[{i}]") for i, item in enumerate(value))
+        if kind is float and type(value) is int:
+            value = float(value) if abs(value) < 2 ** 1023 else math.inf
+        if option is object or type(value) is kind:
+            if type(value) in (int, float) and value not in interval:
+                raise ValueError(f"{where} = {value} isn't {interval}")
+            return value
+    wanted = " or ".join(JSON_NAMES[typing.get_origin(option) or option] for option in options)
+    raise ValueError(f"{where} must be {wanted}, not {json.dumps(value)[:60]}")
 
 
 def write_json(path, content):
@@ -132,8 +318,7 @@ def variant(file):
 
 def shards_of(index):
     """The files that an index names; ValueError if it isn't an index, or if one of them is missing."""
-    content = read_json(index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{index} isn't an index of weights: download it again")
     shards = [index.parent / name for name in sorted(set(weight_map.values()))]

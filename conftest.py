@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -142,3 +143,23 @@ def tiny(tiny_folder):
     """The tiny model folder in the place of weights/nano; all that is trained has the tiny sizes."""
     with tiny_presets(tiny_folder) as folder:
         yield folder
+
+
+def pytest_addoption(parser):
+    """--fuzz-seconds: how long each fuzz test goes on."""
+    parser.addoption("--fuzz-seconds", type=float, default=20.0, help="length of each fuzz test")
+
+
+@pytest.fixture
+def fuzz(request):
+    """Random generators of the seeds 0, 1, 2, ... until --fuzz-seconds are over; a failing seed is named."""
+    def generators():
+        end, seed = time.monotonic() + request.config.getoption("--fuzz-seconds"), 0
+        while time.monotonic() < end:
+            try:
+                yield np.random.default_rng(seed)
+            except GeneratorExit:
+                print(f"the fuzz test stopped at seed {seed}")
+                raise
+            seed += 1
+    return generators()

@@ -30,9 +30,8 @@ from importlib import import_module
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
 
-from sample import Parser
+from checkpoint import Parser, run_command
 
 NANO = str(Path(__file__).parent / "weights" / "nano")
 # Flags that count something: one at least (an image's side: 16 pixels).
@@ -202,18 +201,14 @@ def check(args):
 def main(argv=None):
     """Run one command; returns the exit code: 0, 2 after a mistake (one sentence on stderr), 130 after
     Ctrl-C."""
-    try:
-        args = parse(argv)
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        choose(args)(args)
-        return 0
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError, SafetensorError) as error:
-        missing = isinstance(error, OSError) and error.filename      # without Python's "[Errno 2]"
-        message = f"{error.filename}: {error.strerror}" if missing else str(error)
-        print(f"eval.py: {' '.join(message.split())}", file=sys.stderr)
-        return 2
+    return run_command("eval.py", partial(run, argv))
+
+
+def run(argv):
+    """What the command line asks for; raises ValueError for what can't be meant."""
+    args = parse(argv)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    choose(args)(args)
 
 
 if __name__ == "__main__":

@@ -36,11 +36,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 import data
-from checkpoint import atomic_write, folder_parts, read_json, save_weights, write_json
+from checkpoint import Parser, atomic_write, folder_parts, read_json, run_command, save_weights, write_json
 from clip_decoder import VAE, EvaClip, PixelDecoder, UNet
 from flow import timesteps
 from model import BLIP3o, last_real
@@ -909,13 +908,6 @@ COMMANDS = {"draw": draw, "strip": steps_strip, "answer": answer, "reconstruct":
             "caption": caption, "export": export}
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, but mistakes are ValueErrors like all others here."""
-
-    def error(self, message):
-        raise ValueError(message)
-
-
 def add_image_flags(add):
     """what to generate, and how"""
     add("--prompt", help="what to generate; with --image, a question about it")
@@ -1019,29 +1011,23 @@ def parse(argv):
 
 def main(argv=None):
     """Run one command; returns its exit code: 0, 2 after a mistake (one sentence on stderr), 130: Ctrl-C."""
-    try:
-        name, args = parse(argv)
-        if name == "dry-run":
-            from evals.estimate import estimate_sampling
-            estimate_sampling(args)
-            return 0
-        pipe = Pipeline(args.ckpt, args.device, args.dtype, args.offload, args.compile, args.eva)
-        pipe.limits = {key: getattr(args, key) for key in ("min_pixels", "max_pixels") if getattr(args, key)}
-        COMMANDS[name](pipe, args)
-        if pipe.seconds:
-            times = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in pipe.seconds.items())
-            peak = pipe.peak_memory()
-            memory = "unknown" if peak is None else f"{peak / GIB:.2f} GiB"
-            print(f"{times}; peak memory: {memory}", file=sys.stderr)
-        return 0
-    except KeyboardInterrupt:
-        return 130
-    except torch.OutOfMemoryError:
-        message = "the GPU's memory is too small for this: try fewer images, or --device cpu"
-    except (ValueError, OSError, SafetensorError) as error:
-        message = " ".join(str(error).split())
-    print(f"sample.py: {message}", file=sys.stderr)
-    return 2
+    return run_command("sample.py", partial(run, argv))
+
+
+def run(argv):
+    """What the command line asks for; raises ValueError for what can't be meant."""
+    name, args = parse(argv)
+    if name == "dry-run":
+        from evals.estimate import estimate_sampling
+        return estimate_sampling(args)
+    pipe = Pipeline(args.ckpt, args.device, args.dtype, args.offload, args.compile, args.eva)
+    pipe.limits = {key: getattr(args, key) for key in ("min_pixels", "max_pixels") if getattr(args, key)}
+    COMMANDS[name](pipe, args)
+    if pipe.seconds:
+        times = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in pipe.seconds.items())
+        peak = pipe.peak_memory()
+        memory = "unknown" if peak is None else f"{peak / GIB:.2f} GiB"
+        print(f"{times}; peak memory: {memory}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -786,7 +786,7 @@ def test_read_headers_picks_files(tmp_path):
         assert found() == {"x": name}
     for content in ([], {}, {"weight_map": []}, {"weight_map": {"x": 1}}):
         write_json(tmp_path / INDEX, content)
-        refuses(r"model\.safetensors\.index\.json isn't an index", read_headers, tmp_path)
+        refuses(r"model\.safetensors\.index\.json must hold a JSON object", read_headers, tmp_path)
 
 
 def test_nothing_is_read_before_everything_fits(tmp_path):
@@ -2617,11 +2617,11 @@ def test_run_that_crashed_while_saving_goes_on_exactly(tiny, vae_run, monkeypatc
     def crash(*args):
         calls.append(1)
         if len(calls) == call:
-            raise RuntimeError("power cut")
+            raise AssertionError("power cut")
         return function(*args)
     with monkeypatch.context() as patch:
         patch.setattr(train, name, crash)
-        with pytest.raises(RuntimeError, match="power cut"):
+        with pytest.raises(AssertionError, match="power cut"):
             run_training(*VAE_RUN, "--out", tmp_path)
     assert (tmp_path / "latest").read_text() == "step-000002"
     assert (tmp_path / "step-000004").exists() == (name == "atomic_write")
@@ -3719,9 +3719,7 @@ def test_mistakes_about_devices_and_folders(tmp_path, monkeypatch, capsys):
     gone = ("words things edit full tell min-lr warmup clip beta2 weight-decay feature-noise max-weight "
             "query-lr max-skipped tflops mfu").split()
     for flag in [*(f"--{name}=1" for name in gone), "--stage=3", "--bogus"]:
-        with pytest.raises(SystemExit) as stop:
-            train.main(["--stage", "1", flag])
-        assert stop.value.code == 2
+        assert train.main(["--stage", "1", flag]) == 2
         assert flag.split("=")[0] in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         train.main(["--help"])

@@ -31,6 +31,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ from tqdm import tqdm
 
 import data
 import flow
-from checkpoint import atomic_write, folder_parts, publish, read_json, write_json
+from checkpoint import Parser, atomic_write, folder_parts, publish, read_json, run_command, write_json
 from clip_decoder import PRESETS as DECODER_PRESETS
 from clip_decoder import VAE, EulerSchedule, EvaClip, PixelDecoder, UNet
 from model import PRESETS, BLIP3o, DiTConfig, preset
@@ -1219,7 +1220,7 @@ def save_grid(rows, path, columns=16, scale=2):
 def make_parser():
     """The flags."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("train.py", description=__doc__, formatter_class=raw)
+    parser = Parser("train.py", description=__doc__, formatter_class=raw)
 
     def add(flag, help=None, **options):
         parser.add_argument(flag, help=help, **options)
@@ -1361,37 +1362,34 @@ def check(args):
 
 def main(argv=None):
     """Set up the processes and train. Returns the exit code: 2, and one sentence, for a user's mistake."""
-    try:
-        args = arguments(argv)
-        if args.dry_run:
-            args.gpus = max(args.gpus, int(os.environ.get("WORLD_SIZE", 1)))
-            from evals.estimate import estimate_training
-            estimate_training(args)
-            return 0
-        processes = int(os.environ.get("WORLD_SIZE", 1))
-        if args.batch % (processes * args.accumulate):
-            raise ValueError(f"--batch {args.batch} must divide by processes ({processes}) x --accumulate "
-                             f"({args.accumulate})")
-        device = torch.device(args.device)
-        if args.device == "cuda":
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(device)
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        if processes > 1:
-            init_distributed(device)
-        finished = train(args, device)
-        if processes > 1:
-            dist.destroy_process_group()
-        if not finished:
-            print(f"stopped; the same command goes on from {args.out}")
-        return 0
-    except KeyboardInterrupt:  # a second Ctrl-C doesn't wait for the step
-        return 130
-    except (ValueError, OSError, SafetensorError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
+    return run_command("train.py", partial(run, argv))
+
+
+def run(argv):
+    """What the command line asks for; raises ValueError for what can't be meant."""
+    args = arguments(argv)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if args.dry_run:
+        args.gpus = max(args.gpus, processes)
+        from evals.estimate import estimate_training
+        return estimate_training(args)
+    if args.batch % (processes * args.accumulate):
+        raise ValueError(f"--batch {args.batch} must divide by processes ({processes}) x --accumulate "
+                         f"({args.accumulate})")
+    device = torch.device(args.device)
+    if args.device == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if processes > 1:
+        init_distributed(device)
+    finished = train(args, device)
+    if processes > 1:
+        dist.destroy_process_group()
+    if not finished:
+        print(f"stopped; the same command goes on from {args.out}")
 
 
 if __name__ == "__main__":
-    from train import main as run  # not __main__: miniature/pretrain.py imports `train`, too
-    sys.exit(run())
+    from train import main as run_as_module  # not __main__: miniature/pretrain.py imports `train`, too
+    sys.exit(run_as_module())
