@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import stat
 import sys
@@ -74,12 +75,12 @@ def number(kind, interval=None):
     def convert(text):
         try:
             value = kind(text)
-        except (ValueError, OverflowError):
+        except ValueError:
             value = math.nan
-        if not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if kind is int else ''}number")
+        if type(value) is float and not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is no {'whole ' if kind is int else ''}number")
         if interval is not None and value not in interval:
-            raise argparse.ArgumentTypeError(f"{text} isn't {interval}")
+            raise argparse.ArgumentTypeError(f"{text[:40]} isn't {interval}")
         return value
     return convert
 
@@ -202,7 +203,8 @@ def from_json(cls, raw, where, most=2 ** 31 - 1):
 
 def typed(value, hint, interval, where):
     """A JSON value as the type `hint` (int, float, bool, str, dict, list[...], tuple[..., ...] or a union);
-    ValueError, beginning with `where`, if it has another type, or a number lies outside of `interval`."""
+    ValueError, beginning with `where`, if it has another type, or a number lies outside of `interval` (None:
+    any)."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else (hint,)
     for option in options:
         kind = typing.get_origin(option) or option
@@ -212,11 +214,58 @@ def typed(value, hint, interval, where):
         if kind is float and type(value) is int:
             value = float(value) if abs(value) < 2 ** 1023 else math.inf
         if option is object or type(value) is kind:
-            if type(value) in (int, float) and value not in interval:
-                raise ValueError(f"{where} = {value} isn't {interval}")
+            if type(value) in (int, float) and interval is not None and value not in interval:
+                raise ValueError(f"{where} = {str(value)[:60]} isn't {interval}")
             return value
     wanted = " or ".join(JSON_NAMES[typing.get_origin(option) or option] for option in options)
     raise ValueError(f"{where} must be {wanted}, not {json.dumps(value)[:60]}")
+
+
+def section(raw, name, where):
+    """The object that a JSON object holds under `name`, {} where it is absent or null; ValueError, beginning
+    with `where`, for anything else."""
+    return typed(raw.get(name), dict | None, None, f"{where}: {name}") or {}
+
+
+def require_settings(raw, fixed, where, needed=()):
+    """Refuse what isn't computed here: each setting of a JSON object must have one of the values that
+    `fixed` {name: (value, ...)} names, or be absent, except those in `needed`; or be a list of such values.
+
+    Raises ValueError, beginning with `where`; so, too, where the weights are said to be quantised.
+    """
+    for name in ("quantization_config", "compression_config"):
+        if raw.get(name):
+            method = raw[name].get("quant_method") if isinstance(raw[name], dict) else None
+            raise ValueError(f"{where} says that the weights are quantised ({method or name}): "
+                             f"{UNQUANTISED}")
+    absent = [name for name in needed if name not in raw]
+    if absent:
+        raise ValueError(f"{where} lacks {', '.join(absent)}")
+    other = []
+    for name in fixed.keys() & raw.keys():
+        value, choices = raw[name], fixed[name]
+        items = value if isinstance(value, list) and value else [value]
+        if not one_of(value, choices) and not all(one_of(item, choices) for item in items):
+            other.append(f"{name} = {value if isinstance(value, str) else json.dumps(value)}"[:80])
+    if other:
+        raise ValueError(f"{where} asks for {', '.join(sorted(other))}, which is not implemented")
+
+
+def one_of(value, choices):
+    """Is a JSON value one of the choices?"""
+    return any(same_setting(value, choice) for choice in choices)
+
+
+def same_setting(a, b):
+    """Are two JSON values the same setting? Numbers may differ in their last digits."""
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(same_setting, a, b))
+    if type(a) in (int, float) and type(b) in (int, float):
+        return math.isclose(a, b, rel_tol=1e-6)
+    return type(a) is type(b) and a == b
+
+
+UNQUANTISED = "take the original model, whose weights are bf16, fp16 or fp32"
 
 
 def write_json(path, content):
@@ -249,20 +298,49 @@ def publish(temporary, path):
     for file in files:
         with open(file, "rb+") as f:
             os.fsync(f.fileno())
-    if path.is_dir():
+    if path.is_dir() and temporary.is_dir():
         shutil.rmtree(path)
     os.replace(temporary, path)
 
 
 def save_weights(module_or_tensors, path, dtype=None):
     """Write a module's state dict, or {name: tensor}, to the safetensors file `path`, atomically.
-    dtype None keeps each tensor's own."""
+
+    dtype None keeps each tensor's own. Raises ValueError, and writes nothing, if a number isn't finite (or
+    wouldn't be as `dtype`), or beside an index of shards, which would hide the new file.
+    """
+    if any(Path(path).parent.glob("[!.]*.safetensors.index*.json")):
+        raise ValueError(f"{Path(path).parent} holds a checkpoint in shards: save to another folder")
     tensors = module_or_tensors
     if isinstance(tensors, torch.nn.Module):
         tensors = tensors.state_dict()
     tensors = {name: t.detach().to("cpu", dtype or t.dtype).contiguous() for name, t in tensors.items()}
+    for name, t in tensors.items():
+        if t.is_floating_point() and not t.isfinite().all():
+            raise ValueError(f"{name} holds numbers that are no numbers or infinite as {t.dtype}: "
+                             f"{path} is not written")
     with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
+
+
+def check_writable(folder):
+    """Make a model folder, and find out whether a model can be saved there, before hours of work.
+
+    Raises ValueError if `folder` is a file, holds a checkpoint in shards or a config.json that isn't one, or
+    if nothing can be written there.
+    """
+    folder = Path(folder)
+    file, config = folder / f"{os.getpid()}.try", folder / "config.json"
+    try:
+        with atomic_write(file) as temporary:
+            temporary.write_bytes(bytes(4096))
+        file.unlink()
+    except OSError as error:
+        raise ValueError(f"nothing can be saved in {folder}: {error.strerror}") from None
+    if any(folder.glob("[!.]*.safetensors.index*.json")):
+        raise ValueError(f"{folder} holds a checkpoint in shards: save to another folder")
+    if config.exists():
+        section(read_json(config), "nano_blip3o", config)
 
 
 # ---- tensors on disk --------------------------------------------------------------------------------------
@@ -271,27 +349,47 @@ class Stored(NamedTuple):
     """A tensor on disk; only its file's header has been read."""
     file: Path
     key: str
-    shape: tuple
+    shape: tuple          # as it will be read: another one of as many numbers reshapes
+    dtype: str = "F32"    # of the file, in safetensors' words
+
+
+FLOATS = {"F64", "F32", "F16", "BF16"}
+# Computed from config.json, but older versions of transformers stored them.
+BUFFERS = re.compile(r"(^|\.)(rotary_(pos_)?emb\..*|inv_freq|cos_cached|sin_cached|position_ids)$")
+# What GPTQ, AWQ, bitsandbytes, fp8 and compressed-tensors store beside their numbers.
+SCALES = re.compile(r"[._](qweight|qzeros|g_idx|scales|weight_scale(_inv)?|weight_scale_2|weight_packed|"
+                    r"weight_shape|weight_zero_point|input_scale|SCB|weight_format|(nested_)?absmax|"
+                    r"(nested_)?quant_map|quant_state\..*)$")
+FOREIGN = {**dict.fromkeys((".bin", ".pt", ".pth", ".ckpt"), "a PyTorch pickle"), ".onnx": "an ONNX file",
+           **dict.fromkeys((".gguf", ".ggml"), "a llama.cpp file"), ".h5": "a TensorFlow file",
+           ".msgpack": "a Flax file"}
 
 
 def read_headers(folder):
     """{key: Stored} of the weights in `folder`, or in one .safetensors file; {} where there are none.
 
     With an index, its shards are read; else model.safetensors alone, if there is one; else every
-    .safetensors file. Plain files are preferred to diffusers' .bf16 variants, and these to .fp16. Raises
-    ValueError for a broken index or file, a missing shard, or a tensor in two files.
+    .safetensors file. Plain files are preferred to diffusers' .bf16 variants, these to .fp16, and these to
+    all others (.non_ema). Hidden files and stored rotary tables are left out. Raises ValueError for a broken
+    index or file, a missing shard, a tensor in two files, or an adapter, alone or beside a model.
     """
     stored = {}
     for file in weight_files(Path(folder)):
+        open_file(file).close()  # refuses pipes and folders
+        if file.suffix in FOREIGN:
+            raise ValueError(f"{file} is {FOREIGN[file.suffix]}, which isn't read: take a .safetensors file")
         try:
             with safe_open(file, framework="pt") as f:
-                shapes = {key: tuple(f.get_slice(key).get_shape()) for key in list(f.keys())}
+                slices = {key: f.get_slice(key) for key in list(f.keys()) if not BUFFERS.search(key)}
+                found = {key: Stored(file, key, tuple(part.get_shape()), part.get_dtype())
+                         for key, part in slices.items()}
         except SafetensorError as error:
-            raise ValueError(f"{file} is cut short or broken ({error}): download it again") from None
-        for key, shape in shapes.items():
+            raise ValueError(f"{file} is cut short or broken ({str(error)[:200]}): download it "
+                             "again") from None
+        for key, tensor in found.items():
             if key in stored:
                 raise ValueError(f"{key} is both in {stored[key].file} and in {file}: remove one of them")
-            stored[key] = Stored(file, key, shape)
+            stored[key] = tensor
     return stored
 
 
@@ -299,7 +397,11 @@ def weight_files(folder):
     """The safetensors files that make up the weights in `folder`; see read_headers."""
     if folder.is_file():
         return [folder]
-    files = sorted(folder.glob("[!.]*.safetensors"))  # hidden ones are leftovers of atomic_write
+    files = sorted(folder.glob("[!.]*.safetensors"))  # hidden ones are leftovers, of atomic_write or macOS
+    adapters = [*folder.glob("adapter_config.json"), *folder.glob("adapter_model*.safetensors")]
+    if adapters:
+        raise ValueError(f"{folder} holds an adapter (LoRA) for another model, {adapters[0].name}: merge it "
+                         "into that model first (peft: merge_and_unload), and give the folder of the result")
     indexes = sorted(folder.glob("[!.]*.safetensors.index*.json"))
     best = min(map(variant, files or indexes), default=0)
     files = [f for f in files if variant(f) == best]
@@ -310,23 +412,56 @@ def weight_files(folder):
 
 
 def variant(file):
-    """The rank of diffusers' file variants: 0 plain, 1 bf16, 2 fp16."""
-    if ".bf16" in file.name:
-        return 1
-    return 2 if ".fp16" in file.name else 0
+    """The rank of diffusers' file variants: 0 plain, 1 bf16, 2 fp16, 3 any other (x.non_ema.safetensors)."""
+    stem = file.name.removesuffix(".json").replace(".safetensors", "").replace(".index", "")
+    if "." not in stem:
+        return 0
+    return next((rank for rank, name in ((1, ".bf16"), (2, ".fp16")) if name in stem), 3)
 
 
 def shards_of(index):
     """The files that an index names; ValueError if it isn't an index, or if one of them is missing."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ValueError(f"{index} isn't an index of weights: download it again")
-    shards = [index.parent / name for name in sorted(set(weight_map.values()))]
-    missing = [shard.name for shard in shards if not shard.exists()]
+    names = section(read_json(index), "weight_map", index)
+    if not names:
+        raise ValueError(f"{index} isn't an index of weights: it names no files; download it again")
+    for name in names.values():
+        path_below(index.parent, name, index)
+    shards = [index.parent / name for name in sorted(set(names.values()))]
+    missing = [shard.name for shard in shards if not os.path.exists(shard)]
     if missing:
-        raise ValueError(f"{index.parent} lacks the shards {', '.join(missing)} that {index.name} names: "
-                         "download them again")
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(f"{index.parent} lacks the shards {', '.join(missing[:3])[:200]}{more} that "
+                         f"{index.name} names: download them again")
     return shards
+
+
+def no_weights(folder, what="weights"):
+    """The sentence that says that a folder holds no `what`, and what lies there instead."""
+    folder = Path(folder)
+    if not folder.exists():
+        return f"{folder} holds no {what}: there is no such folder"
+    found = {file.suffix: file.name for file in folder.glob("[!.]*") if file.suffix in FOREIGN}
+    others = [f"{name} is {FOREIGN[suffix]}" for suffix, name in sorted(found.items())]
+    return (f"{folder} holds no {what}: neither {WEIGHTS}, nor shards with {INDEX}, nor any other "
+            ".safetensors file" + "".join(f"; {text}, which isn't read" for text in others)
+            + ("; take the model's .safetensors files, or convert it (transformers: from_pretrained, then "
+               "save_pretrained)" if others else ""))
+
+
+def sizes(tensors, name, dims, where):
+    """The shape of tensors[name], which must have `dims` dimensions; ValueError, beginning with `where`, if
+    it is absent or has others."""
+    if name not in tensors:
+        raise ValueError(f"{where} lacks {name}, from which sizes are read")
+    shape = tuple(tensors[name].shape)
+    if len(shape) != dims or 0 in shape:
+        raise ValueError(f"{where}: {name} has the shape {shape}, not {dims} positive sizes")
+    return shape
+
+
+def stored_layers(names, prefix):
+    """How many layers `prefix`N.* there are among names of tensors."""
+    return len({name[len(prefix):].partition(".")[0] for name in names if name.startswith(prefix)})
 
 
 def read_tensor(stored, device="cpu", dtype=None):
@@ -335,8 +470,18 @@ def read_tensor(stored, device="cpu", dtype=None):
     if str(device) == "meta":
         return torch.empty(stored.shape, dtype=dtype, device="meta")
     with safe_open(stored.file, framework="pt", device=str(device)) as f:
-        tensor = f.get_tensor(stored.key)
+        tensor = f.get_tensor(stored.key).view(stored.shape)
     return tensor if dtype is None else tensor.to(dtype)
+
+
+def same_tensor(a, b, rows=4096):
+    """Whether two Stored matrices hold the same numbers; reads until they differ."""
+    if a.shape != b.shape:
+        return False
+    with safe_open(a.file, framework="pt") as f, safe_open(b.file, framework="pt") as g:
+        x, y = f.get_slice(a.key), g.get_slice(b.key)
+        return all(torch.equal(x[i:i + rows].float(), y[i:i + rows].float())
+                   for i in range(0, a.shape[0], rows))
 
 
 # ---- official names ---------------------------------------------------------------------------------------
@@ -399,18 +544,32 @@ def folder_parts(folder):
 
 # ---- strict loading ---------------------------------------------------------------------------------------
 
-def load_strict(build, tensors, source, device="cpu", dtype=torch.float32):
+def load_strict(build, tensors, source, device="cpu", dtype=torch.float32, layers=None):
     """build() with weights from tensors {parameter name: Stored or Tensor}, in eval mode.
 
     The module is built on "meta" and the tensors are assigned, so that they exist once. Raises ValueError
     before anything is read, unless names and shapes match exactly; `source` names their origin in its
-    message. On device "meta" nothing is read.
+    message. layers {prefix: number}: those that the settings name; unless there are as many tensors
+    `prefix`N.*, nothing is even built. On device "meta" nothing is read.
     """
     if not tensors:
-        raise ValueError(f"{source} holds no weights: neither {WEIGHTS}, nor shards with {INDEX}, nor any "
-                         "other .safetensors file")
-    with torch.device("meta"):
-        module = build()
+        raise ValueError(no_weights(source))
+    odd = [t for name, t in tensors.items() if isinstance(t, Stored) and
+           (SCALES.search(name) or t.dtype in ("I8", "U8") or t.dtype.startswith(("F8", "F4", "F6")))]
+    if odd:
+        raise ValueError(f"the weights in {source} are quantised ({odd[0].key}, {odd[0].dtype}): "
+                         f"{UNQUANTISED}")
+    for prefix, count in (layers or {}).items():
+        stored = stored_layers(tensors, prefix)
+        if stored != count:
+            seen = "" if stored else f" ({', '.join(sorted(tensors)[:3])}, ...)"
+            raise ValueError(f"the settings of {source} name {count} layers {official_name(prefix)}*, its "
+                             f"weights hold {stored}{seen}")
+    try:
+        with torch.device("meta"):
+            module = build()
+    except (RuntimeError, OverflowError) as error:  # sizes whose product is no number of bytes
+        raise ValueError(f"no model has the sizes that the settings of {source} name: {error}") from None
     problems = misfits(module, tensors)
     if problems:
         raise ValueError(f"the weights in {source} don't fit {type(module).__name__}: {problems}")
@@ -425,6 +584,7 @@ def load_strict(build, tensors, source, device="cpu", dtype=torch.float32):
 def misfits(module, tensors):
     """How names and shapes of `tensors` differ from the module's, by component; "" if they don't."""
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    floating = {name for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
     components = {component(official_name(name)) for name in expected}
     # The keys of EVA-CLIP, UNet and VAE have no component: they are reported under the class name.
     unnamed = type(module).__name__ if components == {"other"} else "other"
@@ -440,6 +600,8 @@ def misfits(module, tensors):
             add(name, "unexpected", key)
         elif shape != expected[name]:
             add(name, "mis-shaped", f"{key} {shape}, not {expected[name]}")
+        elif isinstance(tensor, Stored) and name in floating and tensor.dtype not in FLOATS:
+            add(name, "mistyped", f"{key} {tensor.dtype}")
     for name in expected:
         if name not in tensors:
             add(name, "missing", official_name(name))

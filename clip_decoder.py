@@ -12,14 +12,29 @@ AutoencoderKL). Shapes: B images, N tokens or positions, C channels, S image sid
 hd dim of one head, f pixels per latent along a side.
 """
 import math
-from dataclasses import asdict, dataclass, fields
+import re
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint import load_strict, read_headers, read_json, read_tensor, save_weights, write_json
+from checkpoint import (
+    Interval,
+    from_json,
+    load_strict,
+    no_weights,
+    read_headers,
+    read_json,
+    read_tensor,
+    require_settings,
+    save_weights,
+    section,
+    sizes,
+    stored_layers,
+    write_json,
+)
 from dit import MLP, sinusoid
 
 # ---- EVA-CLIP: pixels -> features -------------------------------------------------------------------------
@@ -135,13 +150,17 @@ class EvaClip(nn.Module):
         tower = folder / "gen_vision_tower" if (folder / "gen_vision_tower").is_dir() else folder
         stored = read_headers(tower)
         prefixes = [key.removesuffix("cls_token") for key in stored if key.endswith("cls_token")]
+        if not stored:
+            raise ValueError(f"{no_weights(tower, 'EVA-CLIP')}; {EVA_HINT}")
         if len(prefixes) != 1:
-            raise ValueError(f"{tower} holds {len(prefixes)} EVA-CLIP towers (tensors *cls_token), not one")
+            raise ValueError(f"{tower} holds {len(prefixes)} EVA-CLIP towers (tensors *cls_token), not one; "
+                             f"{EVA_HINT}")
         prefix = prefixes[0]
         tensors = {key[len(prefix):]: tensor for key, tensor in stored.items() if key.startswith(prefix)}
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(EVA_EXTRAS)}
         config = eva_config(folder, tensors)
-        return load_strict(lambda: cls(config), fuse_biases(tensors, device, dtype), tower, device, dtype)
+        return load_strict(lambda: cls(config), fuse_biases(tensors, device, dtype), tower, device, dtype,
+                           {"blocks.": config.layers})
 
     def save_pretrained(self, folder, dtype=None):
         """Write gen_vision_tower/model.safetensors and the sizes into config.json, whose other keys stay."""
@@ -149,10 +168,12 @@ class EvaClip(nn.Module):
         save_weights(self, folder / "gen_vision_tower" / "model.safetensors", dtype)
         path = folder / "config.json"
         content = read_json(path) if path.exists() else {}
-        content.setdefault("nano_blip3o", {"format": 2})["clip"] = asdict(self.config)
+        ours = section(content, "nano_blip3o", path) or {"format": 2}
+        content["nano_blip3o"] = ours | {"clip": asdict(self.config)}
         write_json(path, content)
 
 
+EVA_HINT = "--eva takes the model folder that holds it, if it is another one"
 # Keys of original EVA-CLIP files that BLIP3-o doesn't use: the contrastive head and the text encoder.
 EVA_EXTRAS = ("norm.", "head.", "text.", "logit_scale", "mask_token")
 
@@ -171,26 +192,29 @@ def fuse_biases(tensors, device, dtype):
 
 def eva_config(folder, tensors):
     """EvaConfig from the tensors' shapes; heads and pooling from config.json in the folder or its parent."""
-    needed = ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight")
-    absent = [name for name in needed if name not in tensors]
-    if absent:
-        raise ValueError(f"EVA-CLIP weights in {folder} lack {', '.join(absent)}")
-    width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
-    grid = math.isqrt(tensors["pos_embed"].shape[1] - 1)
+    where = f"EVA-CLIP in {folder}"
+    width, _, patch, _ = sizes(tensors, "patch_embed.proj.weight", 4, where)
+    grid = math.isqrt(sizes(tensors, "pos_embed", 3, where)[1] - 1)
+    found = {"image_size": grid * patch, "patch_size": patch, "width": width,
+             "layers": stored_layers(tensors, "blocks."),
+             "mlp_hidden": sizes(tensors, "blocks.0.mlp.fc1.weight", 2, where)[0]}
     files = [directory / "config.json" for directory in (folder, folder.parent)]
-    config = next((read_json(file) for file in files if file.exists()), {})
-    ours = config.get("nano_blip3o", {}).get("clip", {})
+    path = next((file for file in files if file.exists()), None)
+    config = {} if path is None else read_json(path)
+    ours = section(section(config, "nano_blip3o", path), "clip", f"{path}: nano_blip3o")
+    other = [f"{name} = {ours[name]}"[:60] for name in found if ours.get(name, found[name]) != found[name]]
+    if other:
+        raise ValueError(f"{path} says {', '.join(other)} of EVA-CLIP, but its tensors have other sizes")
     if "heads" not in ours and width % 112:
         raise ValueError(f"width {width} is no multiple of EVA-CLIP's 112 a head, and no config.json "
                          f"names the heads in {folder}")
     pooling = str(config.get("gen_pooling", "early_pool2d_4"))
-    stride = pooling.rsplit("_", 1)[-1]  # early_pool2d_4 -> 4
-    n_query = (grid // int(stride)) ** 2 if stride.isdigit() else 64
-    return EvaConfig(
-        image_size=grid * patch, patch_size=patch, width=width,
-        layers=1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")),
-        heads=ours.get("heads", width // 112), mlp_hidden=tensors["blocks.0.mlp.fc1.weight"].shape[0],
-        n_query=ours.get("n_query", n_query))
+    stride = re.fullmatch(r"early_pool2d_([1-9]\d{0,2})", pooling)
+    if stride is None:
+        raise ValueError(f"{path} asks for gen_pooling = {pooling[:60]}; only early_pool2d_N is implemented")
+    defaults = {"heads": width // 112, "n_query": (grid // int(stride[1])) ** 2}
+    named = {name: ours[name] for name in defaults if name in ours}
+    return from_json(EvaConfig, defaults | named | found, f"{path}: nano_blip3o.clip" if named else where)
 
 
 def sincos_positions(width, grid, std=0.5):
@@ -308,31 +332,29 @@ def read_config(path, cls, fixed):
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     raw = read_json(path)
-    absent = [f.name for f in fields(cls) if f.name not in raw]
-    if absent:
-        raise ValueError(f"{path} lacks {', '.join(absent)}")
-    require_settings(path, raw, fixed)
+    if "model_type" in raw:  # `part_folder` found no folder of its own
+        raise ValueError(f"{path.parent} holds no {fixed['_class_name'][0]}: it lacks diffusion-decoder/unet"
+                         " or diffusion-decoder/vae")
+    require_settings(raw, fixed, path, [*(f.name for f in fields(cls)), *NEEDED & fixed.keys()])
     if raw.get("num_attention_heads"):  # unless null, diffusers reads the head counts from here
         raw["attention_head_dim"] = raw["num_attention_heads"]
-    levels = len(raw["block_out_channels"])
-    try:
-        return cls(**{f.name: as_levels(raw[f.name], f.default, levels) for f in fields(cls)})
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def require_settings(path, raw, fixed):
-    """ValueError if the JSON file has other values than `fixed`, the only ones implemented here."""
-    other = [f"{name} = {raw[name]}" for name, value in fixed.items() if raw.get(name, value) != value]
-    if other:
-        raise ValueError(f"{path} asks for {', '.join(other)}, which is not implemented")
+    levels = raw["block_out_channels"]
+    levels = len(levels) if isinstance(levels, list) else 1
+    return from_json(cls, {f.name: as_levels(raw[f.name], f.default, levels) for f in fields(cls)}, path)
 
 
 def as_levels(value, default, levels):
-    """JSON value -> dataclass field: a list becomes a tuple; where a tuple is due, a number is repeated."""
+    """A JSON value, one for all levels or a list of one for each, in the form of a field with this default:
+    a number is repeated where a tuple is due, and equal numbers are one where a number is due."""
     if isinstance(default, tuple):
-        return tuple(value) if isinstance(value, list) else (value,) * levels
-    return value
+        return value if isinstance(value, list) else [value] * levels
+    return value[0] if isinstance(value, list) and value and value == value[:1] * len(value) else value
+
+
+def divisible(name, numbers, divisor, by):
+    """ValueError unless `divisor` divides each of the numbers."""
+    if any(number % divisor for number in numbers):
+        raise ValueError(f"{name} {numbers} must be multiples of {by} {divisor}")
 
 
 # ---- VAE: pixels <-> latents (AutoencoderKL of SDXL) ------------------------------------------------------
@@ -343,16 +365,24 @@ class VAEConfig:
     in_channels: int = 3
     out_channels: int = 3
     latent_channels: int = 4
-    block_out_channels: tuple = (128, 256, 512, 512)
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     layers_per_block: int = 2
     norm_num_groups: int = 32
     scaling_factor: float = 0.13025  # 1 / standard deviation of the raw latents
     sample_size: int = 1024  # image side it was trained at; unused, kept for diffusers
 
+    def __post_init__(self):
+        divisible("block_out_channels", self.block_out_channels, self.norm_num_groups, "norm_num_groups")
+        if self.in_channels != 3 or self.out_channels != 3:
+            raise ValueError("in_channels and out_channels must be 3: images are RGB")
 
-VAE_FIXED = {"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True,
-             "mid_block_add_attention": True, "shift_factor": None, "latents_mean": None,
-             "latents_std": None}
+
+# Fields of diffusers' classes that aren't ours: the values for which this code computes the same, of which
+# the first is written; a list must hold it throughout.
+VAE_FIXED = {"_class_name": ("AutoencoderKL",), "act_fn": ("silu", "swish"), "use_quant_conv": (True,),
+             "use_post_quant_conv": (True,), "mid_block_add_attention": (True,), "shift_factor": (None, 0),
+             "latents_mean": (None,), "latents_std": (None,), "down_block_types": ("DownEncoderBlock2D",),
+             "up_block_types": ("UpDecoderBlock2D",)}
 
 
 class SpatialAttention(Attention):
@@ -476,16 +506,35 @@ class VAE(nn.Module):
         """Load from a model folder, its diffusion-decoder, or the VAE's own folder (diffusers layout)."""
         folder = part_folder(folder, "vae")
         config = read_config(folder / "config.json", VAEConfig, VAE_FIXED)
-        return load_strict(lambda: cls(config), read_headers(folder), folder, device, dtype)
+        levels, n = len(config.block_out_channels), config.layers_per_block
+        layers = {"encoder.down_blocks.": levels, "encoder.down_blocks.0.resnets.": n,
+                  "decoder.up_blocks.": levels, "decoder.up_blocks.0.resnets.": n + 1}
+        tensors = linear_attention(read_headers(folder))
+        return load_strict(lambda: cls(config), tensors, folder, device, dtype, layers)
 
     def save_pretrained(self, folder, dtype=None):
         """Write config.json and weights into `folder` (the VAE's own), so that diffusers loads them."""
-        levels = len(self.config.block_out_channels)
-        write_json(Path(folder) / "config.json", {
-            "_class_name": "AutoencoderKL", **asdict(self.config), **VAE_FIXED, "force_upcast": True,
-            "down_block_types": ["DownEncoderBlock2D"] * levels,
-            "up_block_types": ["UpDecoderBlock2D"] * levels})
+        content, levels = written(VAE_FIXED, self.config), len(self.config.block_out_channels)
+        for name in ("down_block_types", "up_block_types"):
+            content[name] = [content[name]] * levels
+        write_json(Path(folder) / "config.json", content | {"force_upcast": True})
         save_weights(self, Path(folder) / "diffusion_pytorch_model.safetensors", dtype)
+
+
+def linear_attention(stored):
+    """{name: Stored} of the VAE, with the names of diffusers' attention of before 2023, and with matrices
+    where a convolution of 1 x 1 pixel stored them."""
+    renamed = {}
+    for name, tensor in stored.items():
+        stem, dot, rest = name.partition("attentions.0.")
+        part, _, kind = rest.partition(".")
+        name = f"{stem}{dot}{OLD_ATTENTION[part]}.{kind}" if part in OLD_ATTENTION else name
+        matrix = dot and len(tensor.shape) == 4 and tuple(tensor.shape[2:]) == (1, 1)
+        renamed[name] = tensor._replace(shape=tensor.shape[:2]) if matrix else tensor
+    return renamed
+
+
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 # ---- UNet: noisy latents + features -> noise --------------------------------------------------------------
@@ -496,16 +545,16 @@ class UNetConfig:
     sample_size: int = 128  # latents along a side of the default image
     in_channels: int = 4
     out_channels: int = 4
-    block_out_channels: tuple = (320, 640, 1280)
+    block_out_channels: tuple[int, ...] = (320, 640, 1280)
     layers_per_block: int = 2
-    transformer_layers_per_block: tuple = (1, 2, 10)
-    attention_head_dim: tuple = (5, 10, 20)  # number of heads per level, despite diffusers' name
+    transformer_layers_per_block: tuple[int, ...] = (1, 2, 10)
+    attention_head_dim: tuple[int, ...] = (5, 10, 20)  # number of heads per level, despite diffusers' name
     cross_attention_dim: int = 1792
     addition_time_embed_dim: int = 256
     projection_class_embeddings_input_dim: int = 3328  # 1792 + 6 * 256
     norm_num_groups: int = 32
-    down_block_types: tuple = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
-    up_block_types: tuple = ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
+    down_block_types: tuple[str, ...] = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
+    up_block_types: tuple[str, ...] = ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
 
     def __post_init__(self):
         levels = len(self.block_out_channels)
@@ -514,16 +563,49 @@ class UNetConfig:
         if any(len(x) != levels for x in lists):
             raise ValueError(f"a UNet of {levels} levels needs {levels} entries in each list of its "
                              f"config: {self}")
-        unknown = sorted(set(self.down_block_types + self.up_block_types) - UNET_BLOCKS)
+        unknown = {*self.down_block_types} - {*DOWN_BLOCKS} | {*self.up_block_types} - {*UP_BLOCKS}
         if unknown:
-            raise ValueError(f"unknown UNet block types: {', '.join(unknown)}")
+            raise ValueError(f"unknown UNet block types: {', '.join(sorted(unknown))}")
+        divisible("block_out_channels", self.block_out_channels, self.norm_num_groups, "norm_num_groups")
+        for channels, heads in zip(self.block_out_channels, self.attention_head_dim):
+            divisible("block_out_channels", (channels,), heads, "attention_head_dim")
+        divisible("block_out_channels and addition_time_embed_dim",
+                  (self.block_out_channels[0], self.addition_time_embed_dim), 2, "sines and cosines,")
+        if self.projection_class_embeddings_input_dim != (self.cross_attention_dim
+                                                          + 6 * self.addition_time_embed_dim):
+            raise ValueError("projection_class_embeddings_input_dim must be cross_attention_dim + 6 x "
+                             f"addition_time_embed_dim, not {self.projection_class_embeddings_input_dim}")
+        if self.in_channels != self.out_channels:
+            raise ValueError(f"out_channels {self.out_channels} must equal in_channels {self.in_channels}")
 
 
-UNET_BLOCKS = {"DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"}
-UNET_FIXED = {"act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-05,
-              "use_linear_projection": True, "addition_embed_type": "text_time",
-              "resnet_time_scale_shift": "default", "center_input_sample": False,
-              "mid_block_type": "UNetMidBlock2DCrossAttn"}
+DOWN_BLOCKS, UP_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
+FALSE = (False, None)
+UNET_FIXED = {
+    "_class_name": ("UNet2DConditionModel",), "act_fn": ("silu", "swish"), "flip_sin_to_cos": (True,),
+    "freq_shift": (0,), "norm_eps": (1e-05,), "use_linear_projection": (True,),
+    "addition_embed_type": ("text_time",), "resnet_time_scale_shift": ("default",),
+    "center_input_sample": FALSE, "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "only_cross_attention": FALSE, "downsample_padding": (1,), "mid_block_scale_factor": (1,),
+    "reverse_transformer_layers_per_block": (None,), "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,), "dual_cross_attention": FALSE, "class_embed_type": (None,),
+    "num_class_embeds": (None,), "resnet_skip_time_act": FALSE, "resnet_out_scale_factor": (1,),
+    "time_embedding_type": ("positional",), "time_embedding_dim": (None,), "time_embedding_act_fn": (None,),
+    "timestep_post_act": (None,), "time_cond_proj_dim": (None,), "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,), "attention_type": ("default",), "class_embeddings_concat": FALSE,
+    "mid_block_only_cross_attention": (None, False), "cross_attention_norm": (None,)}
+# Fields whose default in diffusers is another value than ours: they must be written out.
+NEEDED = {"use_linear_projection", "addition_embed_type", "beta_schedule", "timestep_spacing"}
+HARMLESS = {
+    "force_upcast": "the VAE always runs in fp32", "upcast_attention": "rounding in half precision only",
+    "dropout": "acts in training only", "num_attention_heads": "if given, it is read as attention_head_dim",
+    "addition_embed_type_num_heads": "of another addition_embed_type",
+    "sigma_min": "of karras, exponential and beta sigmas", "sigma_max": "the same"}
+
+
+def written(fixed, config):
+    """The object of diffusers' config.json that `fixed` and a dataclass make."""
+    return {name: values[0] for name, values in fixed.items()} | asdict(config)
 
 
 class TransformerBlock(nn.Module):
@@ -651,16 +733,33 @@ class UNet(nn.Module):
         """Load from a model folder, its diffusion-decoder, or the UNet's own folder (diffusers layout)."""
         folder = part_folder(folder, "unet")
         config = read_config(folder / "config.json", UNetConfig, UNET_FIXED)
-        return load_strict(lambda: cls(config), read_headers(folder), folder, device, dtype)
+        last = len(config.block_out_channels) - 1
+        layers = {"down_blocks.": last + 1, "up_blocks.": last + 1,
+                  "down_blocks.0.resnets.": config.layers_per_block}
+        for i, depth in enumerate(config.transformer_layers_per_block):
+            blocks = {f"down_blocks.{i}": config.down_block_types[i],
+                      f"up_blocks.{last - i}": config.up_block_types[last - i]}
+            layers |= {f"{block}.attentions.0.transformer_blocks.": depth
+                       for block, kind in blocks.items() if kind.startswith("CrossAttn")}
+        layers["mid_block.attentions.0.transformer_blocks."] = config.transformer_layers_per_block[last]
+        return load_strict(lambda: cls(config), read_headers(folder), folder, device, dtype, layers)
 
     def save_pretrained(self, folder, dtype=None):
         """Write config.json and weights into `folder` (the UNet's own), so that diffusers loads them."""
-        write_json(Path(folder) / "config.json",
-                   {"_class_name": "UNet2DConditionModel", **asdict(self.config), **UNET_FIXED})
+        write_json(Path(folder) / "config.json", written(UNET_FIXED, self.config))
         save_weights(self, Path(folder) / "diffusion_pytorch_model.safetensors", dtype)
 
 
 # ---- Euler schedule: the noise levels of sampling ---------------------------------------------------------
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Fields of diffusers' scheduler_config.json; the defaults are SDXL's."""
+    beta_start: float = field(default=0.00085, metadata={"interval": Interval(above=0, below=1)})
+    beta_end: float = field(default=0.012, metadata={"interval": Interval(above=0, below=1)})
+    num_train_timesteps: int = field(default=1000, metadata={"interval": Interval(1, 100_000)})
+    steps_offset: int = field(default=1, metadata={"interval": Interval(0, 100_000)})
+
 
 class EulerSchedule:
     """Noise levels of diffusers' EulerDiscreteScheduler as in SDXL: scaled-linear betas, "leading" steps.
@@ -669,12 +768,11 @@ class EulerSchedule:
     init_noise_sigma, the scale of the first latents; alpha_bar (1000,), for training.
     """
 
-    def __init__(self, steps=50, beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000,
-                 steps_offset=1):
+    def __init__(self, steps=50, config=ScheduleConfig()):
+        self.config, num_train_timesteps = config, config.num_train_timesteps
         if not 1 <= steps <= num_train_timesteps:
             raise ValueError(f"steps must be between 1 and {num_train_timesteps}, not {steps}")
-        self.config = {"beta_start": beta_start, "beta_end": beta_end,
-                       "num_train_timesteps": num_train_timesteps, "steps_offset": steps_offset}
+        beta_start, beta_end, steps_offset = config.beta_start, config.beta_end, config.steps_offset
         root = torch.linspace(beta_start ** 0.5, beta_end ** 0.5, num_train_timesteps, dtype=torch.float64)
         beta = root ** 2
         alpha_bar = (1 - beta).cumprod(0)
@@ -688,7 +786,7 @@ class EulerSchedule:
 
     def with_steps(self, steps):
         """The same schedule with another number of sampling steps."""
-        return EulerSchedule(steps, **self.config)
+        return EulerSchedule(steps, self.config)
 
     def add_noise(self, z, noise, t):
         """UNet input (B, 4, h, w) at times t (B,) long: sqrt(a) z + sqrt(1 - a) noise, a = alpha_bar[t]."""
@@ -699,20 +797,24 @@ class EulerSchedule:
     def from_pretrained(cls, folder):
         """Read scheduler_config.json, found as by `part_folder`; SDXL's numbers where there is none."""
         path = part_folder(folder, "scheduler") / "scheduler_config.json"
-        raw = read_json(path) if path.exists() else {}
-        require_settings(path, raw, SCHEDULE_FIXED)
-        names = ("beta_start", "beta_end", "num_train_timesteps", "steps_offset")
-        return cls(**{name: raw[name] for name in names if name in raw})
+        if not path.exists():
+            return cls()
+        raw, names = read_json(path), [f.name for f in fields(ScheduleConfig)]
+        require_settings(raw, SCHEDULE_FIXED, path, [*names, *NEEDED & SCHEDULE_FIXED.keys()])
+        config = from_json(ScheduleConfig, raw, path)
+        return cls(min(50, config.num_train_timesteps), config)
 
     def save_pretrained(self, folder):
         """Write scheduler_config.json into `folder` (the scheduler's own)."""
-        write_json(Path(folder) / "scheduler_config.json",
-                   {"_class_name": "EulerDiscreteScheduler", **self.config, **SCHEDULE_FIXED})
+        write_json(Path(folder) / "scheduler_config.json", written(SCHEDULE_FIXED, self.config))
 
 
-SCHEDULE_FIXED = {"beta_schedule": "scaled_linear", "prediction_type": "epsilon",
-                  "timestep_spacing": "leading", "interpolation_type": "linear", "use_karras_sigmas": False,
-                  "trained_betas": None, "rescale_betas_zero_snr": False}
+SCHEDULE_FIXED = {
+    "_class_name": ("EulerDiscreteScheduler",), "beta_schedule": ("scaled_linear",),
+    "prediction_type": ("epsilon",), "timestep_spacing": ("leading",), "interpolation_type": ("linear",),
+    "use_karras_sigmas": FALSE, "use_exponential_sigmas": FALSE, "use_beta_sigmas": FALSE,
+    "trained_betas": (None,), "rescale_betas_zero_snr": FALSE, "timestep_type": ("discrete",),
+    "final_sigmas_type": ("zero",)}
 
 
 # ---- PixelDecoder: features -> pixels ---------------------------------------------------------------------
@@ -811,8 +913,11 @@ class PixelDecoder(nn.Module):
     @classmethod
     def from_pretrained(cls, folder, device="cpu", dtype=torch.float32):
         """Load unet/, vae/ and scheduler/ of a model folder or its diffusion-decoder; the VAE in fp32."""
-        return cls(UNet.from_pretrained(folder, device, dtype), VAE.from_pretrained(folder, device),
-                   EulerSchedule.from_pretrained(folder))
+        unet, vae = UNet.from_pretrained(folder, device, dtype), VAE.from_pretrained(folder, device)
+        if unet.config.in_channels != vae.config.latent_channels:
+            raise ValueError(f"in {folder} the UNet takes {unet.config.in_channels} channels, but the VAE's "
+                             f"latents have {vae.config.latent_channels}")
+        return cls(unet, vae, EulerSchedule.from_pretrained(folder))
 
     def save_pretrained(self, folder, dtype=None):
         """Write diffusion-decoder/{unet,vae,scheduler} into a model folder, in diffusers' layout."""

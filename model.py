@@ -17,21 +17,43 @@ Token ids, masks, labels and grid_thw may be on the CPU for weights on any devic
 values (padding, placeholders, windows, labels) is computed where they are, and only index tensors move, so
 that a training step on a GPU never waits for the device.
 """
+import json
 import math
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import checkpoint
-from checkpoint import INDEX, WEIGHTS, component, official_name, our_name, read_headers, read_json
+from checkpoint import (
+    INDEX,
+    WEIGHTS,
+    Interval,
+    component,
+    from_json,
+    no_weights,
+    official_name,
+    our_name,
+    read_headers,
+    read_json,
+    require_settings,
+    same_tensor,
+    section,
+    sizes,
+    typed,
+)
 from dit import DiTConfig, NextDiT, RMSNorm, frequencies, maybe_checkpoint
 from flow import euler_sample, flow_matching_loss, guide, random_tensor
 
 # ---- configuration ----------------------------------------------------------------------------------------
+
+TOKEN_ID = {"interval": Interval(-1, 2 ** 31 - 1)}  # -1: none, as in early Llama's pad_token_id
+FROM_ZERO = {"interval": Interval(0, 10 ** 6)}
+
 
 @dataclass
 class TextConfig:
@@ -47,17 +69,25 @@ class TextConfig:
     rope_theta: float = 1e6
     tie_word_embeddings: bool = False
     qkv_bias: bool = True              # Qwen2.5 has biases on q, k, v; Llama has none
-    mrope_section: list | None = None  # M-RoPE: number of frequencies for time, row, column; None: 1-D RoPE
+    # M-RoPE: number of frequencies for time, row, column; None: 1-D RoPE
+    mrope_section: list[int] | None = field(default=None, metadata=FROM_ZERO)
     rope_scaling: dict | None = None   # Llama-3's RoPE scaling, as in its config.json
 
     def __post_init__(self):
         if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads "
+                                 f"{self.num_attention_heads}, unless head_dim is given")
             self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even: RoPE rotates pairs")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"num_attention_heads {self.num_attention_heads} must be a multiple of "
                              f"num_key_value_heads {self.num_key_value_heads}")
-        if self.mrope_section is not None and 2 * sum(self.mrope_section) != self.head_dim:
-            raise ValueError(f"mrope_section {self.mrope_section} must sum to half of {self.head_dim} dims")
+        axes = self.mrope_section
+        if axes is not None and (len(axes) != 3 or 2 * sum(axes) != self.head_dim):
+            raise ValueError(f"mrope_section {axes} must be three numbers whose sum is half of "
+                             f"{self.head_dim} dims")
 
 
 @dataclass
@@ -71,8 +101,17 @@ class VisionConfig:
     temporal_patch_size: int = 2       # a still image is repeated to 2 frames
     spatial_merge_size: int = 2        # 2 x 2 patches become one token of the language model
     window_size: int = 112             # side of an attention window, in pixels
-    fullatt_block_indexes: list = field(default_factory=lambda: [7, 15, 23, 31])  # blocks without windows
+    fullatt_block_indexes: list[int] = field(                   # blocks without windows
+        default_factory=lambda: [7, 15, 23, 31], metadata=FROM_ZERO)
     out_hidden_size: int = 3584
+
+    def __post_init__(self):
+        if self.hidden_size % (4 * self.num_heads):
+            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 4 x num_heads "
+                             f"{self.num_heads}")
+        if self.window_size % (self.patch_size * self.spatial_merge_size):
+            raise ValueError(f"window_size {self.window_size} must be a multiple of patch_size "
+                             f"{self.patch_size} x spatial_merge_size {self.spatial_merge_size}")
 
 
 @dataclass
@@ -86,22 +125,26 @@ class BLIP3oConfig:
     text: TextConfig
     vision: VisionConfig | None = None
     dit: DiTConfig | None = None
-    n_query: int | None = None         # None: 64 where the model generates, else 0
-    query_std: float = 1.0             # standard deviation of fresh queries; official: 1
+    n_query: int | None = field(default=None, metadata=FROM_ZERO)  # None: 64 where it generates, else 0
+    query_std: float = field(default=1.0, metadata=FROM_ZERO)  # standard deviation of fresh queries
     queries_supervised: bool = False   # stage 0 has trained the queries: stage 1 freezes them; official: no
     grid: int = 8                      # an image has grid x grid features
     latents: bool = False              # the DiT generates VAE latents, not CLIP features
     mse_channels: int | None = None    # width of the CLIP features that a regressor predicts, without a DiT
     shift: float = 1.0                 # time shift of the flow (flow.shift_time); official: 1
     upsample_prompts: bool = False     # the LLM expands prompts before generation; official: no
-    image_token_id: int = 151655       # <|image_pad|>, the placeholder of one vision token
-    vision_start_token_id: int = 151652
-    eos_token_id: int | list = 151645
-    pad_token_id: int = 151643
+    image_token_id: int = field(default=151655, metadata=TOKEN_ID)  # <|image_pad|>, one vision token
+    vision_start_token_id: int = field(default=151652, metadata=TOKEN_ID)
+    eos_token_id: int | list[int] = field(default=151645, metadata=TOKEN_ID)  # generation_config.json's, too
+    pad_token_id: int = field(default=151643, metadata=TOKEN_ID)
 
     def __post_init__(self):
         if self.n_query is None:
             self.n_query = 64 if self.generates else 0
+        if self.generates and not self.n_query:
+            raise ValueError("a model that generates needs queries (model.latent_queries), not n_query 0")
+        if self.n_query and self.text.vocab_size < 3:
+            raise ValueError(f"vocab_size {self.text.vocab_size} has no room for [IMG], [/IMG], <image>")
         if self.vision is not None and self.vision.out_hidden_size != self.text.hidden_size:
             raise ValueError(f"the vision tower's out_hidden_size {self.vision.out_hidden_size} must equal "
                              f"the language model's hidden_size {self.text.hidden_size}")
@@ -523,12 +566,14 @@ def penalise(scores, seen, penalty):
     return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
-def pick_token(scores, temperature, top_p, generator):
-    """scores (B, V) -> the next token (B,): the best at temperature 0, else a sample from the nucleus.
+def pick_token(scores, temperature, top_p, generator, top_k=0):
+    """scores (B, V) -> the next token (B,): the best at temperature 0, else a sample from the nucleus of the
+    top_k best ones (0: of all).
     generator: one for all rows, or a list of one per row, which makes rows independent of their batch."""
     if temperature == 0:
         return scores.argmax(-1)
-    probs, order = (scores / temperature).softmax(-1).sort(dim=-1, descending=True)
+    scores, order = (scores / temperature).sort(dim=-1, descending=True)
+    probs = scores[:, :top_k or None].softmax(-1)
     probs[probs.cumsum(-1) - probs > top_p] = 0  # keep the nucleus
     parts = zip(probs.split(1), generator) if isinstance(generator, list) else [(probs, generator)]
     choices = [torch.multinomial(p.to(g.device if g else p.device), 1, generator=g) for p, g in parts]
@@ -638,7 +683,8 @@ class BLIP3o(nn.Module):
 
     @torch.no_grad()
     def generate_text(self, ids, mask=None, pixels=None, grid_thw=None, max_new_tokens=128, temperature=0.0,
-                      top_p=1.0, repetition_penalty=1.0, stop_ids=None, on_token=None, generator=None):
+                      top_p=1.0, repetition_penalty=1.0, stop_ids=None, on_token=None, generator=None,
+                      top_k=0):
         """Answers to prompts (B, L): a list of B tensors with the new ids, without the stop token.
 
         Padding may be on either side. Temperature 0 is greedy. stop_ids defaults to eos and pad. on_token,
@@ -658,7 +704,7 @@ class BLIP3o(nn.Module):
         new, done = [[] for _ in ids], torch.zeros(len(ids), dtype=torch.bool, device=device)
         for i in range(max_new_tokens):
             scores = penalise(self.llm.head(hidden).float(), seen, repetition_penalty)  # (B, V)
-            token = pick_token(scores, temperature, top_p, generator)  # (B,)
+            token = pick_token(scores, temperature, top_p, generator, top_k)  # (B,)
             done |= torch.isin(token, stop_ids)
             step = [None if end else t for t, end in zip(token.tolist(), done.tolist())]
             for row, t in zip(new, step):
@@ -767,19 +813,24 @@ class BLIP3o(nn.Module):
         """Read a folder in the official layout: ours, BLIP3o-Model-4B/8B, Qwen2.5-VL, Llama or SmolLM2.
 
         parts: a subset of {"visual", "llm", "queries", "dit", "regressor"}, None for all in the folder; the
-        others become None and aren't read. On device "meta" only headers are read. Raises ValueError unless
-        files and config.json match exactly.
+        others become None and aren't read. On device "meta" only headers are read. Tied embeddings with
+        another head beside them are untied, as in transformers. Raises ValueError unless files and
+        config.json match exactly, and for settings that aren't implemented.
         """
         folder = Path(folder)
         stored = read_headers(folder)
         if not stored:
-            raise ValueError(f"{folder} holds no model: it has neither {WEIGHTS} nor shards with {INDEX}")
+            raise ValueError(no_weights(folder, "model"))
         config = read_config(folder, stored)
         parts = config.parts if parts is None else set(parts)
         absent = sorted(parts - config.parts)
         if absent:
             raise ValueError(f"{folder} has no {' and no '.join(absent)}; it has "
                              f"{', '.join(sorted(config.parts))}")
+
+        head, embeddings = stored.get("lm_head.weight"), embeddings_of(stored)
+        if head and embeddings and config.text.tie_word_embeddings and "llm" in parts and device != "meta":
+            config.text.tie_word_embeddings = same_tensor(head, embeddings)
 
         def build():
             model = cls(config)
@@ -794,7 +845,11 @@ class BLIP3o(nn.Module):
             extra = name is None or key == "lm_head.weight" and config.text.tie_word_embeddings
             if not extra and (part in parts or part == "other"):  # load_strict reports unknown keys
                 tensors[name] = tensor
-        return checkpoint.load_strict(build, tensors, folder, device, dtype)
+        layers = {"visual": ("visual.blocks.", config.vision and config.vision.depth),
+                  "llm": ("llm.layers.", config.text.num_hidden_layers),
+                  "dit": ("dit.layers.", config.dit and config.dit.n_layers)}
+        layers = dict(layers[part] for part in parts & layers.keys())
+        return checkpoint.load_strict(build, tensors, folder, device, dtype, layers)
 
     def save_pretrained(self, folder, dtype=None):
         """Write model.safetensors and config.json in the official layout, each atomically.
@@ -839,9 +894,90 @@ NANO_KEYS = ("n_query", "query_std", "queries_supervised", "grid", "shift", "ups
 GENERATOR_KEYS = ("dit", "grid", "shift", "latents", "mse_channels")
 FOREIGN_KEYS = ("clip", "sampling")  # read by clip_decoder.py and sample.py
 TOKEN_IDS = ("image_token_id", "vision_start_token_id", "eos_token_id", "pad_token_id")
-REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "rms_norm_eps", "rope_theta")
-FIXED = {"hidden_act": "silu", "use_sliding_window": False}  # the only values implemented
+SAMPLING = {"steps": (int, Interval(1, 10_000)), "cfg": (float, Interval(0, 1000)),
+            "decoder_steps": (int, Interval(1, 1000)), "decoder_cfg": (float, Interval(0, 1000)),
+            "upsample": (bool, None)}  # under nano_blip3o.sampling: type and range
+
+# Every field that transformers' class of a model_type reads is one of these: CONSUMED, FIXED (to the values
+# for which this code computes the same) or HARMLESS. Fields that it doesn't read are ignored here, too.
+CONSUMED = {*(f.name for f in fields(TextConfig)), *TOKEN_IDS, "text_config", "vision_config",
+            "rope_parameters", "rope_scaling", "rope_theta",
+            "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
+            "max_position_embeddings"}  # these five: see Windows
+COMMON = {"hidden_act": ("silu", "swish"), "is_causal": (True, None), "partial_rotary_factor": (1, None)}
+BIASES = {"attention_bias": (False, None), "mlp_bias": (False, None)}  # Llama's
+VISION_FIXED = {
+    "model_type": ("qwen2_5_vl_vision", "qwen2_5_vl", None), "hidden_act": ("silu", "swish"),
+    "in_channels": (3,), "head_dim": (None,),
+    "rope_parameters": (None, *({"rope_type": kind, "rope_theta": 10000} for kind in ("axial", "default")))}
+HARMLESS = {
+    "model_type": "picks the table", "architectures": "the class that saved it", "dtype": "weights carry it",
+    "transformers_version": "says who saved it", "initializer_range": "fresh weights only",
+    "attention_dropout": "acts in training only", "use_cache": "a cache changes no number",
+    "pretraining_tp": "splits products, changes no number", "bos_token_id": "the tokenizer's business",
+    "video_token_id": "videos aren't taken", "vision_end_token_id": "an ordinary token of the prompt",
+    "tokens_per_second": "of videos", "output_hidden_states": "what is returned beside logits",
+    "return_dict": "how results are packed", "chunk_size_feed_forward": "saves memory in other models",
+    "is_encoder_decoder": "no such class here", "id2label": "of classifiers", "label2id": "of classifiers",
+    "problem_type": "of classifiers"}
+
+
+class Family(NamedTuple):
+    """What transformers' class of a model_type assumes."""
+    fixed: dict       # the fields that it reads and this code doesn't -> the values that change nothing
+    defaults: dict    # of fields on which config.json is silent
+    overrides: dict   # of fields of Windows that it doesn't read
+    qkv_bias: bool    # whether q, k and v may have biases
+
+
+QWEN_VL = Family(COMMON, {"rope_theta": 1e6, "max_position_embeddings": 32768, "max_window_layers": 80}, {},
+                 True)
+FAMILIES = {
+    "qwen2_5_vl": QWEN_VL, "qwen2_5_vl_text": QWEN_VL, "blip3o_qwen": QWEN_VL,
+    "blip3o_qwen_inference": QWEN_VL,
+    "qwen2": Family(COMMON, {"rope_theta": 1e4, "max_position_embeddings": 32768, "max_window_layers": 28},
+                    {}, True),
+    "llama": Family(COMMON | BIASES, {"rope_theta": 1e4, "max_position_embeddings": 2048},
+                    {"use_sliding_window": False, "layer_types": None}, False),
+    "mistral": Family(COMMON, {"rope_theta": 1e4, "max_position_embeddings": 131072},
+                      {"use_sliding_window": True, "max_window_layers": 0, "layer_types": None}, False)}
+
+
+@dataclass
+class Windows:
+    """The fields of config.json from which transformers makes sliding windows."""
+    max_position_embeddings: int
+    max_window_layers: int | None = field(default=None, metadata=FROM_ZERO)
+    use_sliding_window: bool | None = False
+    sliding_window: int | None = field(default=4096, metadata=FROM_ZERO)
+    layer_types: list[str] | None = None
+
+    def refuse(self, path, layers):
+        """ValueError if one of `layers` layers sees less than the context that the model was made for."""
+        kinds, window = set(self.layer_types or []), self.sliding_window if self.use_sliding_window else None
+        if not kinds and window is not None and (self.max_window_layers or 0) < layers:
+            kinds = {"sliding_attention"}
+        other = sorted(kinds - {"full_attention", "sliding_attention"})
+        if other:
+            raise ValueError(f"{path} asks for {', '.join(other)} in layer_types, which is not implemented")
+        if "sliding_attention" in kinds and (window is None or window < self.max_position_embeddings):
+            raise ValueError(f"{path} asks for sliding windows of {window} tokens (sliding_window, "
+                             "use_sliding_window, layer_types), fewer than its max_position_embeddings "
+                             f"{self.max_position_embeddings}, which is not implemented")
+
+
+@dataclass
+class Llama3Rope:
+    """Llama-3's RoPE scaling in config.json; see `text_frequencies`."""
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def __post_init__(self):
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(f"low_freq_factor {self.low_freq_factor} must be below high_freq_factor "
+                             f"{self.high_freq_factor}")
 
 
 def read_config(folder, stored):
@@ -851,85 +987,153 @@ def read_config(folder, stored):
         raise ValueError(f"{folder} has no config.json")
     raw = read_json(path)
     ours = our_settings(path, raw)
-    text = {**raw, **raw.get("text_config", {})}  # newer files nest the language model's fields
-    vision = raw.get("vision_config")
-    sections = {"vision_config.": vision or {}, "": text}
-    asked = [f"{prefix}{name} = {section[name]}" for prefix, section in sections.items()
-             for name, value in FIXED.items() if (section.get(name) or value) != value]
-    if asked:
-        raise ValueError(f"{path} asks for {', '.join(asked)}: not implemented")
+    nested = section(raw, "text_config", path)  # newer files nest the language model's fields
+    for model_type in (raw.get("model_type"), nested.get("model_type") or "llama"):
+        if not isinstance(model_type, str) or model_type not in FAMILIES:
+            raise ValueError(f"{path} has the model_type {json.dumps(model_type)[:60]}; implemented are "
+                             f"{', '.join(FAMILIES)}")
+    text = raw | {name: value for name, value in nested.items() if value is not None}
+    vision = section(raw, "vision_config", path)
     dit = None
     if any(component(key) == "dit" for key in stored):
-        dit = DiTConfig(**(ours.get("dit") or dit_sizes(folder, stored)))
-    settings = {name: ours[name] for name in NANO_KEYS if name in ours}
-    settings |= {name: text[name] for name in TOKEN_IDS if text.get(name) is not None}
-    queries = stored.get("model.latent_queries")
-    settings["n_query"] = 0 if queries is None else queries.shape[1]
-    return BLIP3oConfig(
-        text=text_config(path, raw, text, stored),
-        vision=VisionConfig(**pick_fields(VisionConfig, vision)) if vision else None,
-        dit=dit, **settings)
+        where = f"{path}: nano_blip3o.dit" if ours["dit"] else f"the DiT in {folder}"
+        dit = from_json(DiTConfig, ours["dit"] or dit_sizes(where, stored), where)
+    settings = {name: ours[name] for name in NANO_KEYS if name in ours} | {"n_query": 0}
+    for part in (text, raw):
+        settings |= {name: part[name] for name in TOKEN_IDS if part.get(name) is not None}
+    if "model.latent_queries" in stored:
+        settings["n_query"] = sizes(stored, "model.latent_queries", 3, folder)[1]
+    config = from_json(BLIP3oConfig, settings | {
+        "text": text_config(path, raw, text, stored, bool(vision)), "dit": dit,
+        "vision": vision_config(f"{path}: vision_config", vision) if vision else None}, path)
+    config.eos_token_id = with_generation_ids(folder / "generation_config.json", config.eos_token_id)
+    return config
+
+
+def with_generation_ids(path, eos):
+    """eos_token_id of config.json, an id or a list, and those that generation_config.json adds."""
+    added = read_json(path).get("eos_token_id") if path.exists() else None
+    added = typed(added, int | list[int] | None, TOKEN_ID["interval"], f"{path}: eos_token_id")
+    lists = [ids if isinstance(ids, list) else [ids] for ids in (eos, added) if ids is not None]
+    ids = list(dict.fromkeys(sum(lists, [])))
+    return eos if len(lists) == 1 or len(ids) == len(lists[0]) else ids
 
 
 def our_settings(path, raw):
-    """The settings under "nano_blip3o" in config.json; ValueError for unknown ones."""
-    ours = raw.get("nano_blip3o") or {}
-    if ours.get("format", 1) not in range(1, FORMAT + 1):
-        raise ValueError(f'{path} has format {ours["format"]} under "nano_blip3o", this code reads up to '
+    """The settings under "nano_blip3o" in config.json, "dit" always; ValueError for unknown ones."""
+    ours = section(raw, "nano_blip3o", path)
+    version = typed(ours.get("format", 1), int, None, f"{path}: nano_blip3o.format")
+    if not 1 <= version <= FORMAT:
+        raise ValueError(f'{path} has format {version} under "nano_blip3o", this code reads up to '
                          f"{FORMAT}: update the code")
+    dit = section(ours, "dit", f"{path}: nano_blip3o")
     unknown = sorted(ours.keys() - {"format", "dit", *NANO_KEYS, *FOREIGN_KEYS})
-    dit = ours.get("dit") or {}
-    unknown += sorted(f"dit.{name}" for name in dit.keys() - pick_fields(DiTConfig, dit).keys())
+    unknown += sorted(f"dit.{name}" for name in dit.keys() - {f.name for f in fields(DiTConfig)})
     if unknown:
         raise ValueError(f'{path} has unknown settings under "nano_blip3o": {", ".join(unknown)}')
-    return ours
+    return ours | {"dit": dit}
 
 
-def text_config(path, raw, text, stored):
-    """TextConfig from config.json: raw is the file, text the same updated with its text_config."""
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}  # newer and older name
-    text = {"rope_theta": rope.get("rope_theta"), **text}
-    absent = [name for name in REQUIRED if text.get(name) is None]
-    if absent:
-        raise ValueError(f"{path} lacks {', '.join(absent)}")
+def read_sampling(config, where):
+    """The sampling settings that a model folder asks for, a subset of SAMPLING's names.
+
+    config: the object in its config.json. Raises ValueError, beginning with `where`, for unknown names,
+    other types and numbers out of range.
+    """
+    where = f"{where}: nano_blip3o"
+    asked = section(section(config, "nano_blip3o", where.partition(": nano")[0]), "sampling", where)
+    unknown = sorted(asked.keys() - SAMPLING.keys())
+    if unknown:
+        raise ValueError(f"{where}.sampling has unknown settings: {', '.join(unknown)}; there are "
+                         f"{', '.join(SAMPLING)}")
+    return {name: typed(value, *SAMPLING[name], f"{where}.sampling.{name}") for name, value in asked.items()}
+
+
+def embeddings_of(stored):
+    """The Stored token embeddings, whichever of their two official names they have; None if absent."""
+    return next((stored[key] for key in stored if our_name(key) == "llm.embed_tokens.weight"), None)
+
+
+def text_config(path, raw, text, stored, sees):
+    """TextConfig from config.json: raw is the file, text the same updated with its text_config; sees: there
+    is a vision tower."""
+    family = FAMILIES[raw["model_type"]]
+    require_settings(text, family.fixed, path, ["rms_norm_eps"])
+    text = family.defaults | text | family.overrides
+    rope = rope_settings(path, text)
+    sections = rope.get("mrope_section") or ([16, 24, 24] if sees else None)  # transformers' default
+    ties = [typed(part.get("tie_word_embeddings"), bool | None, None, f"{path}: tie_word_embeddings")
+            for part in (raw, text)]
+    ties = [tie for tie in ties if tie is not None] or ["lm_head.weight" not in stored]
+    biases = any(key.endswith("layers.0.self_attn.q_proj.bias") for key in stored)
+    if text.get("num_key_value_heads") is None:
+        text["num_key_value_heads"] = text.get("num_attention_heads")
+    config = from_json(TextConfig, text | {
+        "rope_theta": rope["rope_theta"], "mrope_section": sections,
+        "rope_scaling": rope if rope["rope_type"] == "llama3" else None,
+        "tie_word_embeddings": any(ties), "qkv_bias": biases and family.qkv_bias}, path)
+    from_json(Windows, text, path).refuse(path, config.num_hidden_layers)
+    return config
+
+
+def rope_settings(path, text):
+    """rope_parameters (transformers 5) or rope_scaling (4) of config.json, checked, always with rope_type
+    and rope_theta."""
+    name = "rope_scaling" if text.get("rope_scaling") else "rope_parameters"  # transformers' order
+    rope = section(text, name, path)
+    where = f"{path}: {name}"
+    nested = sorted(name for name, value in rope.items() if isinstance(value, dict))
+    if nested:
+        raise ValueError(f"{where} names {', '.join(nested)}: RoPE that differs between layers is not "
+                         "implemented")
+    require_settings(rope, {"partial_rotary_factor": (1, None)}, where)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", "mrope", "llama3"):
-        raise ValueError(f"{path} asks for {kind} RoPE scaling: not implemented")
-    tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", "lm_head.weight" not in stored))
-    return TextConfig(**pick_fields(TextConfig, text) | {
-        "tie_word_embeddings": tied,
-        "qkv_bias": any(key.endswith("layers.0.self_attn.q_proj.bias") for key in stored),
-        "mrope_section": rope.get("mrope_section"),
-        "rope_scaling": rope if kind == "llama3" else None})
+        raise ValueError(f"{where} asks for {kind} RoPE scaling: not implemented")
+    theta = text["rope_theta"] if rope.get("rope_theta") is None else rope["rope_theta"]
+    theta = typed(theta, float, Interval(above=0), f"{path}: rope_theta")
+    rope = {"rope_type": kind} | rope | {"rope_theta": theta}
+    if kind == "llama3":
+        original = "original_max_position_embeddings"
+        rope[original] = text.get(original) or rope.get(original) or text.get("max_position_embeddings")
+        from_json(Llama3Rope, rope, where)
+    return rope
 
 
-def pick_fields(cls, values):
-    """The entries of a dict that are fields of a dataclass."""
-    return {f.name: values[f.name] for f in fields(cls) if f.name in values}
+def vision_config(where, raw):
+    """VisionConfig from config.json's vision_config."""
+    require_settings(raw, VISION_FIXED, where)
+    for alias, name in (("num_attention_heads", "num_heads"), ("num_hidden_layers", "depth")):
+        if alias in raw and raw.setdefault(name, raw[alias]) != raw[alias]:
+            raise ValueError(f"{where} names two numbers, {name} and {alias}, of which it can have one")
+    return from_json(VisionConfig, raw, where)
 
 
-def dit_sizes(folder, stored):
+def dit_sizes(where, stored):
     """DiTConfig's fields from the shapes in an official checkpoint, whose config.json lacks them."""
     prefix = "model.dit.model."
-    shape = {key[len(prefix):]: tensor.shape for key, tensor in stored.items() if key.startswith(prefix)}
-    try:
-        (dim, in_channels), (heads,) = shape["patch_embedder.proj.weight"], shape["layers.0.gate"]
-        return dict(in_channels=in_channels, dim=dim, n_heads=heads, rope="2d",
-                    n_layers=sum(key.endswith(".gate") for key in shape),
-                    n_kv_heads=shape["layers.0.attn1.to_k.weight"][0] // (dim // heads),
-                    ffn_dim=shape["layers.0.feed_forward.linear_1.weight"][0],
-                    cond_dim=shape["caption_projection.linear_1.weight"][1],
-                    modulation_dim=shape["time_caption_embed.timestep_embedder.linear_1.weight"][0])
-    except KeyError as error:
-        raise ValueError(f"the DiT in {folder} lacks {error}, from which its size is read") from None
+    found = {key[len(prefix):]: tensor for key, tensor in stored.items() if key.startswith(prefix)}
+    dim, in_channels = sizes(found, "patch_embedder.proj.weight", 2, where)
+    heads, = sizes(found, "layers.0.gate", 1, where)
+
+    def size(name, axis):
+        return sizes(found, name, 2, where)[axis]
+    return dict(in_channels=in_channels, dim=dim, n_heads=heads, rope="2d",
+                n_layers=checkpoint.stored_layers(found, "layers."),
+                n_kv_heads=size("layers.0.attn1.to_k.weight", 0) * heads // dim,
+                ffn_dim=size("layers.0.feed_forward.linear_1.weight", 0),
+                cond_dim=size("caption_projection.linear_1.weight", 1),
+                modulation_dim=size("time_caption_embed.timestep_embedder.linear_1.weight", 0))
 
 
 def write_config(folder, model, dtype):
     """Create or update config.json: official fields, and all others under "nano_blip3o"."""
     path, config = folder / "config.json", model.config
     raw = read_json(path) if path.exists() else {}
-    raw.setdefault("model_type", "blip3o_qwen" if config.generates else "qwen2_5_vl")
-    text = raw.get("text_config", raw)
+    raw.setdefault("model_type", "qwen2_5_vl")
+    if config.generates and raw["model_type"] in ("qwen2_5_vl", "qwen2_5_vl_text"):
+        raw["model_type"] = "blip3o_qwen"
+    text = raw.get("text_config") or raw
     text.update(asdict(config.text))
     for name in ("qkv_bias", "mrope_section", "rope_parameters"):  # not official, or written as rope_scaling
         text.pop(name, None)
@@ -938,12 +1142,12 @@ def write_config(folder, model, dtype):
     raw |= {"tie_word_embeddings": config.text.tie_word_embeddings, "torch_dtype": dtype}
     raw |= {name: getattr(config, name) for name in TOKEN_IDS}
     if model.visual is not None:
-        raw["vision_config"] = {**raw.get("vision_config", {}), **asdict(config.vision)}
+        raw["vision_config"] = section(raw, "vision_config", path) | asdict(config.vision)
     if model.latent_queries is not None:
         raw["n_query"] = config.n_query
         if config.generates:
             raw["gen_hidden_size"] = config.gen_hidden_size
-        before = raw.get("nano_blip3o", {})
+        before = section(raw, "nano_blip3o", path)
         raw["nano_blip3o"] = {**before, "format": FORMAT, "dit": config.dit and asdict(config.dit),
                               **{name: getattr(config, name) for name in NANO_KEYS}}
         if not config.generates:  # the folder's generator stays, and so do its settings
