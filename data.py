@@ -11,23 +11,37 @@ import io
 import json
 import math
 import os
+import re
 import sys
-import tarfile
+from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Tokenizers
 from tqdm import tqdm
 
-from checkpoint import atomic_write
+from checkpoint import (
+    COUNT,
+    atomic_write,
+    from_json,
+    open_file,
+    parse_json,
+    path_below,
+    read_file,
+    read_json,
+    require_settings,
+    sentence,
+    typed,
+)
 
 # The prompts of the official system, and two of ours: prompt upsampling (Betker et al. 2023, section 3.5)
 # and the question of VQAScore (arXiv 2404.01291).
@@ -39,9 +53,25 @@ UPSAMPLE = "Describe an image of the following caption in full: {}"
 MATCH = 'Does this image show "{}"? Answer yes or no.'
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-LEFT_OUT = ("no caption", "no image", "link")         # reasons for skipping, counted while indexing
+RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json")      # of files with one JSON object for each sample
+OTHER_SUFFIXES = (".gif", ".avif", ".heic", ".heif", ".bmp", ".jfif", ".tif", ".tiff", ".jxl", ".jp2",
+                  ".svg", ".ppm", ".parquet", ".arrow", ".csv", ".tsv", ".gz", ".tgz", ".zip", ".zst")
+# Reasons for skipping, counted while indexing: the suffixes are of files that might have been meant.
+LEFT_OUT = ("no caption", "no image", "link", "sparse", "hidden", *OTHER_SUFFIXES)
 INDEX_FOLDER = Path("runs/index")                     # where the index of the shards is kept
+INDEX_VERSION = 2                                     # of its files, and of what is in them
 MAX_UNREADABLE = 100                                  # broken samples in a row that end a run
+MAX_SHARDS = 10 ** 6                                  # that the braces of one pattern may stand for
+
+# What a sample may cost. An image of MAX_PIXELS takes 0.8 GiB while it is read; the largest cameras have 102
+# million.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")           # for EPS PIL would start a program
+MAX_PIXELS, STRIP = 100 * 2 ** 20, 2 ** 24            # STRIP: pixels converted at a time
+MAX_CAPTION, MAX_CONVERSATION = 2 ** 14, 2 ** 16      # bytes
+MAX_RECORD = 2 ** 24                                  # bytes of JSON
+MAX_BYTES = {"image too large": 2 ** 29, "caption too long": MAX_CAPTION, "record too large": MAX_RECORD}
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY           # 64 MiB: profiles pass 1 MiB
 
 
 # ---- examples: all that training sees of the data -------------------------------------------------------
@@ -65,8 +95,13 @@ class BadSample(ValueError):
     """An unusable sample. cause: why, in two or three words, to count by."""
 
     def __init__(self, cause, message):
-        super().__init__(message)
+        super().__init__(printable(message)[:500])
         self.cause = cause
+
+
+def printable(text):
+    """The text in one line: what would break it, or can't be printed, is replaced. Names are data."""
+    return re.sub("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]", "\ufffd", str(text))
 
 
 @dataclass
@@ -83,14 +118,19 @@ class CaptionTask:
     short_caption: float | None = None
 
     def __call__(self, item, rng):
-        """An item {"image" or "features", "caption", "captions", "turns"} -> Example; raises BadSample."""
+        """An item {"image" or "features" or neither, "caption", "captions", "turns"} -> Example; raises
+        BadSample, also for a conversation that this task doesn't train on."""
         caption, image = self.choose_caption(item, rng), item.get("image")
-        if caption is None and not self.converse:
-            raise BadSample("no caption", "a conversation without a caption")
-        if self.converse == 1 or self.converse and (caption is None or rng.random() < self.converse):
+        has_image = item.keys() & {"image", "features"}
+        cause = "no caption" if caption is None else None if has_image else "no image"
+        if cause and not self.converse:
+            raise BadSample(cause, f"a conversation with {cause}: only stage 0 and --joint train on it")
+        if self.converse == 1 or self.converse and (cause or rng.random() < self.converse):
             turns = item.get("turns") or [("<image>" + DESCRIBE, caption)]
             # LLaVA's <image> mark is dropped: the image always precedes the text.
             shows = any("<image>" in user for user, _ in turns)
+            if shows and image is None:
+                raise BadSample("no image", "a conversation shows an <image> that isn't there")
             turns = [(user.replace("<image>", "").strip(), assistant) for user, assistant in turns]
             return Example(rng, turns=turns, turns_image=image if shows else None)
         if self.reconstruct and rng.random() < self.reconstruct:
@@ -119,9 +159,14 @@ class Samples(torch.utils.data.Dataset):
 
     def __getitem__(self, position):
         """The Example at a position; its `skipped` lists (cause, name) of the broken items that it replaces,
-        the position's own first. Raises ValueError if MAX_UNREADABLE items in a row are broken."""
+        the position's own first.
+
+        Raises ValueError if MAX_UNREADABLE items in a row are broken; BadSample, which needn't end a run, if
+        all held-out ones are.
+        """
         skipped = []
-        while len(skipped) < MAX_UNREADABLE:
+        most = min(MAX_UNREADABLE, len(self.source.held_out)) if self.held_out else MAX_UNREADABLE
+        while len(skipped) < most:
             i = self.source.index(position, len(skipped), self.seed, self.held_out)
             rng = np.random.default_rng((self.seed, position, 1))
             try:
@@ -131,58 +176,134 @@ class Samples(torch.utils.data.Dataset):
             except BadSample as error:
                 skipped.append((error.cause, self.source.name(i)))
                 last = error
-        raise ValueError(f"{MAX_UNREADABLE} samples in a row can't be read; "
-                         f"the last: {last} ({skipped[-1][1]})")
+        if not most:
+            raise BadSample("no held-out sample", "no sample is held out")
+        causes = ", ".join(f"{n} {cause}" for cause, n in Counter(cause for cause, _ in skipped).items())
+        message = f"samples in a row can't be read ({causes}); the last: {last} ({skipped[-1][1]})"
+        if self.held_out:
+            raise BadSample("no held-out sample", f"{most} held-out {message}")
+        raise ValueError(f"{most} {message}")
 
 
 # ---- reading one sample ---------------------------------------------------------------------------------
 
-def load_image(file):
+def load_image(file, square=None):
     """An image file (path or binary file object) as an RGB PIL image, upright (EXIF), transparency on white,
-    first frame.
+    first frame. square: the side that `crop_square` makes it.
 
-    Raises BadSample with one sentence if the file isn't a readable image.
+    Raises BadSample with one sentence if the file isn't an image of FORMATS, is broken, or has more than
+    MAX_PIXELS.
     """
+    if isinstance(file, (str, Path)):
+        try:
+            opened = open_file(file)
+        except (OSError, ValueError) as error:
+            raise BadSample("no image", f"{file} can't be read as an image: {sentence(error)}") from None
+        with opened:
+            return load_opened(opened, file, square)
+    return load_opened(file, "the image", square)
+
+
+def load_opened(file, name, square):
+    """`load_image` of a binary file object, called `name` in errors."""
     try:
-        image = Image.open(file)
+        image = Image.open(file, formats=FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise Image.DecompressionBombError(f"it has {image.width} x {image.height} pixels; "
+                                               f"{MAX_PIXELS // 2 ** 20} million are the most")
         ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I"):                               # PIL would clip 16 bits, not scale them
-            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        if image.mode != "RGB":
-            return image.convert("RGB")
         image.load()
-        return image
+        image = to_rgb(image)
+        return image if square is None else crop_square(image, square)
     except Exception as error:  # broken bytes make PIL raise half a dozen kinds
-        causes = {FileNotFoundError: "no image", UnidentifiedImageError: "not an image",
-                  Image.DecompressionBombError: "too many pixels"}
-        name = file if isinstance(file, (str, Path)) else "this member"
+        causes = {UnidentifiedImageError: "not an image", Image.DecompressionBombError: "too many pixels"}
         cause = causes.get(type(error), "broken image")
-        raise BadSample(cause, f"{name} can't be read as an image: {error}") from None
+        why = f"it is none of {', '.join(FORMATS)}" if cause == "not an image" else sentence(error)
+        raise BadSample(cause, f"{name} can't be read as an image: {why}") from None
+
+
+def to_rgb(image):
+    """A loaded PIL image of any mode as RGB, transparency on white; in strips, which bound the copies."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    w, h = image.size
+    rows = max(1, STRIP // w)
+    if h > rows:
+        whole = Image.new("RGB", image.size)
+        for top in range(0, h, rows):
+            whole.paste(to_rgb(image.crop((0, top, w, min(h, top + rows)))), (0, top))
+        return whole
+    if image.mode.startswith("I"):                                   # PIL would clip 16 bits, not scale them
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+@dataclass
+class Record:
+    """What is read of a key.json; other fields may hold anything."""
+    caption: str | None = None
+    captions: list[str | None] | None = None
+    short_caption: str | None = None
+    conversations: list[dict] | None = None
+
+
+@dataclass
+class Line(Record):
+    """What is read of a line of JSONL, or of a record in a JSON list, as LLaVA writes it."""
+    image: str | list[str] | None = None
+
+
+def read_record(content, cls):
+    """The JSON object in bytes (None: an empty one) as a Record or a Line; BadSample "broken JSON"."""
+    try:
+        # No parse_json: img2dataset writes NaN into fields that aren't read here.
+        record = {} if content is None else json.loads(content.decode("utf-8-sig"))
+        return from_json(cls, typed(record, dict, None, "the record"), "the record")
+    except (ValueError, RecursionError) as error:                    # a UnicodeError is a ValueError
+        raise BadSample("broken JSON", f"this isn't JSON with captions: {error}") from None
+
+
+def image_path(line, folder):
+    """Where the image of a Line lies below `folder`, None if it has none; BadSample if it has several, or
+    one that lies elsewhere."""
+    names = line.image if isinstance(line.image, list) else [line.image] if line.image else []
+    if len(names) > 1:
+        raise BadSample("several images", f"the record has {len(names)} images; only one can be trained on")
+    try:
+        return path_below(folder, names[0], "image") if names else None
+    except ValueError as error:
+        raise BadSample("outside the folder", str(error)) from None
 
 
 def read_texts(text, record):
-    """The bytes of a key.txt (or None) and a dict with "caption", "captions", "short_caption" and
-    "conversations" in any combination -> {"caption": str, "captions": [str, ...], "turns": [(user,
-    assistant), ...]}, each if there is one.
+    """The bytes of a key.txt (or None) and a Record -> {"caption": str, "captions": [str, ...], "turns":
+    [(user, assistant), ...]}, each if there is one.
 
     captions: the long ones first, the short one last. "turns" keep the <image> marks of LLaVA's
-    conversations.
+    conversations. Raises BadSample.
     """
     try:
-        captions = [None if text is None else text.decode("utf-8"), record.get("caption")]
-        captions += (record.get("captions") or []) + [record.get("short_caption")]
+        captions = [None if text is None else text.decode("utf-8-sig"), record.caption]
+        captions += (record.captions or []) + [record.short_caption]
         captions = [caption.strip() for caption in captions if caption is not None]
-        messages = [m for m in record.get("conversations") or [] if m["from"] != "system"]
-        roles, words = [m["from"] for m in messages], [m["value"].strip() for m in messages]
-        "".join(captions + words).encode("utf-8")                    # JSON can hold half a character
+        messages = [(typed(m.get("from"), str, None, "from"), typed(m.get("value"), str, None, "value"))
+                    for m in record.conversations or []]
+        messages = [(role, words.strip()) for role, words in messages if role != "system"]
+        roles, words = [role for role, _ in messages], [words for _, words in messages]
+        lengths = [len(text.encode("utf-8")) for text in captions + words]   # JSON can hold half a character
     except UnicodeError:
         raise BadSample("not UTF-8", "the caption isn't UTF-8 text") from None
-    except (AttributeError, KeyError, TypeError):
-        raise BadSample("broken JSON",
-                        "captions must be strings, conversations lists of {'from', 'value'}") from None
+    except (ValueError, RecursionError) as error:
+        raise BadSample("broken JSON", f"conversations are lists of from and value: {error}") from None
+    if any("\0" in text for text in captions + words):
+        raise BadSample("not UTF-8", "the text has NUL characters, as UTF-16 would")
+    if max(lengths[:len(captions)], default=0) > MAX_CAPTION:
+        raise BadSample("caption too long", f"the caption has more than {MAX_CAPTION} bytes")
+    if sum(lengths[len(captions):]) > MAX_CONVERSATION:
+        raise BadSample("conversation too long", f"it has more than {MAX_CONVERSATION} bytes of text")
     turns = list(zip(words[::2], words[1::2]))
     if roles != ["human", "gpt"] * len(turns) or not all(user and assistant for user, assistant in turns):
         raise BadSample("broken conversation",
@@ -200,68 +321,300 @@ def read_texts(text, record):
 
 # Index row: offset and size of image, .txt and .json; offset -1 if absent.
 ABSENT = (-1, 0)
+JUNK = ("__MACOSX", "@eaDir")           # folders that systems make; others begin with a dot
+
+# What files begin with that are given as shards and aren't any.
+FOREIGN = (
+    (b"\x1f\x8b", "compressed with gzip: unpack it (gunzip)"),
+    (b"BZh", "compressed with bzip2: unpack it (bunzip2)"),
+    (b"\xfd7zXZ", "compressed with xz: unpack it (unxz)"),
+    (b"\x28\xb5\x2f\xfd", "compressed with Zstandard: unpack it (unzstd)"),
+    (b"PK\x03\x04", "a zip archive: unpack it, and give the folder"),
+    (b"7z\xbc\xaf", "a 7z archive: unpack it, and give the folder"),
+    (b"Rar!", "a rar archive: unpack it, and give the folder"),
+    (b"PAR1", "a Parquet table: write its rows into tar shards or JSONL"),
+    (b"ARROW1", "an Arrow table: write its rows into tar shards or JSONL"),
+    (b"\xff\xff\xff\xff", "an Arrow table: write its rows into tar shards or JSONL"),
+    (b"\x89HDF", "an HDF5 file: write its entries into tar shards or JSONL"),
+    (b"\x93NUMPY", "a NumPy array: write its entries into tar shards or JSONL"),
+    (b"SQLite format 3", "a database: write its rows into tar shards or JSONL"),
+    (b"\xff\xfe", "text in UTF-16: save it as UTF-8"), (b"\xfe\xff", "text in UTF-16: save it as UTF-8"),
+    (b"\xff\xd8\xff", "an image: give its folder, or a JSONL file that names it"),
+    (b"\x89PNG", "an image: give its folder, or a JSONL file that names it"),
+    (b"{", "JSON: call it .jsonl if each line is an object"), (b"[", "JSON: call it .json"),
+    (b"version https://git-lfs", "a pointer of Git LFS, not the file itself: fetch it (git lfs pull)"),
+    (b"<", "a web page or XML, perhaps an error message in place of a download"),
+)
+
+
+def foreign(path):
+    """What a file is that can't be read as a shard, and what to do with it; None if that isn't known."""
+    with open_file(path) as file:
+        start = file.read(4096)
+    if not start:
+        return "empty"
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return "a table: write its rows into tar shards or JSONL"
+    return next((what for magic, what in FOREIGN if start.lstrip().startswith(magic)), None)
+
+
+def holds_records(path):
+    """Is a file JSONL or a JSON list, by its name? All others are tar shards."""
+    return path.suffix.lower() in RECORD_SUFFIXES
+
+
+def hidden(name):
+    """Is a file, or a folder on the way to it, hidden or made by a system: ._a.jpg, .git/a.jpg, __MACOSX?"""
+    return any(part in JUNK or part[:1] == "." and part.strip(".") for part in name.split("/"))
+
+
+def count_causes(left_out):
+    """{cause: number} of the causes of LEFT_OUT that occur in a list of their counts."""
+    return {cause: n for cause, n in zip(LEFT_OUT, np.sum(left_out, 0).tolist()) if n}
 
 
 def scan_shard(path):
-    """Offsets of the samples in a tar shard or a JSONL file, in file order.
+    """Offsets of the samples in a tar shard, a JSONL file or a JSON list, in file order.
 
     Returns rows (n, 6) int64, and how many members are left out for each cause of LEFT_OUT. Raises
-    ValueError if it isn't a tar archive.
+    ValueError, which says what the file is, if it can't be read.
     """
-    rows, left_out = scan_jsonl(path) if path.suffix == ".jsonl" else scan_tar(path)
+    rows, left_out = (scan_records if holds_records(path) else scan_tar)(path)
     return np.array(rows, np.int64).reshape(-1, 6), np.array(left_out)
 
 
-def scan_jsonl(path):
-    """Rows of a JSONL file: the line is the sample's .json."""
-    rows, at = [], 0
-    with open(path, "rb") as file:
-        for line in file:
-            if line.strip():
-                rows.append((*ABSENT, *ABSENT, at, len(line)))
-            at += len(line)
-    return rows, (0, 0, 0)
+def scan_records(path):
+    """Rows of a JSONL file or a JSON list, whichever it is: a line or an entry is the sample's .json."""
+    with open_file(path) as file:
+        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+        if start[:1] == b"[":
+            try:
+                places = list(list_entries(file))
+            except ValueError as error:
+                if path.suffix.lower() == ".json":
+                    raise ValueError(f"{path} isn't a JSON list of records: {error}") from None
+                places = list(lines(file))                           # a JSONL file's first line is broken
+        else:
+            what = foreign(path)
+            if start[:1] != b"{" and what not in (None, "empty"):
+                raise ValueError(f"{path} holds no JSON: it is {what}")
+            if path.suffix.lower() == ".json" and not is_object(start.partition(b"\n")[0]):
+                raise ValueError(f"{path} must hold a JSON list of records, or one record in each line")
+            places = list(lines(file))
+    return [(*ABSENT, *ABSENT, *place) for place in places], [0] * len(LEFT_OUT)
+
+
+def is_object(line):
+    """Does a line begin with a whole JSON object, or go on beyond what was read?"""
+    with suppress(RecursionError):
+        try:
+            return isinstance(json.JSONDecoder().raw_decode(line.decode("latin-1"))[0], dict)
+        except ValueError:
+            return len(line) > 4000
+    return True
+
+
+def lines(file):
+    """(offset, size) of the lines of a binary file that aren't blank, however long they are."""
+    at = size = 0
+    blank = True
+    file.seek(0)
+    for piece in iter(lambda: file.readline(2 ** 20), b""):
+        size, blank = size + len(piece), blank and not piece.strip()
+        if piece.endswith(b"\n"):
+            if not blank:
+                yield at, size
+            at, size, blank = at + size, 0, True
+    if not blank:
+        yield at, size
+
+
+SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def list_entries(file):
+    """(offset, size) of the entries of the JSON list in a binary file; ValueError if it isn't one.
+
+    Read as Latin-1 characters are bytes, and what separates entries is what it is in UTF-8. Only the next
+    MAX_RECORD bytes and a few more are in memory.
+    """
+    text, at, ended, decode = "", 0, False, json.JSONDecoder().raw_decode
+    file.seek(0)
+    start = file.seek(file.read(4096).index(b"[") + 1)               # where `text` begins in the file
+    while True:
+        if not ended and len(text) - at < MAX_RECORD:
+            chunk = file.read(MAX_RECORD).decode("latin-1")
+            start, text, at, ended = start + at, text[at:] + chunk, 0, not chunk
+        at = SPACE.match(text, at).end()
+        if text[at:at + 1] != "]":
+            try:
+                _, end = decode(text, at)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{error.msg} at byte {start + error.pos}") from None
+            except RecursionError:
+                raise ValueError(f"it is nested too deeply at byte {start + at}") from None
+            yield start + at, end - at
+            at = SPACE.match(text, end).end()
+        at += 1
+        if text[at - 1:at] == "]":
+            break
+        if text[at - 1:at] != ",":
+            raise ValueError(f"at byte {start + at - 1} there is neither a comma nor the list's end")
+    if text[at:].strip() or file.read(1):
+        raise ValueError(f"it goes on behind the list's end, at byte {start + at}")
+
+
+class Member(NamedTuple):
+    """A member of a tar. kind: "file", "sparse" (a file with holes), or "link" for what holds no bytes."""
+    name: str
+    kind: str
+    at: int                                      # where its bytes begin
+    size: int
+
+
+def tar_members(file, at=0):
+    """Yield the Members of an open tar (POSIX, GNU or PAX), from the header at byte `at` on.
+
+    Not by tarfile, which takes a broken header for the end and follows a negative size backwards for ever.
+    Raises ValueError for a header that is broken or claims more bytes than there are.
+    """
+    length, extended = os.fstat(file.fileno()).st_size, {}           # extended: of the next header
+    while True:
+        file.seek(at)
+        header = file.read(512)
+        if not header.strip(b"\0"):
+            return
+        at += 512
+        name, kind, size = header[:100].partition(b"\0")[0], header[156:157], tar_number(header[124:136])
+        summed = header[:148] + b" " * 8 + header[156:]
+        beyond = sum(summed) - tar_number(header[148:156])           # some writers sum signed bytes
+        if beyond and beyond != 256 * sum(byte > 127 for byte in summed):
+            raise ValueError(f"the header at byte {at - 512} is broken")
+        if kind == b"\0" and name.endswith(b"/"):
+            kind = b"5"
+        if header[257:265] != b"ustar  \0" and header[345:500].strip(b"\0"):
+            name = header[345:500].partition(b"\0")[0] + b"/" + name
+        size = 0 if kind in b"123456" else extended.get(b"size", size)
+        block, more = header, 482
+        while kind == b"S" and block[more:more + 1].strip(b"\0"):    # GNU's map of holes goes on
+            block, more, at = file.read(512), 504, at + 512
+        if not 0 <= size <= (min(2 ** 20, length - at) if kind in b"LKxXg" else length - at):
+            raise ValueError(f"the header at byte {at - 512} claims {size} bytes; {length - at} follow")
+        if kind in b"LKxXg":
+            extended |= extension(kind, file.read(size))
+        else:
+            sparse = kind == b"S" or any(key.startswith(b"GNU.sparse.") for key in extended)
+            name = extended.get(b"GNU.sparse.name", extended.get(b"path", name))
+            kind = "link" if kind not in b"07\0S" else "sparse" if sparse else "file"
+            yield Member(name.decode("utf-8", "surrogateescape"), kind, at, size)
+            extended = {}
+        at += -(-size // 512) * 512
+
+
+def tar_number(field):
+    """A number in a tar header, octal or in base 256; -1 if it is none."""
+    if field[:1] in (b"\x80", b"\xff"):
+        return int.from_bytes(field[1:], "big") if field[0] == 128 else -1
+    try:
+        return int(field.partition(b"\0")[0].strip() or b"0", 8)
+    except ValueError:
+        return -1
+
+
+def extension(kind, content):
+    """What an extended header says of the next member: {b"path": ..., b"size": ...} and the like."""
+    if kind == b"L":
+        return {b"path": content.partition(b"\0")[0]}
+    fields, at = {}, 0
+    while kind in b"xX" and at < len(content):                       # "LENGTH KEY=VALUE\n"
+        digits = content[at:at + 20].partition(b" ")[0]
+        if not digits.isdigit() or int(digits) <= len(digits):
+            break
+        key, _, value = content[at + len(digits) + 1:at + int(digits) - 1].partition(b"=")
+        fields[key], at = value, at + int(digits)
+    if b"size" in fields:
+        fields[b"size"] = int(fields[b"size"]) if fields[b"size"].isdigit() else -1
+    return fields
+
+
+def member_name(file, offset):
+    """The full name of the member of a tar whose bytes begin at `offset`: long names stand in front of its
+    header."""
+    for start in range(max(0, offset - 2 ** 16), offset, 512):
+        with suppress(ValueError, StopIteration):
+            member = next(tar_members(file, start))
+            if member.at == offset:
+                return member.name
+    return f"the member at byte {offset}"
 
 
 def scan_tar(path):
-    """Rows of a tar shard: images with texts of the same stem. Links are ignored: they may lead outside."""
-    members, links = {"image": {}, ".txt": {}, ".json": {}}, set()     # kind -> stem -> (offset, size)
+    """Rows of a tar shard: images with texts of the same stem. Links are left out: they may lead outside."""
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                stem, dot, suffix = member.name.rpartition(".")
-                suffix = dot + suffix.lower()
-                kind = "image" if suffix in IMAGE_SUFFIXES else suffix
-                if kind in members and member.isfile():
-                    members[kind][stem] = member.offset_data, member.size
-                elif kind == "image":
-                    links.add(stem)
-    except tarfile.TarError as error:
-        raise ValueError(f"{path} isn't a readable tar shard: {error}") from None
-    images, texts, records = members["image"], members[".txt"], members[".json"]
+        with open_file(path) as file:
+            if not os.fstat(file.fileno()).st_size:
+                raise ValueError("it is empty")
+            members = list(tar_members(file))
+    except ValueError as error:
+        why = f"it is {foreign(path)}" if foreign(path) else error
+        raise ValueError(f"{path} isn't a readable tar shard: {why}") from None
+    return pair([(member.name, member.kind, (member.at, member.size)) for member in members], is_tar=True)
+
+
+def pair(files, is_tar):
+    """Rows of files [(name, kind of Member, (offset, size))], and how many are left out for each cause of
+    LEFT_OUT.
+
+    In a tar, the folder that holds all files may be hidden, and of images that differ in nothing but the
+    suffix the last one counts, in a folder each.
+    """
+    root = len(os.path.commonprefix([name for name, _, _ in files]).rpartition("/")[0]) if is_tar else 0
+    images, texts, left_out, others = {}, {".txt": {}, ".json": {}}, Counter(), set()
+    for name, kind, place in files:
+        stem, dot, suffix = name.rpartition(".")
+        suffix = dot + suffix.lower()
+        if hidden(name[root:]):
+            left_out["hidden"] += suffix in IMAGE_SUFFIXES
+        elif suffix in OTHER_SUFFIXES or suffix in IMAGE_SUFFIXES and kind != "file":
+            left_out[suffix if suffix in OTHER_SUFFIXES else kind] += 1
+            others.add(stem)
+        elif suffix in IMAGE_SUFFIXES:
+            images[stem if is_tar else name] = stem, place
+        elif suffix in texts and kind == "file":
+            texts[suffix][stem] = place
+    texts, records = texts.values()
     rows = [(*place, *texts.get(stem, ABSENT), *records.get(stem, ABSENT))
-            for stem, place in images.items() if stem in texts or stem in records]
-    without_image = (texts.keys() | records.keys()) - images.keys() - links
-    return rows, (len(images) - len(rows), len(without_image), len(links))
+            for stem, place in images.values() if stem in texts or stem in records]
+    left_out["no caption"] = len(images) - len(rows)
+    stems = {stem for stem, _ in images.values()}
+    left_out["no image"] = len((texts.keys() | records.keys()) - stems - others)
+    return rows, [left_out[cause] for cause in LEFT_OUT]
 
 
-def scan_folder(path, names):
-    """Like scan_shard, for a folder: an image's offset and size point into `names`, the concatenated paths;
-    texts have (0, 0) if present."""
-    files = sorted(path.rglob("*"))
-    stems = {suffix: {f.with_suffix("") for f in files if f.suffix == suffix}
-             for suffix in (".txt", ".json")}
-    images = [f for f in files if f.suffix.lower() in IMAGE_SUFFIXES]
-    rows = []
-    for image in images:
-        stem, name = image.with_suffix(""), os.fsencode(image)
-        if any(stem in with_text for with_text in stems.values()):
-            texts = [(0, 0) if stem in with_text else ABSENT for with_text in stems.values()]
-            rows.append((len(names), len(name), *texts[0], *texts[1]))
-            names += name
-    without_image = (stems[".txt"] | stems[".json"]) - {image.with_suffix("") for image in images}
-    left_out = np.array([len(images) - len(rows), len(without_image), 0])
-    return np.array(rows, np.int64).reshape(-1, 6), left_out
+def unfold(path, listings):
+    """A path of --data as a list of Paths: a folder is followed by the tar shards in it, and its files are
+    put into `listings`, sorted. Raises ValueError if there is nothing."""
+    path = Path(path)
+    if not os.path.exists(path):
+        raise ValueError(f"there is no shard or folder at {printable(path)}")
+    if not path.is_dir():
+        return [path]
+    files = listings[path] = sorted(path.rglob("*"))
+    return [path, *(file for file in files if file.suffix.lower() == ".tar" and file.is_file()
+                    and not hidden(file.relative_to(path).as_posix()))]
+
+
+def scan_folder(path, names, files):
+    """Like scan_shard, for a folder with these files: offsets and sizes point into `names`, to which the
+    paths are appended."""
+    def store(k):
+        name, at = os.fsencode(files[k]), len(names)
+        names.extend(name)
+        return at, len(name)
+    rows, left_out = pair([(file.relative_to(path).as_posix(), "file", (k, 0))
+                           for k, file in enumerate(files)], is_tar=False)
+    rows = [[x for k in row[::2] for x in (ABSENT if k < 0 else store(k))] for row in rows]
+    return np.array(rows, np.int64).reshape(-1, 6), np.array(left_out)
 
 
 @contextmanager
@@ -298,8 +651,8 @@ class ShardScan(torch.utils.data.Dataset):
         """What `scan_shard` returns, or (None, the sentence that it raises)."""
         try:
             return scan_shard(self.paths[i])
-        except ValueError as error:
-            return None, str(error)
+        except (ValueError, OSError) as error:
+            return None, sentence(error)
 
 
 def scan_shards(paths):
@@ -319,22 +672,28 @@ def scan_shards(paths):
 
 
 def load_index(file, count):
-    """(rows (n, 6), shards (count, 6)) of an index file; of no shard where the file is absent, broken or
-    another's."""
+    """(rows (n, 6), shards (count, 3 + causes)) of an index file; of no shard where the file is absent,
+    broken, another's or of another version."""
+    width = 3 + len(LEFT_OUT)
     try:
         stored = load_file(file)
         rows, shards = stored["rows"], stored["shards"]
-        complete = len(shards) == count and shards[:, 2].sum() == len(rows)
-        if complete and rows.sum() + shards.sum() == stored["sum"]:
+        fits = (rows.dtype == shards.dtype == torch.int64 and rows.shape[1:] == (6,)
+                and shards.shape == (count, width) and bool((shards[:, 2] >= 0).all()))
+        if fits and shards[:, 2].sum() == len(rows) and index_sum(rows, shards).equal(stored["sum"]):
             return rows, shards
-    except (OSError, SafetensorError, KeyError, IndexError):
+    except (OSError, SafetensorError, KeyError, IndexError, ValueError, RuntimeError):
         pass
-    return torch.empty(0, 6, dtype=torch.int64), torch.tensor([[-1, -1, 0, 0, 0, 0]] * count)
+    return torch.empty(0, 6, dtype=torch.int64), torch.tensor([[-1, -1, *[0] * (width - 2)]] * count)
+
+
+def index_sum(rows, shards):
+    """What an index file's "sum" must be."""
+    return rows.sum() + shards.sum() + INDEX_VERSION
 
 
 def index_shards(paths):
-    """`scan_shard` of many files, cached: (rows (n, 6) of all, shards (S, 6)), two
-    int64 tensors.
+    """`scan_shard` of many files, cached: (rows (n, 6) of all, shards (S, 3 + causes)), two int64 tensors.
 
     shards: size, mtime, number of samples, then the counts of LEFT_OUT. The file in INDEX_FOLDER is
     named after the list of paths; a shard whose size or time has changed is scanned again. All processes of
@@ -356,7 +715,7 @@ def index_shards(paths):
         rows = torch.cat(rows_by_shard)
         try:
             with atomic_write(file) as temporary:
-                save_file({"rows": rows, "shards": shards, "sum": rows.sum() + shards.sum()}, temporary)
+                save_file({"rows": rows, "shards": shards, "sum": index_sum(rows, shards)}, temporary)
             return load_file(file)["rows"], shards
         except (OSError, SafetensorError) as error:
             tqdm.write(f"the index of {len(paths)} shards can't be kept in {INDEX_FOLDER}, so the next "
@@ -394,10 +753,12 @@ def held_out_items(n):
 
 
 class Shards:
-    """Captioned images from tar shards, JSONL files and folders, mixed in given fractions.
+    """Captioned images from tar shards, JSONL files, JSON lists and folders (with the tar shards in them),
+    mixed in given fractions.
 
-    A sample is key.jpg (.jpeg, .png, .webp) with key.txt or key.json or both; or a line of a JSONL file, its
-    "image" a path relative to that file. sources: [(paths, fraction)], the fractions exact Fractions or
+    A sample is key.jpg (.jpeg, .png, .webp) with key.txt or key.json or both; or a line of a JSONL file or
+    an entry of a JSON list, its "image" a path below that file's folder; without an image it is a
+    conversation in text. sources: [(paths, fraction)], the fractions exact Fractions or
     None: those without one are one source together, which gets what the others leave. size: side S of the
     square images. Item i costs one seek. With a FeatureCache as `cache`, items hold the features of their
     image instead of the image. Raises ValueError if a path is missing, a source holds no sample, or the
@@ -405,21 +766,22 @@ class Shards:
     """
 
     def __init__(self, sources, size=64):
-        groups = self.weighted_groups(sources)
+        listings, names = {}, bytearray()
+        groups = [([file for path in paths for file in unfold(path, listings)], fraction)
+                  for paths, fraction in self.weighted_groups(sources)]
         self.size, self.cache, self.orders = size, None, {}          # orders: see `index`
-        self.paths = [Path(path) for paths, _ in groups for path in paths]
-        for path in self.paths:
-            if not path.exists():
-                raise ValueError(f"there is no shard or folder at {path}")
-        files, names = [path for path in self.paths if not path.is_dir()], bytearray()
+        self.paths = [path for paths, _ in groups for path in paths]
+        files = [path for path in self.paths if path not in listings]
         rows, shards = index_shards(files) if files else torch.empty(2, 0, 6, dtype=torch.int64)
         indexed = zip(rows.split(shards[:, 2].tolist()), shards[:, 3:].numpy())
-        scans = [scan_folder(path, names) if path.is_dir() else next(indexed) for path in self.paths]
+        scans = [scan_folder(path, names, listings[path]) if path in listings else next(indexed)
+                 for path in self.paths]
         self.rows = [torch.as_tensor(table) for table, _ in scans]
         self.names = torch.frombuffer(names, dtype=torch.uint8) if names else None
         self.ends = np.cumsum([len(table) for table in self.rows])
-        self.left_out = dict(zip(LEFT_OUT, np.sum([left_out for _, left_out in scans], 0).tolist()))
-        self.parts = list(self.make_parts(groups))
+        left_out = [counts for _, counts in scans]
+        self.left_out = count_causes(left_out)
+        self.parts = list(self.make_parts(groups, left_out))
         held_out = [part.first + part.held_out for part in self.parts]
         # Shuffled, so that any prefix is a fair sample of all sources.
         self.held_out = np.random.default_rng(0).permutation(np.concatenate(held_out))
@@ -436,15 +798,18 @@ class Shards:
                              "sum 1, or less than 1 if there are sources without a fraction")
         return ([(rest, left)] if rest else []) + weighted
 
-    def make_parts(self, groups):
+    def make_parts(self, groups, left_out):
         """The Part of each group of paths."""
         held_out, first, shard = held_out_items(len(self)), 0, 0
         for paths, fraction in groups:
             shard += len(paths)
             end = int(self.ends[shard - 1])
             if first == end:
-                where = ", ".join(map(str, paths))
-                raise ValueError(f"no image with a caption (name.jpg + name.txt) in {where}")
+                where = ", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else "")
+                causes = count_causes(left_out[shard - len(paths):shard])
+                why = "; left out: " + ", ".join(f"{n} {cause}" for cause, n in causes.items())
+                raise ValueError(f"no image with a caption (name.jpg + name.txt) in {where}"
+                                 f"{why if causes else ''}")
             inside = held_out[(held_out >= first) & (held_out < end)] - first
             yield Part(first, end - first, fraction, inside[:end - first - 1])  # leaves one to train on
             first = end
@@ -490,20 +855,19 @@ class Shards:
         i -= int(self.ends[shard]) - len(self.rows[shard])
         return self.paths[shard], self.rows[shard][i].tolist(), i
 
-    def path_in_folder(self, row):
-        """The path of an image in a folder, from its row."""
-        return os.fsdecode(self.names[row[0]:row[0] + row[1]].numpy().tobytes())
+    def path_in_folder(self, place):
+        """The path of a file in a folder, from its (offset, size) in the index; of the image from a row."""
+        return os.fsdecode(self.names[place[0]:place[0] + place[1]].numpy().tobytes())
 
     def name(self, i):
         """Human-readable location of item i."""
         path, row, number = self.place(i)
-        if path.suffix == ".jsonl":
-            return f"{path}, sample {number + 1}"
         if path.is_dir():
-            return self.path_in_folder(row)
-        with open(path, "rb") as file:
-            header = read_at(file, row[0] - 512, 512)
-        return f"{path}: {header[:100].rstrip(bytes(1)).decode('utf-8', 'replace')}"
+            return printable(self.path_in_folder(row))
+        if holds_records(path):
+            return printable(f"{path}, sample {number + 1}")
+        with open_file(path) as file:
+            return printable(f"{path}: {member_name(file, row[0])}")
 
     def fingerprint(self):
         """A hash of all shards and images in folders: name, size and time of change."""
@@ -517,61 +881,81 @@ class Shards:
         return digest.hexdigest()[:16]
 
     def __getitem__(self, i):
-        """{"image": uint8 (S, S, 3) or "features", and what `read_texts` returns}; raises BadSample."""
+        """{"image": uint8 (S, S, 3) or "features", and what `read_texts` returns}; raises BadSample. A
+        conversation without an image has neither."""
         if self.cache is not None:
             _, texts = self.read(i, texts_only=True)
             return {"features": self.cache[i], **texts}
         image, texts = self.read(i)
-        image = load_image(io.BytesIO(image) if isinstance(image, bytes) else image)
-        return {"image": np.asarray(crop_square(image, self.size)), **texts}
+        if image is None:
+            return texts
+        return {"image": np.asarray(load_image(io.BytesIO(image), self.size)), **texts}
 
     def read(self, i, texts_only=False):
-        """(the image's bytes or path, what `read_texts` returns) of item i; raises BadSample if the texts
-        can't be used.
+        """(the image's bytes, what `read_texts` returns) of item i; raises BadSample if the texts can't be
+        used, or there is neither an image nor a conversation.
 
-        With texts_only, the image isn't read.
+        The image is None for a conversation without one, and with texts_only, where it isn't read.
         """
         path, row, _ = self.place(i)
+        is_folder = path.is_dir()
         if texts_only:
-            row[0:2] = row[0:2] if path.is_dir() else ABSENT
-        image, text, record = (self.read_folder if path.is_dir() else self.read_shard)(path, row, texts_only)
-        try:
-            record = {} if record is None else dict(json.loads(record))
-            image = path.parent / record["image"] if path.suffix == ".jsonl" else image
-        except KeyError:
-            raise BadSample("no image", 'a line of a JSONL file needs an "image"') from None
-        except (ValueError, TypeError, RecursionError) as error:
-            raise BadSample("broken JSON", f"this can't be read as a JSON object: {error}") from None
-        texts = read_texts(text, record)
+            row[0:2] = ABSENT
+        places = list(zip(row[::2], row[1::2]))
+        if is_folder:
+            image, text, record = (read_whole(self.path_in_folder(place), cause) if place != ABSENT else None
+                                   for place, cause in zip(places, MAX_BYTES))
+        else:
+            with open_file(path, 0) as file:
+                image, text, record = (read_at(file, *place, cause) if place != ABSENT else None
+                                       for place, cause in zip(places, MAX_BYTES))
+        named = not is_folder and holds_records(path)
+        record = read_record(record, Line if named else Record)
+        texts, name = read_texts(text, record), image_path(record, path.parent) if named else None
+        if named and name is None and "turns" not in texts:
+            raise BadSample("no image", 'the record has no "image", and no conversation')
+        if name is not None and not texts_only:
+            image = read_whole(name, "image too large")
         if image == b"":
             raise BadSample("empty image", "the image has no bytes")
         return image, texts
 
-    @staticmethod
-    def read_shard(path, row, texts_only):
-        """The bytes of image, .txt and .json of a row of a tar shard or JSONL file, None where absent."""
-        with open(path, "rb", buffering=0) as file:
-            return [read_at(file, at, size) if at >= 0 else None for at, size in zip(row[::2], row[1::2])]
 
-    def read_folder(self, path, row, texts_only):
-        """The same of a folder."""
-        image = Path(self.path_in_folder(row))
-        files = (None if texts_only else image, image.with_suffix(".txt"), image.with_suffix(".json"))
-        try:
-            return [file.read_bytes() if file and at >= 0 else None for at, file in zip(row[::2], files)]
-        except OSError as error:                                     # it went away, or is a folder
-            raise BadSample("no image", str(error)) from None
-
-
-def read_at(file, offset, size):
-    """`size` bytes of a binary file."""
+def read_at(file, offset, size, cause):
+    """`size` bytes of an open file; BadSample with that cause of MAX_BYTES if they are too many."""
+    if size > MAX_BYTES[cause]:
+        raise BadSample(cause, f"there are {size} bytes; {MAX_BYTES[cause]} are the most")
     file.seek(offset)
-    return file.read(size)
+    content = file.read(size)
+    if len(content) < size:
+        raise BadSample("cut file", "the file has become shorter since it was indexed")
+    return content
+
+
+def read_whole(path, cause):
+    """The bytes of a file; raises as `read_at`, and BadSample "no image" or "no caption" where it can't be
+    read."""
+    try:
+        with open_file(path, 0) as file:
+            return read_at(file, 0, os.fstat(file.fileno()).st_size, cause)
+    except OSError as error:
+        why = sentence(error)
+    except BadSample:
+        raise
+    except ValueError as error:                                      # a pipe, a device or a folder
+        why = str(error)
+    raise BadSample("no image" if cause.startswith("image") else "no caption", why)
+
+
+# ---- --data ---------------------------------------------------------------------------------------------
+
+FRACTION = re.compile(r"(?s)(.+)=([+-]?(?:[0-9]{1,9}/0*[1-9][0-9]{0,8}"
+                      r"|(?:[0-9]{1,9}(?:\.[0-9]{0,9})?|\.[0-9]{1,9})(?:[eE]-?[0-9])?))")
 
 
 def open_source(spec, size=64, seed=0):
     """`--data` as a source of items with images of side `size`: comma-separated tar shards, folders, JSONL
-    files or glob patterns, each with its fraction of all samples if it ends in =fraction
+    files, JSON lists or patterns of them, each with its fraction of all samples if it ends in =fraction
     (long/*.tar,short/*.tar=0.1).
 
     None is the synthetic world of the miniature, number `seed`. Raises ValueError where a pattern matches
@@ -580,19 +964,90 @@ def open_source(spec, size=64, seed=0):
     if spec is None:
         from miniature.tasks import World
         return World(seed, size)
-    sources = []
-    for part in spec.split(","):
-        fraction, (path, _, number) = None, part.rpartition("=")
-        if path and not Path(part).exists():
-            with suppress(ValueError, ZeroDivisionError):            # no number: a part of the name
-                part, fraction = path, Fraction(number)
-        paths = [part]
-        if any(c in part for c in "*?["):
-            paths = sorted(Path("/" if part.startswith("/") else ".").glob(part.lstrip("/")))
-        if not paths:
-            raise ValueError(f"no file matches {part}")
-        sources.append((paths, fraction))
-    return Shards(sources, size)
+    return Shards(parse_sources(spec), size)
+
+
+def parse_sources(spec):
+    """`--data` -> [(paths, fraction or None)]. What exists is taken as it stands, whatever marks are in its
+    name; else ~ is the home folder, {00..99} and {a,b} stand for several paths, and * ? [ match files."""
+    sources, pieces = [], spec.split(",")
+    while pieces:
+        for n in range(min(len(pieces), 16), 0, -1):                 # names may hold commas: the longest
+            part, fraction = split_fraction(",".join(pieces[:n]))
+            if existing(part):
+                sources.append(([existing(part)], fraction))
+                break
+        else:
+            while n < len(pieces) and ",".join(pieces[:n]).count("{") > ",".join(pieces[:n]).count("}"):
+                n += 1
+            part, fraction = split_fraction(",".join(pieces[:n]).strip())
+            if not part:
+                raise ValueError(f"--data {spec!r} has an empty part: paths are separated by one comma each")
+            sources.append(([path for text in expand_braces(part) for path in find(text)], fraction))
+        del pieces[:n]
+    return sources
+
+
+def split_fraction(part):
+    """A part of --data -> (path or pattern, Fraction or None)."""
+    match = None if existing(part) else FRACTION.fullmatch(part)
+    return (match[1], Fraction(match[2])) if match else (part, None)
+
+
+def existing(name):
+    """The name, without a space around it or with ~ as the home folder, if a file is called so; None."""
+    names = (name, os.path.expanduser(name), name.strip(), os.path.expanduser(name.strip()))
+    return next((name for name in names if name and os.path.exists(name)), None)
+
+
+def expand_braces(text):
+    """As a shell does: a{1..3}b, a{001..100}b and a{x,y}b stand for several texts. ValueError if they are
+    more than MAX_SHARDS."""
+    def expand(text):
+        for group in re.finditer(r"\{([^{}]*)\}", text):
+            options = brace_options(group[1])
+            if options is not None:
+                for option in options:
+                    yield from expand(text[:group.start()] + option + text[group.end():])
+                return
+        yield text
+    texts = list(islice(expand(text), MAX_SHARDS + 1)) if text.count("{") <= 16 else [text]
+    if len(texts) > MAX_SHARDS:
+        raise ValueError(f"the braces of {printable(text)} stand for more than {MAX_SHARDS} paths")
+    return list(dict.fromkeys(texts))
+
+
+def brace_options(inside):
+    """What a pair of braces stands for, lazily, or None if it is nothing but two characters."""
+    span = re.fullmatch(r"([0-9]{1,9})\.\.([0-9]{1,9})(?:\.\.([0-9]{1,9}))?", inside)
+    if span is None:
+        return inside.split(",") if "," in inside else None
+    first, last, step = int(span[1]), int(span[2]), max(1, int(span[3] or 1))
+    padded = any(number.startswith("0") and len(number) > 1 for number in span.group(1, 2))
+    width = max(map(len, span.group(1, 2))) if padded else 0
+    numbers = range(first, last + 1, step) if first <= last else range(first, last - 1, -step)
+    return (f"{number:0{width}d}" for number in numbers)
+
+
+def find(pattern):
+    """The path, or the paths that a glob pattern matches, sorted. Folders that exist are taken as they are
+    called; hidden files and folders are matched only where the pattern has a name that begins with a dot.
+    ValueError if there are none."""
+    pattern = os.path.expanduser(pattern)
+    if not any(c in pattern for c in "*?["):
+        return [pattern]
+    root, rest = Path("/" if pattern.startswith("/") else "."), list(Path(pattern.lstrip("/")).parts)
+    while len(rest) > 1 and os.path.exists(root / rest[0]):
+        root /= rest.pop(0)
+    try:
+        paths = sorted(root.glob(os.path.join(*rest)))
+    except (ValueError, OSError, NotImplementedError, IndexError, re.error) as error:
+        raise ValueError(f"{printable(pattern)} is no pattern of files: {printable(error)}") from None
+    if not any(part.startswith(".") for part in rest):
+        paths = [path for path in paths if not hidden(path.relative_to(root).as_posix())]
+    if not paths:
+        raise ValueError(f"no file matches {printable(pattern)}")
+    return paths
 
 
 # ---- a cache of frozen encoders' features ---------------------------------------------------------------
@@ -616,11 +1071,32 @@ class FeatureCache:
         """Path of cache file `number`."""
         return self.folder / f"{number:06d}.safetensors"
 
+    def open(self, number):
+        """(the open cache file, {item as str: (cause, sentence)} of broken images); ValueError if there is
+        no such file or it is damaged."""
+        try:
+            file = safe_open(self.file(number), framework="pt")
+            bad = parse_json(file.metadata()["bad"], "its list of broken images")
+            if all(len(typed(pair, list[str], None, "it")) == 2 for pair in bad.values()):
+                return file, bad
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            pass
+        raise ValueError(f"{self.file(number)} is missing or damaged: the next start makes it again")
+
+    def is_whole(self, number, length):
+        """Is cache file `number` there, with all its items of the `length` ones of the source?"""
+        items = min(self.items_per_file, length - number * self.items_per_file)
+        with suppress(ValueError):
+            file, _ = self.open(number)
+            shapes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118 - no dict
+            return bool(shapes) and all(shape[:1] == [items] for shape in shapes)
+        return False
+
     def fill(self, source, encode, batch, workers=0, rank=0, world=1, quiet=False):
-        """Write this process's part of the files that are missing. encode: pixels (B, 3, S, S) -> {name:
-        (B, ...)}."""
+        """Write this process's part of the files that are missing or damaged. encode: pixels (B, 3, S, S) ->
+        {name: (B, ...)}."""
         numbers = range(rank, math.ceil(len(source) / self.items_per_file), world)
-        missing = [number for number in numbers if not self.file(number).exists()]
+        missing = [number for number in numbers if not self.is_whole(number, len(source))]
         for number in tqdm(missing, desc=f"features into {self.folder}", disable=quiet or None):
             first = number * self.items_per_file
             items = range(first, min(first + self.items_per_file, len(source)))
@@ -641,8 +1117,7 @@ class FeatureCache:
         """{name: tensor} of item i; raises the BadSample that its image raised."""
         number, row = divmod(i, self.items_per_file)
         if number not in self.opened:
-            file = safe_open(self.file(number), framework="pt")
-            self.opened[number] = file, json.loads(file.metadata()["bad"])
+            self.opened[number] = self.open(number)
         file, bad = self.opened[number]
         if str(i) in bad:
             raise BadSample(*bad[str(i)])
@@ -660,7 +1135,7 @@ class ItemImages(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         try:
-            return self.source[i]["image"]
+            return self.source[i].get("image", ("no image", "a conversation has no image"))
         except BadSample as error:
             return error.cause, str(error)
 
@@ -678,21 +1153,67 @@ QWEN_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?
                 r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
+class ChatFormat(NamedTuple):
+    """How a conversation is written: [begin], then for each message start, role, [role_end], gap, text, end,
+    after. All but gap, after and system_prefix are control tokens."""
+    begin: str | None
+    start: str
+    role_end: str | None
+    gap: str
+    end: str
+    after: str = ""
+    system_prefix: str = ""          # what the template writes before a system message
+
+
+CHATML = ChatFormat(None, "<|im_start|>", None, "\n", "<|im_end|>", "\n")
+LLAMA_3 = ChatFormat("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "\n\n", "<|eot_id|>")
+# Llama 3.1 and 3.2 have <|eom_id|>, and the template in their files states two dates; the second is today's
+# where the library knows it, else this one. A fixed date keeps answers reproducible.
+LLAMA_3_1 = LLAMA_3._replace(
+    system_prefix="Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n")
+
+
+@contextmanager
+def library_errors(where):
+    """Errors of the tokenizers library, also its panics, which are no Exceptions, become a ValueError."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError, ValueError, OSError):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
 class Tokenizer:
-    """Text <-> ids by a `tokenizer.json` of the Qwen2 form, at any vocabulary size.
+    """Text <-> ids by a `tokenizer.json`, of Qwen2's form or another, at any vocabulary size.
 
     Text typed by a user never becomes a control token: `<|im_end|>` in a prompt is tokenized as plain
-    characters.
+    characters, whatever tokenizer.json says of it.
+
+    special   {control token: id, None if there is none}
+    n_text    the number of tokens without BLIP3-o's three; vocab_size: with them
+    format    the ChatFormat, None if it is none that is known here
+    pad_id    what fills rows up; any id does, for it is masked
     """
 
     def __init__(self, bpe):
         self.bpe = bpe
         self.bpe.encode_special_tokens = True
-        self.special = {s: bpe.token_to_id(s) for s in SPECIAL}
+        self.bpe.no_truncation()                                     # callers decide, as in transformers
+        self.bpe.no_padding()
+        ids = bpe.get_vocab()
+        self.format = next((f for mark, f in (("<|im_start|>", CHATML), ("<|eom_id|>", LLAMA_3_1),
+                                              ("<|start_header_id|>", LLAMA_3)) if mark in ids), None)
+        names = [*SPECIAL, *(name for name in self.format or () if name and name in ids)]
+        self.special = {name: ids.get(name) for name in names}
         if self.special["[IMG]"] is None:  # a plain language model's: BLIP3-o adds three
-            self.special.update({s: bpe.get_vocab_size() + i for i, s in enumerate(SPECIAL[-3:])})
-        self.vocab_size = self.special["[IMG]"] + 3
-        self.names = {i: s for s, i in self.special.items()}
+            n = max(ids.values(), default=-1) + 1
+            self.special.update({name: n + i for i, name in enumerate(SPECIAL[-3:])})
+        self.n_text, self.vocab_size = self.special["[IMG]"], self.special["[IMG]"] + 3
+        self.names = {i: s for s, i in self.special.items() if i is not None}
+        cuts = (f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in names)
+        self.inside_control = re.compile("|".join(cuts))
+        self.pad_id = next((i for i in map(ids.get, PADDING) if i is not None), 0)
 
     def __reduce__(self):
         return Tokenizer, (self.bpe,)                                # pickling forgets encode_special_tokens
@@ -701,12 +1222,12 @@ class Tokenizer:
     def from_pretrained(cls, folder):
         """Reads folder/tokenizer.json; ValueError if it isn't there or isn't a tokenizer."""
         file = Path(folder) / "tokenizer.json"
-        if not file.is_file():
+        if not file.exists():
             raise ValueError(f"there is no tokenizer.json in {folder}")
-        try:
-            return cls(Tokenizers.from_file(str(file)))
-        except Exception as error:                                   # the library raises nothing narrower
-            raise ValueError(f"{file} isn't a tokenizer: {error}") from None
+        content = read_file(file)
+        parse_json(content, file)                                    # the library may crash on odd JSON
+        with library_errors(f"{file} isn't a tokenizer"):
+            return cls(Tokenizers.from_str(content.decode("utf-8-sig")))
 
     def save(self, folder):
         """Writes folder/tokenizer.json."""
@@ -715,39 +1236,66 @@ class Tokenizer:
 
     def encode(self, text):
         """Plain text -> list of ids."""
-        return self.bpe.encode(text, add_special_tokens=False).ids
+        with library_errors("this tokenizer can't read the text"):
+            # Where tokenizer.json doesn't call a control token special, it is read out of text: then the
+            # text is cut inside of these tokens, or, if a normalizer makes them, into characters.
+            for pieces in [text], self.inside_control.split(text), text:
+                ids = [i for piece in pieces for i in self.bpe.encode(piece, add_special_tokens=False).ids]
+                if self.names.keys().isdisjoint(ids):
+                    return ids
+        return [i for i in ids if i not in self.names]
 
     def decode(self, ids):
         """Ids -> text, control tokens left out."""
-        return self.bpe.decode([int(i) for i in ids if int(i) not in self.names], skip_special_tokens=False)
+        ids = [int(i) for i in ids if int(i) not in self.names]
+        with library_errors("this tokenizer can't write the answer"):
+            return self.bpe.decode(ids, skip_special_tokens=False)
+
+    def control(self, name):
+        """The list of one id of a control token, of none for None; ValueError if the tokenizer has none."""
+        if name is not None and self.special.get(name) is None:
+            raise ValueError(f"tokenizer.json has no {name}: the model of this tokenizer takes no images")
+        return [] if name is None else [self.special[name]]
+
+
+PADDING = ("<|endoftext|>", "<|finetune_right_pad_id|>", "<|end_of_text|>")
 
 
 def chat_ids(tokenizer, turns, image_tokens=(), system=SYSTEM):
-    """The Qwen2.5 chat template. turns: [(user, assistant)], the last assistant None to leave its turn open.
+    """The chat template of the tokenizer's model. turns: [(user, assistant)], the last assistant None to
+    leave its turn open.
 
     image_tokens[i]: the number of <|image_pad|> tokens of each image in turn i, one per merged patch; images
     stand in front of the user's text. Returns (ids, targets), two lists of one
-    length; targets is True on what an assistant says, its <|im_end|> included. The text between two control
-    tokens is encoded in one piece, as the reference tokenizer does.
+    length; targets is True on what an assistant says, its end token included. The text between two control
+    tokens is encoded in one piece, as the reference tokenizer does. Raises ValueError for a tokenizer of
+    another format than ChatML (Qwen, SmolLM2) and Llama-3's.
     """
-    t = tokenizer.special
-    start, end, newline = t["<|im_start|>"], t["<|im_end|>"], tokenizer.encode("\n")
-    ids = [start, *tokenizer.encode(f"system\n{system}"), end, *newline]
+    f, encode, control = tokenizer.format, tokenizer.encode, tokenizer.control
+    if f is None:
+        raise ValueError(f"tokenizer.json has neither {CHATML.start} nor {LLAMA_3.start}: conversations and "
+                         "prompts are written in ChatML or in Llama-3's format only")
+
+    def opening(role, text):
+        if f.role_end is None:
+            return control(f.start) + encode(role + f.gap + text)
+        return control(f.start) + encode(role) + control(f.role_end) + encode(f.gap + text)
+    closing = encode(f.after) if f.after else []
+    ids = [*control(f.begin), *opening("system", f.system_prefix + system), *control(f.end), *closing]
     targets = [False] * len(ids)
     for i, (user, assistant) in enumerate(turns):
         vision = []
         for count in image_tokens[i] if i < len(image_tokens) else ():
-            vision += [t["<|vision_start|>"], *[t["<|image_pad|>"]] * count, t["<|vision_end|>"]]
-        message = tokenizer.encode(f"user\n{user}")
-        if vision:
-            message = [*tokenizer.encode("user\n"), *vision, *tokenizer.encode(user)]
-        ids += [start, *message, end, *newline, start, *tokenizer.encode("assistant\n")]
+            pads = control("<|image_pad|>") * count
+            vision += control("<|vision_start|>") + pads + control("<|vision_end|>")
+        message = opening("user", "") + vision + encode(user) if vision else opening("user", user)
+        ids += [*message, *control(f.end), *closing, *opening("assistant", "")]
         targets += [False] * (len(ids) - len(targets))
         if assistant is not None:
-            ids += [*tokenizer.encode(assistant), end]
+            ids += encode(assistant) + control(f.end)
             targets += [True] * (len(ids) - len(targets))
-            ids += newline
-            targets += [False] * len(newline)
+            ids += closing
+            targets += [False] * len(closing)
     return ids, targets
 
 
@@ -782,6 +1330,10 @@ def crop_square(image, size):
     scale = size / min(image.size)
     w, h = (max(size, round(s * scale)) for s in image.size)
     left, top = (w - size) // 2, (h - size) // 2
+    if max(w, h) > 64 * size:            # scaled whole, a line of 1 x 100000 pixels would take gigabytes
+        x, y = image.width / w, image.height / h
+        return image.resize((size, size), Image.BICUBIC,
+                            (left * x, top * y, (left + size) * x, (top + size) * y))
     return image.resize((w, h), Image.BICUBIC).crop((left, top, left + size, top + size))
 
 
@@ -835,6 +1387,40 @@ def to_patches(pixels, patch=14, merge=2, frames=2):
 def preprocess_clip(image, size=448):
     """PIL image -> (1, 3, size, size) normalised, for EVA-CLIP."""
     return to_pixels(np.asarray(crop_square(image, size))[None])
+
+
+# What preprocessor_config.json may say beside the limits: the only values implemented here.
+PIXEL_SETTINGS = {
+    "image_mean": (MEAN.tolist(),), "image_std": (STD.tolist(),), "rescale_factor": (1 / 255,),
+    "resample": (3,), "temporal_patch_size": (2,), "do_center_crop": (False,), "do_pad": (False,),
+    **dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), (True,))}
+
+
+def read_pixel_limits(folder, patch=14, merge=2):
+    """{"min_pixels", "max_pixels"} of a model folder as far as it says them: in processor_config.json, under
+    "image_processor", as transformers 5 writes, else in preprocessor_config.json; there as "size", too.
+
+    Raises ValueError for a file that asks for another preprocessing than this one.
+    """
+    file = Path(folder) / "processor_config.json"
+    raw = read_json(file).get("image_processor") if file.exists() else None
+    if raw is None:
+        file = Path(folder) / "preprocessor_config.json"
+        raw = read_json(file) if file.exists() else {}
+    raw = {name: value for name, value in typed(raw, dict, None, f"{file}: image_processor").items()
+           if value is not None}
+    require_settings(raw, {**PIXEL_SETTINGS, "patch_size": (patch,), "merge_size": (merge,)}, file)
+    size = typed(raw.get("size", {}), dict, None, f"{file}: size")
+    limits = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
+    limits |= {name: raw[name] for name in limits if name in raw}    # these win, as in transformers
+    limits = {name: typed(value, int, COUNT, f"{file}: {name}")
+              for name, value in limits.items() if value is not None}
+    if set(size) - {"shortest_edge", "longest_edge"}:
+        raise ValueError(f"{file} has the size {size}: only shortest_edge and longest_edge are implemented")
+    if limits.get("min_pixels", 0) > limits.get("max_pixels", math.inf):
+        raise ValueError(f"{file} has min_pixels {limits['min_pixels']} above max_pixels "
+                         f"{limits['max_pixels']}")
+    return limits
 
 
 def preprocess_qwen(image, patch=14, merge=2, min_pixels=None, max_pixels=None):
