@@ -21,18 +21,22 @@ B batch, L tokens, S side of a square image, C channels of a feature, h w its gr
 """
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
 import time
+import typing
 from collections import Counter
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -48,7 +52,24 @@ from tqdm import tqdm
 
 import data
 import flow
-from checkpoint import Parser, atomic_write, folder_parts, publish, read_json, run_command, write_json
+from checkpoint import (
+    COUNT,
+    FRACTION,
+    POSITIVE,
+    Interval,
+    Parser,
+    atomic_write,
+    check_writable,
+    folder_parts,
+    from_json,
+    number,
+    publish,
+    read_file,
+    read_json,
+    run_command,
+    sentence,
+    write_json,
+)
 from clip_decoder import PRESETS as DECODER_PRESETS
 from clip_decoder import VAE, EulerSchedule, EvaClip, PixelDecoder, UNet
 from model import PRESETS, BLIP3o, DiTConfig, preset
@@ -80,6 +101,9 @@ MAX_LOSS_WEIGHT = 300.0      # decoder: cap of the loss weight 1 + sigma^2 (1: a
 NULL_DECODER = 0.1           # decoder: probability of the negative features instead of the image's
 HELD_OUT = 64                # held-out samples of a probe
 PREVIEWS = 16                # and of a preview of stages 1 and 2
+MAX_TOKENS = 4096            # of a prompt or a conversation: one of a book would take all memory, or forever
+GRACE = 5.0                  # seconds after a signal that a step may go on, before it is given up
+LARGEST = torch.finfo(torch.float16).max        # what a folder of weights in fp16 can hold
 
 
 # ---- examples -> tensors, pickled to DataLoader's workers: no weights in here ---------------------------
@@ -115,10 +139,18 @@ class ConversationCollate:
         shown = [e.turns_image is not None for e in examples]
         rows = [data.chat_ids(self.tokenizer, e.turns, [[self.tokens_per_image]] if show else [])
                 for e, show in zip(examples, shown)]
-        ids, mask = data.pad([ids for ids, _ in rows], self.tokenizer.special["<|endoftext|>"])
+        ids, mask = data.pad([ids for ids, _ in rows], self.tokenizer.pad_id)
         targets, _ = data.pad([targets for _, targets in rows], False)
         return {**collate_images(examples), "ids": ids, "mask": mask, "labels": ids.where(targets, -100),
                 **self.vision_inputs([e.turns_image for e in examples])}
+
+    def check_length(self, example):
+        """Raise BadSample for an Example with more than MAX_TOKENS tokens of text."""
+        texts = [example.prompt, *(text for turn in example.turns for text in turn)]
+        size = sum(len(text.encode()) for text in texts)             # at least as many as tokens
+        if size > 16 * MAX_TOKENS or size > MAX_TOKENS and \
+                sum(len(self.tokenizer.encode(text)) for text in texts) > MAX_TOKENS:
+            raise data.BadSample("too many tokens", f"{size} bytes are more than {MAX_TOKENS} tokens")
 
     def prompts(self, examples):
         """The prompts to generate: ids, mask (B, L), and the images in them."""
@@ -242,12 +274,18 @@ class UnderstandingStage(Stage):
     def __init__(self, args):
         super().__init__()
         self.tokenizer, parts = tokenizer_of(args.init), folder_parts(args.init)
+        if len(parts & {"visual", "llm"}) == 1 and not args.fresh:
+            has, lacks = ("vision tower", "language model")[::1 if "visual" in parts else -1]
+            raise ValueError(f"stage 0 trains a language model together with its vision tower: {args.init} "
+                             f"has a {has}, but no {lacks}. Name a Qwen2.5-VL with --init, or add --fresh "
+                             "for random weights of the nano sizes")
         if "visual" in parts and not args.fresh:
             self.trained = BLIP3o.from_pretrained(args.init, parts={"llm", "visual", "queries"} & parts)
         else:
             self.trained = BLIP3o(nano_config(self.tokenizer, dit=None))
         if self.trained.latent_queries is not None:
             self.trained.latent_queries.requires_grad_(False)        # unused in this stage
+        self.trained.llm.checkpointing = args.checkpointing
         vision = self.trained.config.vision
         self.size = 448 if vision.patch_size == 14 else DECODER_PRESETS["nano"]["clip"].image_size
         self.collate = ConversationCollate(self.tokenizer, vision, self.size)
@@ -283,6 +321,7 @@ class GenerationStage(Stage):
         super().__init__()
         self.tokenizer, self.converse = tokenizer_of(args.init), args.joint
         self.long_captions = False if args.stage == "2" else None
+        need_clip(args.eva, "--eva")
         self.eva = frozen(EvaClip.from_pretrained(args.eva, dtype=args.frozen_dtype))
         self.size, self.decoder = self.eva.config.image_size, None
         if "unet" in folder_parts(args.eva):
@@ -311,9 +350,8 @@ class GenerationStage(Stage):
         """Return (model with its generator, fresh or continued; whether its queries are those of --init)."""
         stored, parts = BLIP3o.from_pretrained(args.init, "meta").config, folder_parts(args.init)
         continues = not args.fresh and stored.generates and args.design in (None, design_of(stored))
-        if continues and (args.dit or args.queries):
-            raise ValueError("--dit and --queries are for a fresh generator, but that of "
-                             f"{args.init} is trained further: add --fresh")
+        check_use(args, {"fresh": not continues,
+                         "flow": (design_of(stored) if continues else args.design) != "clip-mse"})
         wanted = {"llm"} | ({"visual"} if args.joint or args.prompt_images else set())
         if continues or not (args.queries or args.paper):
             wanted |= {"queries"} & parts
@@ -349,8 +387,17 @@ class GenerationStage(Stage):
         base = replace(stored, text=text, grid=grid, shift=args.shift, query_std=query_std, dit=None,
                        mse_channels=None, latents=args.design == "vae-fm")
         if args.design == "clip-mse":
+            if args.queries not in (None, grid ** 2):
+                raise ValueError(f"--design clip-mse has a query for each of the {grid ** 2} features, not "
+                                 f"--queries {args.queries}")
             return replace(base, n_query=grid ** 2, mse_channels=self.eva.config.width)
-        return replace(base, n_query=n_query, dit=DiTConfig(**dit | dit_fields(args.dit)))
+        try:
+            config = DiTConfig(**dit | dit_fields(args.dit))
+            if grid % config.patch_size:
+                raise ValueError(f"patch_size {config.patch_size} doesn't divide the {grid} x {grid} grid")
+        except ValueError as error:
+            raise ValueError(f"--dit {args.dit}: {error}") from None
+        return replace(base, n_query=n_query, dit=config)
 
     def encode(self, pixels):
         """pixels (B, 3, S, S) -> the design's target: CLIP features (B, n, C) or VAE latents (B, h w, C)."""
@@ -447,6 +494,7 @@ class DecoderStage(Stage):
 
     def __init__(self, args):
         super().__init__()
+        need_clip(args.init, "--init")
         self.eva = frozen(EvaClip.from_pretrained(args.init, dtype=args.frozen_dtype))
         vae, eva = frozen(VAE.from_pretrained(args.init)), self.eva.config
         self.size, has_unet = eva.image_size, "unet" in folder_parts(args.init) and not args.fresh
@@ -532,19 +580,41 @@ def design_of(config):
     return None if config.dit is None else "vae-fm" if config.latents else "clip-fm"
 
 
-def dit_fields(spec):
-    """--dit "dim=192,rope=2d" -> {"dim": 192, "rope": "2d"}; ValueError for what is no field of
-    DiTConfig."""
-    kinds, values = {f.name: f.type for f in fields(DiTConfig)}, {}
+def settings(flag, spec, kinds):
+    """The value of a flag like "name=value,..." -> {name: value}. kinds: {name: (convert, what the value is,
+    in words)}. ValueError for another name, a name twice, or what `convert` refuses."""
+    values = {}
     for part in filter(None, (spec or "").split(",")):
-        name, _, value = part.partition("=")
+        name, equals, text = part.partition("=")
+        if name not in kinds or not equals:
+            raise ValueError(f"{flag} takes {', '.join(kinds)}, as in name=value,name=value; not {part!r}")
+        if name in values:
+            raise ValueError(f"{flag} has {name} twice")
+        convert, words = kinds[name]
         try:
-            kind = kinds[name] if kinds[name] in (str, float) else int
-            values[name] = kind(value)
-        except (KeyError, ValueError):
-            names = ", ".join(kinds)
-            raise ValueError(f"--dit takes {names}, as in dim=192,n_layers=8; not {part!r}") from None
+            values[name] = convert(text)
+        except argparse.ArgumentTypeError:
+            raise ValueError(f"{flag} {words}, not {part!r}") from None
     return values
+
+
+def dit_fields(spec):
+    """--dit "dim=192,rope=2d" -> {"dim": 192, "rope": "2d"}; ValueError for what is no field of DiTConfig,
+    or can't be its value. The widths in_channels and cond_dim are those of the other parts."""
+    kinds = {}
+    for name, hint in typing.get_type_hints(DiTConfig).items():
+        if name not in ("in_channels", "cond_dim"):
+            kind = hint if hint in (str, float) else int
+            most = Interval(1, 256 if name == "n_layers" else 2 ** 16) if kind is int else POSITIVE
+            kinds[name] = (str, "") if kind is str else (
+                number(kind, most), f"{name} must be a {'whole ' * (kind is int)}number {most}")
+    return settings("--dit", spec, kinds)
+
+
+def need_clip(folder, flag):
+    """ValueError where a folder holds no EVA-CLIP."""
+    if "clip" not in folder_parts(folder):
+        raise ValueError(f"{folder} holds no EVA-CLIP: name a folder that does with {flag}")
 
 
 def decode_preview(decoder, features, size):
@@ -706,17 +776,30 @@ def open_samples(args, stage, device):
         return open_world(args, stage)
     task = data.CaptionTask(stage.converse, args.reconstruct, args.short_caption)
     probe = replace(task, converse=float(stage.converse == 1), reconstruct=0.0)
+    task, probe = (Bounded(task, stage.collate) for task in (task, probe))
     source, unseen = (data.open_source(args.data, stage.size) for _ in range(2))
     if args.cache:
         source.cache = feature_cache(args, stage, source, device)
     return data.Samples(source, task, args.seed), data.Samples(unseen, probe, args.seed, held_out=True)
 
 
+class Bounded:
+    """A task whose samples fit: BadSample, counted as others are, for texts that `collate` finds too
+    long."""
+
+    def __init__(self, task, collate):
+        self.task, self.collate = task, collate
+
+    def __call__(self, item, rng):
+        """An item -> Example, as the task makes it."""
+        example = self.task(item, rng)
+        if isinstance(self.collate, ConversationCollate):
+            self.collate.check_length(example)
+        return example
+
+
 def feature_cache(args, stage, source, device):
-    """The filled FeatureCache of a source; ValueError where the stage needs the images themselves."""
-    if args.joint or args.prompt_images:
-        raise ValueError("--cache keeps features, not images: it doesn't go with --joint and --reconstruct, "
-                         "which show the images to the language model")
+    """The filled FeatureCache of a source."""
     design = getattr(stage, "design", None)
     digest = hashlib.sha256(f"{source.fingerprint()} {stage.size} square bicubic {design}".encode())
     trained = set(stage.trained.parameters())
@@ -733,28 +816,60 @@ def feature_cache(args, stage, source, device):
     cache.fill(source, encode, args.batch, args.workers, rank(), world_size(), args.quiet)
     barrier()
     # On a disk of its own, a machine lacks what the others have written.
-    local = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    _, _, *local = environment()
     cache.fill(source, encode, args.batch, args.workers, *local, args.quiet)
     barrier()
     return cache
 
 
 def held_out_batch(stage, samples, device):
-    """The batch that probes and previews see, or None where the data is too small to hold anything out."""
+    """The batch that probes and previews see, or None where nothing is held out, or nothing of it can be
+    read: a small or broken set must not end a run."""
     available = HELD_OUT if samples.held_out is False else min(HELD_OUT, len(samples.source.held_out))
-    if not available:
-        return None
-    return to_device(stage.collate([samples[i] for i in range(available)]), device)
+    examples, problem = [], None
+    for i in range(available):
+        try:
+            examples.append(samples[i])
+        except ValueError as error:
+            problem = error
+    if problem and not examples and rank() == 0:
+        print(f"there will be no probes, as no held-out sample can be used: {sentence(problem)}")
+    return to_device(stage.collate(examples), device) if examples else None
+
+
+class MicroBatches(torch.utils.data.Dataset):
+    """This process's part of the micro-batch whose first sample has position `first`, collated.
+
+    A mistake is returned, not raised: from a worker, DataLoader would wrap it in a traceback.
+    """
+
+    def __init__(self, samples, collate, size):
+        self.samples, self.collate, self.size = samples, collate, size
+        self.rank, self.ranks = rank(), world_size()                 # workers don't know them
+
+    def __getitem__(self, first):
+        positions = range(first + self.rank, first + self.size, self.ranks)
+        try:
+            return self.collate([self.samples[position] for position in positions])
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            if sys.flags.dev_mode:
+                raise
+            return ValueError(sentence(error))
+
+
+def unchanged(batch):
+    """For DataLoader: what MicroBatches gives is a batch already."""
+    return batch
 
 
 def batches(samples, stage, start, args, device):
     """Micro-batches of this process from step `start` on: step s uses the positions s * batch ... (s + 1)
     * batch - 1."""
-    ranks, micro = world_size(), args.batch // args.accumulate  # samples of a micro-batch, of all processes
-    plan = [range(first + rank(), first + micro, ranks)
-            for first in range(start * args.batch, args.steps * args.batch, micro)]
-    return torch.utils.data.DataLoader(samples, batch_sampler=plan, collate_fn=stage.collate,
-                                       num_workers=args.workers, pin_memory=device.type == "cuda")
+    micro = args.batch // args.accumulate         # samples of a micro-batch, of all processes
+    return torch.utils.data.DataLoader(
+        MicroBatches(samples, stage.collate, micro), batch_size=None, collate_fn=unchanged,
+        sampler=range(start * args.batch, args.steps * args.batch, micro), num_workers=args.workers,
+        pin_memory=device.type == "cuda")
 
 
 ON_HOST = ("ids", "mask", "labels", "grid")     # decide about shapes, which the host must know: see BLIP3o
@@ -768,6 +883,21 @@ def to_device(batch, device):
 
 
 # ---- processes ------------------------------------------------------------------------------------------
+
+def environment():
+    """(processes, number of this one, its number on this machine, processes there), as torchrun says."""
+    values = []
+    for name, default, interval in (("WORLD_SIZE", 1, COUNT), ("RANK", 0, Interval(0)),
+                                    ("LOCAL_RANK", 0, Interval(0)), ("LOCAL_WORLD_SIZE", 1, COUNT)):
+        try:
+            values.append(number(int, interval)(os.environ.get(name, str(default))))
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"the environment variable {name}: {error}; torchrun sets it") from None
+    if 1 < values[0] <= values[1]:
+        raise ValueError(f"the environment variables RANK {values[1]} and WORLD_SIZE {values[0]} don't go "
+                         "together: torchrun sets them")
+    return tuple(values)
+
 
 def init_distributed(device):
     """init_process_group that survives `torchrun --max_restarts`; CPU tensors go through gloo.
@@ -824,21 +954,61 @@ def any_process(flag):
     return bool(flag)
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal gave up what was running: nothing of it counts."""
+
+
 class StopRequest:
     """Ctrl-C or SIGTERM of any process stops all of them after the same step.
 
     The flag is all-reduced between the hosts asynchronously and read one step later: nothing waits for it.
+    What takes longer, and can be given up, runs `within` a patience.
     """
 
     def __init__(self):
-        self.requested, self.flag, self.exchange = False, None, None
+        self.requested, self.flag, self.exchange, self.patience = False, None, None, None
         self.before = {sig: signal.signal(sig, self.request) for sig in (signal.SIGINT, signal.SIGTERM)}
+        self.alarm = signal.signal(signal.SIGALRM, self.give_up) if hasattr(signal, "setitimer") else None
+
+    def close(self):
+        """Signals do again what they did before."""
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, self.alarm)
+        for sig, handler in self.before.items():
+            signal.signal(sig, handler)
 
     def request(self, *_):
         """The signal handler; a second signal ends the process at once."""
         self.requested = True
         for sig, handler in self.before.items():
             signal.signal(sig, handler)
+        if self.patience == 0:
+            raise Stopped
+        if rank() == 0:                                              # print isn't allowed in a handler
+            os.write(2, b"train.py: stopping, and saving, after this step; a second signal stops at once\n")
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, GRACE)
+
+    def give_up(self, *_):
+        """The handler of the alarm."""
+        if self.patience is not None:
+            raise Stopped
+
+    @contextmanager
+    def within(self, patience):
+        """Within: Stopped is raised so many seconds after a signal (None: never)."""
+        self.patience = patience
+        try:
+            if self.requested and patience is not None:
+                raise Stopped
+            yield
+        except RuntimeError:
+            if patience is None or not self.requested:
+                raise
+            raise Stopped from None              # the same signal has ended processes that read for this one
+        finally:
+            self.patience = None
 
     def agreed(self):
         """Do all processes stop now? Every process calls it once a step."""
@@ -857,6 +1027,49 @@ class StopRequest:
         return bool(self.flag)
 
 
+@contextmanager
+def signals_held_back():
+    """Within: SIGINT and SIGTERM wait. Processes that are started here never get them: a signal to all of
+    them at once must not take the workers from a run that saves."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_workers(loader):
+    """End the processes of a DataLoader's iterator. SIGTERM, which Python would send them at its own end,
+    doesn't reach them: it would wait forever."""
+    getattr(loader, "_shutdown_workers", bool)()
+    for worker in getattr(loader, "_workers", ()):
+        worker.kill()
+
+
+@contextmanager
+def claimed(out):
+    """Within: the folder of a run is this process's. ValueError if another one trains in it.
+
+    The lock ends with its process, whatever ends it; workers don't inherit it.
+    """
+    if rank() > 0:
+        yield
+        return
+    with open(out / ".lock", "ab") as file:
+        try:
+            import fcntl
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"another process trains in {out}: wait for its end, or choose another "
+                             "--out") from None
+        except (ImportError, OSError):                               # no locks on this system, or this disk
+            pass
+        yield
+
+
 # ---- a run's state on disk ------------------------------------------------------------------------------
 
 def optimizer_state(optimizer, names):
@@ -872,7 +1085,7 @@ def save_state(out, step, ema, optimizer, args, counts):
     model.safetensors (what is trained), ema.safetensors, optimizer.safetensors (with --zero
     optimizer-RANK.safetensors, from each process its part), state.json (step, counts and flags; the order of
     samples and all noise are functions of seed and step, so the step is all there is to know). Every process
-    calls it. Raises OSError on all of them if one can't write.
+    calls it. Raises ValueError on all of them if one can't write.
     """
     name, temporary = f"step-{step:06d}", out / ".step.tmp"  # a crash's leftovers are overwritten
     names = {p: n for n, p in ema.params.items()}
@@ -883,9 +1096,10 @@ def save_state(out, step, ema, optimizer, args, counts):
         for file, tensors in ("model", ema.params), ("ema", ema.average):
             tensors = {n: tensor.detach().contiguous() for n, tensor in tensors.items()}
             save_file(tensors, temporary / f"{file}.safetensors")
-        state = {"step": step, "updates": ema.updates, "counts": counts, "torch": torch.__version__,
-                 "args": {k: v for k, v in vars(args).items() if k != "frozen_dtype"}}
-        (temporary / "state.json").write_text(json.dumps(state, indent=1))
+        write_json(temporary / "state.json", {
+            "step": step, "updates": ema.updates, "counts": counts, "torch": torch.__version__,
+            "optimizer_files": world_size() if args.zero else 1,
+            "args": {name: getattr(args, name) for name in FLAGS}})
 
     def add_moments():
         if rank() == 0 or args.zero:
@@ -896,8 +1110,8 @@ def save_state(out, step, ema, optimizer, args, counts):
         publish(temporary, out / name)
         with atomic_write(out / "latest") as latest:
             latest.write_text(name)
-        for old in sorted(out.glob("step-*"), key=lambda folder: int(folder.name[5:]))[:-2]:
-            shutil.rmtree(old, ignore_errors=True)
+        for old in [folder for folder in states(out) if int(folder.name[5:]) < step][:-1]:
+            shutil.rmtree(old, ignore_errors=True)                   # never the one just published
 
     for write, by_all in (begin, False), (add_moments, True), (finish, False):
         problem = None
@@ -907,60 +1121,166 @@ def save_state(out, step, ema, optimizer, args, counts):
         except (OSError, SafetensorError) as error:
             problem = error
         if any_process(problem is not None):  # all processes fail together
-            raise OSError(problem or "another process could not write its part")
+            raise ValueError(sentence(problem) if problem else "another process could not write its part")
 
 
-# Flags that change the result: a run can't be resumed with other ones.
-MUST_MATCH = ("stage", "data", "world", "short_caption", "seed", "batch", "init", "eva", "shift",
-              "optimizer", "design", "joint", "reconstruct", "draws", "drop", "dit", "queries")
+@dataclass
+class RunState:
+    """state.json: how far a run is; see save_state."""
+    step: int = field(metadata={"interval": Interval(0)})
+    updates: int = field(metadata={"interval": Interval(0)})
+    counts: dict = field(default_factory=dict)
+    args: dict = field(default_factory=dict)
+    optimizer_files: int | None = None
+
+    def __post_init__(self):
+        if not all(type(count) is int and count >= 0 for count in self.counts.values()):
+            raise ValueError("counts must be whole numbers")
+
+
+def states(out):
+    """The folders of the states in `out`, the oldest first. Other names are nobody's business."""
+    numbers = {int(f.name[5:]): f for f in out.iterdir() if re.fullmatch("step-[0-9]{6,}", f.name)}
+    return [f for n, f in sorted(numbers.items()) if f.name == f"step-{n:06d}" and f.is_dir()]
+
+
+def candidates(out):
+    """The states to go on from, the best first: what `latest` names, then the others, the newest first."""
+    folders, named = states(out)[::-1], None
+    try:
+        named = out / read_file(out / "latest").decode().strip()
+    except FileNotFoundError:
+        if not folders:
+            return []
+    except (OSError, ValueError):
+        pass
+    if not folders:
+        raise ValueError(f"{out / 'latest'} names a state, but there is none in {out}: delete it to start "
+                         "anew")
+    if named not in folders:
+        warn(f"{out / 'latest'} names no state: going on from the newest")
+    return sorted(folders, key=lambda folder: folder != named)
 
 
 def load_state(out, ema, optimizer, args):
-    """Continue where `out` stopped: fills weights, averages and optimizer; returns (step, counts), (0, {})
-    if nothing is there.
+    """Continue where `out` stopped: fills weights, averages and optimizer from the first whole candidate.
 
-    Raises ValueError if the run in `out` was started with other flags that change the result.
+    Returns its RunState; one of step 0 if nothing is there. Raises ValueError if no state is whole, or the
+    run in `out` was started with other flags that change the result.
     """
-    if not (out / "latest").is_file():
+    problems, state = [], RunState(0, 0)
+    for folder in candidates(out):
+        try:
+            state = from_json(RunState, read_json(folder / "state.json"), folder / "state.json")
+            tensors = read_tensors(folder, state, ema) if same_flags(state, args) else None
+        except (ValueError, OSError, SafetensorError) as error:
+            problems.append(f"{folder} is damaged: {sentence(error)}")
+            continue
+        if tensors is None:
+            raise ValueError(f"{out} holds a run with {other_flags(state, args)}: choose another --out, or "
+                             "delete the folder to start anew")
+        fill(ema, local_optimizer(optimizer), *tensors)
+        ema.updates = state.updates
+        for problem in problems:
+            warn(f"{problem}; going on from {folder}")
+        break
+    else:
+        if problems:
+            raise ValueError("; ".join(problems) + "; delete the folder to start anew")
         if args.resume:
             raise ValueError(f"--resume: there is no run in {out} to go on with")
-        return 0, {}
-    folder = out / (out / "latest").read_text()
-    state = read_json(folder / "state.json")
-    for key in MUST_MATCH:
-        before, now = state["args"].get(key), getattr(args, key)
-        if before != now:
-            raise ValueError(f"{out} holds a run with --{key.replace('_', '-')} {before}, not {now}: "
-                             "choose another --out, or delete the folder to start anew")
-    model, average = load_file(folder / "model.safetensors"), load_file(folder / "ema.safetensors")
-    moments = {}
-    for file in folder.glob("optimizer*.safetensors"):  # one for each process that had a part of them
+    if len(set(gather_objects(state.step))) > 1:
+        raise ValueError(f"the processes find different states in {out}: it must be one folder for all")
+    return state
+
+
+def flag_value(name, value):
+    """A flag and its value as a command line has them."""
+    return f"--{name.replace('_', '-')} {value}"
+
+
+def changed_flags(state, args, resume):
+    """{name: (before, now)} of the flags with this rule of resuming that a state has otherwise. ValueError
+    if the state lacks one."""
+    names = [name for name, flag in FLAGS.items() if flag.resume == resume]
+    if lacking := [name for name in names if name not in state.args]:
+        raise ValueError(f"state.json lacks the flag {lacking[0]}")
+    return {name: (state.args[name], getattr(args, name)) for name in names
+            if state.args[name] != getattr(args, name)}
+
+
+def same_flags(state, args):
+    """Has the run of a state the flags that must match?"""
+    return not changed_flags(state, args, SAME)
+
+
+def other_flags(state, args):
+    """The first flag that doesn't match, in words."""
+    name, (before, now) = next(iter(changed_flags(state, args, SAME).items()))
+    return f"{flag_value(name, before)}, not {now}"
+
+
+def warn(text):
+    """One line on stderr, from one process."""
+    if rank() == 0:
+        print(f"train.py: {text}", file=sys.stderr)
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum", "step")
+
+
+def read_tensors(folder, state, ema):
+    """(weights, averages, moments) of a state. Raises ValueError or SafetensorError unless files, names,
+    shapes and types are those of what is trained, and weights and averages finite."""
+    weights, average = (load_file(folder / f"{file}.safetensors") for file in ("model", "ema"))
+    for tensors, expected in (weights, ema.params), (average, ema.average):
+        if {n: (t.shape, t.dtype) for n, t in tensors.items()} != {
+                n: (t.shape, t.dtype) for n, t in expected.items()}:
+            raise ValueError("its weights are of another model than this stage trains")
+        check_finite(tensors)
+    files, moments = sorted(folder.glob("optimizer*.safetensors")), {}
+    if len(files) != (state.optimizer_files or max(1, len(files))):
+        raise ValueError("a file of the optimizer is missing")
+    for file in files:  # one for each process that had a part of them
         moments |= load_file(file)
-    if set(model) != set(ema.params):
-        raise ValueError(f"the weights in {folder} are of another model than this stage trains: "
-                         "choose another --out")
-    local = local_optimizer(optimizer)
-    own = {p for group in local.param_groups for p in group["params"]}
+    for key, moment in moments.items():
+        name, _, kind = key.rpartition(".")
+        shape = (1,) if kind == "step" else getattr(ema.params.get(name), "shape", None)
+        if kind not in MOMENTS or moment.shape != shape or not moment.is_floating_point():
+            raise ValueError(f"{key} isn't a moment of the optimizer")
+    return weights, average, moments
+
+
+def fill(ema, optimizer, weights, average, moments):
+    """Put the tensors of a state to where they are used."""
+    own = {p for group in optimizer.param_groups for p in group["params"]}
     for n, p in ema.params.items():
-        p.data.copy_(model[n])
+        p.data.copy_(weights[n])
         ema.average[n].copy_(average[n])
         # In p's memory format: the fused kernel assumes equal strides.
-        of_p = {k: torch.empty_like(p).copy_(moments[f"{n}.{k}"])
-                for k in ("exp_avg", "exp_avg_sq", "momentum") if f"{n}.{k}" in moments}
+        of_p = {kind: torch.empty_like(p).copy_(moments[f"{n}.{kind}"])
+                for kind in MOMENTS[:3] if f"{n}.{kind}" in moments}
         if f"{n}.step" in moments:
             of_p["step"] = moments[f"{n}.step"].to(p.device).reshape(())
         if of_p and p in own:
-            local.state[p] = of_p
-    ema.updates = state["updates"]
-    return state["step"], state.get("counts", {})
+            optimizer.state[p] = of_p
+
+
+def check_finite(tensors):
+    """ValueError for weights {name: tensor} that are NaN, infinite, or too large for fp16."""
+    sizes = torch.stack(torch._foreach_norm([t.detach() for t in tensors.values()], math.inf)).tolist()
+    for name, size in zip(tensors, sizes):
+        if not size <= LARGEST:
+            raise ValueError(f"{name} has grown to {size:g}")
 
 
 # ---- the log --------------------------------------------------------------------------------------------
 
 class Log:
-    """log.jsonl, one object a line, and with --wandb the same numbers there."""
+    """log.jsonl, one object a line, and with --wandb the same numbers there; from `step` on."""
 
-    def __init__(self, path, args):
+    def __init__(self, path, args, step=0):
+        trim_log(path, step)
         self.path, self.file, self.remote = path, open(path, "a"), None              # noqa: SIM115
         if args.wandb:
             try:
@@ -982,6 +1302,24 @@ class Log:
             self.remote.log(row, step=row["step"])
 
 
+def trim_log(path, step):
+    """Make a log agree with a run at `step`: what isn't whole, what came later, and what stands there twice
+    goes."""
+    if not path.exists():
+        return
+    rows, content = {}, read_file(path)
+    for line in content.splitlines():
+        try:
+            row = json.loads(line)
+            if 0 <= row["step"] <= step:
+                rows[row["step"], "lr" in row] = line + b"\n"        # a row of a step, one of its probe
+        except (ValueError, TypeError, KeyError, RecursionError):
+            pass
+    if b"".join(rows.values()) != content:
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(b"".join(rows.values()))
+
+
 class Meter:
     """What happened on this process since the last line of the log: losses, skipped samples, time waited.
 
@@ -998,6 +1336,7 @@ class Meter:
     def clear(self):
         """Reset for the next line of the log."""
         self.sums, self.steps, self.waited, self.since, self.new = {}, 0, 0.0, time.time(), Counter()
+        self.pending = []  # (cause, name) of a step that isn't over
 
     def add(self, losses, fraction):
         """A micro-batch's losses, `fraction` of a step."""
@@ -1011,11 +1350,13 @@ class Meter:
         in_a_row = (in_a_row + 1) * found_inf
         self.nonfinite = torch.stack([total + found_inf, in_a_row, torch.maximum(most, in_a_row)])
         self.steps += 1
+        self.new.update(cause for cause, _ in self.pending)
+        self.broken = (self.broken + self.pending)[:20]
+        self.pending = []
 
     def skip(self, skipped):
         """[(cause, name)] of samples that could not be read."""
-        self.new.update(cause for cause, _ in skipped)
-        self.broken = (self.broken + skipped)[:20]
+        self.pending += skipped
 
     def totals(self):
         """{cause: number} since the run began, for its state."""
@@ -1072,38 +1413,59 @@ def autocast(args, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
 
 
-def train(args, device):
+def train(args, device, stop):
     """Train one stage, resuming the run in --out. Returns False if a signal stopped it."""
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed)  # the same fresh weights on every process
-    stage = build_stage(args).to(device)
-    samples, held_out = open_samples(args, stage, device)
-    test = held_out_batch(stage, held_out, device)
-    optimizer, ema = make_optimizer(stage, args), EMA(stage.trained, args.ema)
-    step, counts = load_state(out, ema, optimizer, args)
-    if args.compile and stage.compile_target is not None:
-        stage.compile_target.compile()
-    net = stage
-    if world_size() > 1:  # with conversations, a batch may need only some parameters
-        net = DistributedDataParallel(stage, find_unused_parameters=bool(stage.converse))
-    stop, is_main = StopRequest(), rank() == 0
-    if is_main:
-        announce(args, ema, samples, step)
-    log = Log(out / "log.jsonl", args) if is_main else None
-    bar = tqdm(total=args.steps, initial=step, disable=not is_main or args.quiet, unit="step")
-    loader, meter = iter(batches(samples, stage, step, args, device)), Meter(counts, device)
-    stage.trained.train()
-    if step >= args.steps and is_main:                               # a finished run can still be exported
-        export(args, stage, ema, step)
-    halt = False
+    for folder in filter(None, (args.out, args.save and fixed_part(args.save), args.cache)):
+        check_writable(folder)
+    with claimed(out):
+        with stop.within(0):
+            torch.manual_seed(args.seed)  # the same fresh weights on every process
+            stage = build_stage(args).to(device)
+            samples, held_out = open_samples(args, stage, device)
+            test = held_out_batch(stage, held_out, device)
+            optimizer, ema = make_optimizer(stage, args), EMA(stage.trained, args.ema)
+            state = load_state(out, ema, optimizer, args)
+            if args.compile and stage.compile_target is not None:
+                stage.compile_target.compile()
+            net = stage
+            if world_size() > 1:  # with conversations, a batch may need only some parameters
+                net = DistributedDataParallel(stage, find_unused_parameters=bool(stage.converse))
+            is_main = rank() == 0
+            if is_main:
+                announce(args, ema, samples, state)
+            log = Log(out / "log.jsonl", args, state.step) if is_main else None
+        stage.trained.train()
+        if state.step >= args.steps:
+            if is_main:                                              # a finished run can still be exported
+                export(args, stage, ema, state.step)
+            return True
+        save = partial(checkpoint, out, stage=stage, ema=ema, optimizer=optimizer, test=test, log=log,
+                       args=args)
+        with signals_held_back():
+            loader = iter(batches(samples, stage, state.step, args, device))
+        try:
+            return loop(args, device, stop, net, ema, optimizer, loader, Meter(state.counts, device), log,
+                        save, state.step)
+        finally:
+            end_workers(loader)
+
+
+def loop(args, device, stop, net, ema, optimizer, loader, meter, log, save, step):
+    """All steps from `step` on, with states and lines of the log between them. Returns False if a signal
+    ended it; raises ValueError if the last state or export could not be written."""
+    bar = tqdm(total=args.steps, initial=step, disable=log is None or args.quiet, unit="step")
+    halt, saved, problem = False, step, None
     while step < args.steps and not halt:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        for micro in range(args.accumulate):
-            last = micro == args.accumulate - 1  # gradients are reduced once a step, with the last one
-            with nullcontext() if net is stage or last else net.no_sync():
-                losses = forward_backward(net, loader, meter, args, device)
+        try:  # several processes stop together, after a step
+            with stop.within(None if dist.is_initialized() else GRACE):
+                losses = gradient(net, loader, meter, args, device)
+        except Stopped:
+            if step > saved:
+                problem = save(step, counts=meter.totals())
+            break
         norm = nn.utils.clip_grad_norm_(list(ema.params.values()), args.clip)    # the same on all processes
         found_inf = local_optimizer(optimizer).found_inf = (~norm.isfinite()).float()
         with autocast(args, device):                                 # Newton-Schulz in bf16, as published
@@ -1115,23 +1477,38 @@ def train(args, device):
         bar.update()
         if step % args.log_every == 0 or step == args.steps:
             row = meter.row(step, args) | {"lr": optimizer.param_groups[0]["lr"], "grad": float(norm)}
-            if is_main:
+            if log is not None:
                 log.write(row)
                 bar.set_postfix({name: f"{row[name]:.4f}" for name in losses if name in row})
         halt = stop.agreed()
         if step % args.save_every == 0 or step == args.steps or halt:
             before = time.time()
-            checkpoint(out, step, stage, ema, optimizer, test, log, args, meter.totals(), device)
+            problem, saved = save(step, counts=meter.totals()), step
             meter.since += time.time() - before                      # samples/s exclude saving
     stop.wait()
     bar.close()
+    if problem:
+        raise ValueError(f"the run ended at step {step}, but its last state or export could not be written: "
+                         f"{problem}; the same command tries again")
     return step >= args.steps
 
 
+def gradient(net, loader, meter, args, device):
+    """Forward and backward of all micro-batches of a step; returns the last one's losses."""
+    for micro in range(args.accumulate):
+        last = micro == args.accumulate - 1  # gradients are reduced once a step, with the last one
+        with nullcontext() if last or not dist.is_initialized() else net.no_sync():
+            losses = forward_backward(net, loader, meter, args, device)
+    return losses
+
+
 def forward_backward(net, loader, meter, args, device):
-    """Forward and backward of the next micro-batch."""
+    """Forward and backward of the next micro-batch; raises ValueError for samples that can't be used."""
     before = time.time()
-    batch = to_device(next(loader), device)
+    batch = next(loader)
+    if isinstance(batch, ValueError):
+        raise ValueError(str(batch))
+    batch = to_device(batch, device)
     meter.waited += time.time() - before
     meter.skip(batch.pop("skipped"))
     with autocast(args, device):
@@ -1141,11 +1518,25 @@ def forward_backward(net, loader, meter, args, device):
     return losses
 
 
-def announce(args, ema, samples, step):
+def fixed_part(save):
+    """The folder that --save names, or the innermost one around those of {step}."""
+    parts = Path(save).parts
+    return Path(*itertools.takewhile(lambda part: "{step}" not in part, parts))
+
+
+def announce(args, ema, samples, state):
     """Print a summary of the run."""
     millions = sum(p.numel() for p in ema.params.values()) / 1e6
     print(f"stage {args.stage}: {millions:.2f} M trained parameters, {args.steps} steps of {args.batch}, "
-          f"{'from step ' + str(step) if step else 'from the start'}, in {args.out}")
+          f"{'from step ' + str(state.step) if state.step else 'from the start'}, in {args.out}")
+    changed = changed_flags(state, args, NEW) if state.step else {}
+    if changed:
+        print("changed since: " + ", ".join(f"{flag_value(name, before)} -> {now}"
+                                            for name, (before, now) in changed.items()))
+    if state.step > args.steps:
+        print(f"{state.step} steps are done, more than --steps {args.steps}: there is nothing to train")
+    if args.zero and world_size() == 1:
+        print("--zero divides moments among processes: one process keeps them all")
     if args.data:
         source = samples.source
         print(f"{len(source)} samples, {len(source.held_out)} of them held out; "
@@ -1153,23 +1544,38 @@ def announce(args, ema, samples, step):
 
 
 @torch.no_grad()
-def checkpoint(out, step, stage, ema, optimizer, test, log, args, counts, device):
-    """Write the state, then, with the averaged weights, the probe, the preview and the exported model."""
+def checkpoint(out, step, stage, ema, optimizer, test, log, args, counts):
+    """Write the state, then, with the averaged weights, the probe, the preview and the exported model.
+
+    A full disk must not end a run of days: what fails is said, and the rest goes on. Returns in words what
+    became of neither state nor export, None if both are there. Raises ValueError for weights that nobody can
+    use: the last state is kept.
+    """
     try:
-        save_state(out, step, ema, optimizer, args, counts)
-        if rank() > 0:
-            return
+        check_finite(ema.params)
+        check_finite(ema.average)
+    except ValueError as error:
+        raise ValueError(f"{error} after step {step}: lower --lr ({args.lr}); {args.out} keeps the last "
+                         "state") from None
+    from evals.charts import save_curves
+    failed, lost = [], []
+
+    def attempt(write, *inputs, matters=True):
+        try:
+            write(*inputs)
+        except (OSError, ValueError, SafetensorError) as error:
+            failed.append(sentence(error))
+            lost.extend(failed[-1:] * matters)
+    attempt(save_state, out, step, ema, optimizer, args, counts)
+    if rank() == 0:
         if test is not None:
-            with averaged_weights(stage, ema):
-                evaluate(out, step, stage, test, log, args, device)
-        export(args, stage, ema, step)
-        from evals.charts import save_curves
-        save_curves(out / "log.jsonl", out / "curves.png")
-    except (OSError, SafetensorError) as error:                      # a full disk must not end a run of days
-        tqdm.write(f"step {step} could not be written to {out}: {error}; training goes on, the state before "
-                   "it is kept")
-    finally:
-        barrier()
+            attempt(evaluate, out, step, stage, ema, test, log, args, matters=False)
+        attempt(export, args, stage, ema, step)
+        attempt(save_curves, out / "log.jsonl", out / "curves.png", matters=False)
+        if failed:
+            tqdm.write(f"step {step} could not be written: {'; '.join(failed)}; the state before it is kept")
+    barrier()
+    return "; ".join(lost) or None
 
 
 @contextmanager
@@ -1194,10 +1600,11 @@ def export(args, stage, ema, step):
             stage.export(folder)
 
 
-def evaluate(out, step, stage, test, log, args, device):
+def evaluate(out, step, stage, ema, test, log, args):
     """The probe into the log, the preview into a PNG, both of held-out samples."""
+    device = next(iter(ema.params.values())).device
     # Eager: probes have other batch sizes, and recompiling would not pay.
-    with autocast(args, device), torch.compiler.set_stance("force_eager"):
+    with averaged_weights(stage, ema), autocast(args, device), torch.compiler.set_stance("force_eager"):
         numbers, rows = {k: round(float(v), 4) for k, v in stage.probe(test).items()}, stage.preview(test)
     if numbers:
         log.write({"step": step, **numbers})
@@ -1212,79 +1619,133 @@ def save_grid(rows, path, columns=16, scale=2):
     """Rows of images (B, 3, H, W) in [0, 1], the first `columns` of each, as one PNG."""
     grid = torch.cat([torch.cat(list(row[:columns].float().cpu()), 2) for row in rows], 1)
     image = Image.fromarray((grid * 255).round().byte().permute(1, 2, 0).numpy())
-    image.resize((image.width * scale, image.height * scale), Image.NEAREST).save(path)
+    with atomic_write(path) as temporary:
+        image.resize((image.width * scale, image.height * scale), Image.NEAREST).save(temporary, "PNG")
 
 
 # ---- the command line -----------------------------------------------------------------------------------
 
+SAME, NEW, FREE = "must match", "may change", "has no effect on the weights"
+ALL, GENERATION = ("clip", "vae", "0", "decoder", "1", "2"), ("1", "2")
+# What a flag may need beside its stages, and what is said where that isn't so.
+NEEDS = {
+    "data": "goes with --data, not with the synthetic world",
+    "dry_run": "goes with --dry-run",
+    "flow": "belongs to flow matching: --design clip-mse has none",
+    "fresh": "is for a fresh generator, but that of --init is trained further: add --fresh",
+}
+
+
+class Flag(NamedTuple):
+    """What a run makes of a flag: its default; may a resumed run have another value; the stages in which it
+    has an effect; what else it needs, a key of NEEDS."""
+    default: object
+    resume: str
+    stages: tuple
+    needs: tuple
+
+
+def some_text(text):
+    """The `type` of a flag that names something."""
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
+
+
 def make_parser():
-    """The flags."""
-    raw = argparse.RawDescriptionHelpFormatter
+    """(the parser, {name: Flag}): the ONE table of all flags, their ranges, and where they belong."""
+    raw, flags = argparse.RawDescriptionHelpFormatter, {}
     parser = Parser("train.py", description=__doc__, formatter_class=raw)
 
-    def add(flag, help=None, **options):
-        parser.add_argument(flag, help=help, **options)
-    switch, optional = {"action": "store_true"}, {"action": argparse.BooleanOptionalAction}
-    add("--stage", required=True, choices=STAGES)
+    def add(flag, help=None, resume=FREE, stages=ALL, needs=(), default=None, **options):
+        if "action" not in options and "choices" not in options:
+            options.setdefault("type", some_text)
+        action = parser.add_argument(flag, help=help, default=argparse.SUPPRESS, **options)
+        flags[action.dest] = Flag(default, resume, stages, needs)
+    switch, optional = {"action": "store_true", "default": False}, {"action": argparse.BooleanOptionalAction}
+    count, fraction = number(int, COUNT), number(float, Interval(0, below=1))
+    add("--stage", resume=SAME, required=True, choices=STAGES)
     # what to read and write
     add("--data", "tar shards, folders, JSONL files or patterns, comma-separated, maybe with =fraction. "
-        "Default: the miniature's world")
-    add("--world", "options of the synthetic world, as in words=0.2,objects=2: see miniature/tasks.py")
-    add("--short-caption", "probability of a sample's short caption", type=float)
-    add("--cache", "folder for what frozen encoders make of --data: computed once, then never again")
+        "Default: the miniature's world", SAME)
+    add("--world", "options of the synthetic world, as in words=0.2,objects=2: see miniature/tasks.py", SAME)
+    add("--short-caption", "probability of a sample's short caption", SAME, ("clip", "0", "1", "2"),
+        type=number(float, FRACTION))
+    add("--cache", "folder for what frozen encoders make of --data: computed once, then never again", NEW,
+        ("decoder", "1", "2"), ("data",))
     add("--init", "model folder to start from; what it lacks starts from random weights. Default: "
-        "weights/nano, but random weights for what this stage trains (stage 2 trains on)")
-    add("--fresh", "random weights for what this stage trains, whatever --init has of it", **switch)
-    add("--eva", "folder with EVA-CLIP and the diffusion-decoder, if --init has none")
+        "weights/nano, but random weights for what this stage trains (stage 2 trains on)", SAME)
+    add("--fresh", "random weights for what this stage trains, whatever --init has of it", SAME, **switch)
+    add("--eva", "folder with EVA-CLIP and the diffusion-decoder, if --init has none", SAME, GENERATION)
     add("--save", "model folder that gets the trained parts at every checkpoint; with {step}: one for each")
     add("--out", "folder of the run (state, log, images); a run in it goes on. Default runs/STAGE")
     add("--resume", "refuse to start anew: there must be a run in --out to go on with", **switch)
-    # what is learnt in stages 1 and 2
-    add("--design", "section 3.3: flow matching or regression of CLIP features, or flow matching of VAE "
-        "latents. Default: that of --init, else clip-fm", choices=["clip-fm", "clip-mse", "vae-fm"])
-    add("--joint", "fraction of conversations; the language model is trained, too", type=float, default=0.0)
-    add("--reconstruct", "fraction of samples whose prompt is the image itself (stage 2 of the world: 0.1)",
-        type=float)
-    add("--draws", "noises and times of each sample, for one pass of the language model over its prompt",
-        type=int, default=1)
-    add("--dit", "other sizes for a fresh DiT: fields of DiTConfig, as in dim=192,n_layers=8,rope=2d")
-    add("--queries", "number of fresh latent queries, instead of those of --init", type=int)
-    # the recipe; defaults by stage
-    add("--paper", "the paper's recipe (stages 1 and 2) instead of the nano one", **switch)
-    add("--steps", type=int)
-    add("--batch", "samples of one step, over all processes", type=int)
-    add("--lr", "peak learning rate", type=float)
-    add("--ema", "decay of the averaged weights", type=float)
-    add("--accumulate", "micro-batches of one step", type=int, default=1)
-    add("--optimizer", "muon: orthogonalised steps for hidden matrices, AdamW for the rest",
-        choices=["adamw", "muon"])
-    add("--drop", "stages 1, 2: probability of the null condition", type=float, default=0.1)
-    add("--shift", "shift of time toward noise for a fresh DiT. Default 5; with --paper 1", type=float)
-    add("--seed", type=int, default=0)
+    add_recipe(add, switch, count, fraction)
     # the machine
-    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    add("--device", None, NEW, default="auto", choices=["auto", "cpu", "cuda", "mps"])
     add("--bf16", "products in bf16 (autocast). Default: on a GPU; CPUs with avx512_bf16 or AMX gain, too",
-        **optional)
-    add("--compile", "torch.compile of the heaviest part. Default: on CUDA", **optional)
-    add("--checkpointing", "recompute activations in the backward pass instead of keeping them", **switch)
-    add("--zero", "each process keeps a part of the optimizer's moments (ZeRO-1)", **switch)
-    add("--workers", "processes that read images, for each training process", type=int, default=0)
-    add("--max-bad", "fraction of broken samples above which the run stops", type=float, default=0.01)
-    add("--log-every", type=int, default=20)
-    add("--save-every", type=int, default=500)
+        NEW, **optional)
+    add("--compile", "torch.compile of the heaviest part. Default: on CUDA", NEW,
+        ("clip", "vae", "decoder", "1", "2"), ("flow",), **optional)
+    add("--checkpointing", "recompute activations in the backward pass instead of keeping them", NEW,
+        ("0", "1", "2"), **switch)
+    add("--zero", "each process keeps a part of the optimizer's moments (ZeRO-1)", NEW, **switch)
+    add("--workers", "processes that read images, for each training process", default=0,
+        type=number(int, Interval(0, 1024)))
+    add("--max-bad", "fraction of broken samples above which the run stops", needs=("data",), default=0.01,
+        type=number(float, FRACTION))
+    add("--log-every", default=20, type=count)
+    add("--save-every", default=500, type=count)
     add("--wandb", "project of Weights & Biases that gets the log, too (needs the package wandb)")
     add("--quiet", "no progress bar", **switch)
     add("--dry-run", "train nothing: print what is trained, and what memory and time it takes", **switch)
-    add("--gpus", "--dry-run: number of GPUs", type=int, default=1)
-    return parser
+    add("--gpus", "--dry-run: number of GPUs", needs=("dry_run",), default=1,
+        type=number(int, Interval(1, 10 ** 6)))
+    return parser, flags
+
+
+def add_recipe(add, switch, count, fraction):
+    """The flags of what is learnt, and how; defaults by stage."""
+    def generation(flag, help, needs=(), **options):
+        add(flag, help, SAME, GENERATION, needs, **options)
+    generation("--design", "section 3.3: flow matching or regression of CLIP features, or flow matching of "
+               "VAE latents. Default: that of --init, else clip-fm",
+               choices=["clip-fm", "clip-mse", "vae-fm"])
+    generation("--joint", "fraction of conversations; the language model is trained, too", default=0.0,
+               type=fraction)
+    generation("--reconstruct", "fraction of samples whose prompt is the image itself (stage 2 of the "
+               "world: 0.1)", type=fraction)
+    generation("--draws", "noises and times of each sample, for one pass of the language model over its "
+               "prompt", ("flow",), default=1, type=number(int, Interval(1, 1000)))
+    generation("--dit", "other sizes for a fresh DiT: fields of DiTConfig, as in dim=192,rope=2d",
+               ("flow", "fresh"))
+    generation("--queries", "number of fresh latent queries, instead of those of --init", ("fresh",),
+               type=number(int, Interval(1, MAX_TOKENS)))
+    generation("--paper", "the paper's recipe (stages 1 and 2) instead of the nano one", **switch)
+    add("--steps", None, NEW, type=count)
+    add("--batch", "samples of one step, over all processes", SAME, type=number(int, Interval(1, 10 ** 6)))
+    add("--lr", "peak learning rate", NEW, type=number(float, POSITIVE))
+    add("--ema", "decay of the averaged weights", NEW, type=fraction)
+    add("--accumulate", "micro-batches of one step", NEW, default=1, type=count)
+    add("--optimizer", "muon: orthogonalised steps for hidden matrices, AdamW for the rest", SAME,
+        choices=["adamw", "muon"])
+    generation("--drop", "stages 1, 2: probability of the null condition", ("flow",), default=0.1,
+               type=number(float, FRACTION))
+    generation("--shift", "shift of time toward noise for a fresh DiT. Default 5; with --paper 1",
+               ("flow", "fresh"), type=number(float, Interval(1e-3, 1e3)))
+    add("--seed", None, SAME, default=0, type=number(int, Interval(0, 2 ** 32 - 1)))
+
+
+FLAGS = make_parser()[1]
 
 
 def arguments(argv=None):
-    """The command line; what the recipe of the stage leaves open is filled in here. ValueError for what
-    can't be meant."""
-    args = make_parser().parse_args(argv)
-    if args.paper and args.stage not in PAPER:
-        raise ValueError(f"the paper doesn't train stage {args.stage}: --paper goes with stages 1 and 2")
+    """The command line; what the recipe of the stage leaves open is filled in here. args.given: the names of
+    the flags that were given. ValueError for what can't be meant."""
+    given = vars(make_parser()[0].parse_args(argv))
+    args = argparse.Namespace(**{name: flag.default for name, flag in FLAGS.items()} | given)
+    args.given = sorted(given)
+    check_use(args, {"data": args.data, "dry_run": args.dry_run, "flow": args.design != "clip-mse"})
     for key, value in {**SHARED, **(PAPER if args.paper else RECIPES)[args.stage]}.items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
@@ -1296,13 +1757,30 @@ def arguments(argv=None):
         args.init = str(NANO) if NANO.is_dir() else None
     if args.stage in ("decoder", "1", "2") and not args.init:
         raise ValueError(f"stage {args.stage} builds on trained parts: name a model folder with --init")
-    if args.init and not Path(args.init).is_dir():
-        raise ValueError(f"there is no model folder at {args.init} (--init)")
     args.eva = args.eva or args.init
+    for name in ("init", "eva"):
+        if getattr(args, name) and not Path(getattr(args, name)).is_dir():
+            raise ValueError(f"there is no model folder at {getattr(args, name)} (--{name})")
     choose_device(args)
     choose_task(args)
-    check(args)
+    dit_fields(args.dit)
     return args
+
+
+def check_use(args, facts):
+    """ValueError for a flag that was given, but has no effect here. facts: {key of NEEDS: is it so?}, those
+    that are known. The value that changes nothing may be given everywhere."""
+    for name in args.given:
+        flag, value = FLAGS[name], getattr(args, name)
+        if value is False or value == flag.default:
+            continue
+        if args.stage not in flag.stages:
+            *others, last = flag.stages
+            raise ValueError(f"--{name.replace('_', '-')} belongs to stages {', '.join(others)} and {last}, "
+                             f"not to stage {args.stage}")
+        for need in flag.needs:
+            if not facts.get(need, True):
+                raise ValueError(f"--{name.replace('_', '-')} {NEEDS[need]}")
 
 
 def choose_device(args):
@@ -1330,34 +1808,12 @@ def choose_task(args):
         from miniature.tasks import parse_options
         args.world = parse_options(args.world, args.stage, args.paper, has_vision, bool(args.joint))
         edit = args.world["edit"]
-    if args.cache and not args.data:
-        raise ValueError("--cache keeps features of --data: the synthetic world is endless")
     if args.reconstruct + edit >= 1:
         raise ValueError("--reconstruct and --world edit are fractions of the samples: together below 1")
     args.prompt_images = args.reconstruct + edit > 0
-
-
-def check(args):
-    """ValueError for numbers that can't be meant, and flags that another stage has."""
-    if args.stage not in ("1", "2"):
-        unset_values = dict(design=None, joint=0, reconstruct=0, draws=1, dit=None, queries=None)
-        for name, unset in unset_values.items():
-            if getattr(args, name) != unset:
-                raise ValueError(f"--{name} belongs to stages 1 and 2, not to stage {args.stage}")
-    for name in ("joint", "reconstruct"):
-        if not 0 <= getattr(args, name) < 1:
-            raise ValueError(f"--{name} is a fraction: from 0 to below 1, not {getattr(args, name)}")
-    for key in ("steps", "batch", "draws", "accumulate", "log_every", "save_every", "gpus"):
-        if getattr(args, key) < 1:
-            raise ValueError(f"--{key.replace('_', '-')} must be at least 1, not {getattr(args, key)}")
-    for key in ("lr", "shift"):
-        if getattr(args, key) <= 0:
-            raise ValueError(f"--{key} must be positive, not {getattr(args, key)}")
-    for key in ("drop", "short_caption", "max_bad"):
-        if not 0 <= (getattr(args, key) or 0) <= 1:
-            raise ValueError(f"--{key.replace('_', '-')} must lie between 0 and 1, not {getattr(args, key)}")
-    if not 0 <= args.ema < 1:
-        raise ValueError(f"--ema must lie between 0 and below 1, not {args.ema}")
+    if args.cache and (args.joint or args.prompt_images):
+        raise ValueError("--cache keeps features, not images: it doesn't go with --joint and --reconstruct, "
+                         "which show the images to the language model")
 
 
 def main(argv=None):
@@ -1367,27 +1823,32 @@ def main(argv=None):
 
 def run(argv):
     """What the command line asks for; raises ValueError for what can't be meant."""
-    args = arguments(argv)
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if args.dry_run:
-        args.gpus = max(args.gpus, processes)
-        from evals.estimate import estimate_training
-        return estimate_training(args)
-    if args.batch % (processes * args.accumulate):
-        raise ValueError(f"--batch {args.batch} must divide by processes ({processes}) x --accumulate "
-                         f"({args.accumulate})")
-    device = torch.device(args.device)
-    if args.device == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    if processes > 1:
-        init_distributed(device)
-    finished = train(args, device)
-    if processes > 1:
-        dist.destroy_process_group()
-    if not finished:
-        print(f"stopped; the same command goes on from {args.out}")
+    stop = StopRequest()
+    try:
+        with stop.within(0):
+            args, (processes, _, local_rank, _) = arguments(argv), environment()
+            if args.dry_run:
+                args.gpus = max(args.gpus, processes)
+                from evals.estimate import estimate_training
+                return estimate_training(args)
+            if args.batch % (processes * args.accumulate):
+                raise ValueError(f"--batch {args.batch} must divide by processes ({processes}) x "
+                                 f"--accumulate ({args.accumulate})")
+            device = torch.device(args.device)
+            if args.device == "cuda":
+                device = torch.device("cuda", local_rank)
+                torch.cuda.set_device(device)
+                torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+            if processes > 1:
+                init_distributed(device)
+        if not train(args, device, stop):
+            print(f"stopped; the same command goes on from {args.out}")
+        if processes > 1:
+            dist.destroy_process_group()
+    except Stopped:
+        print("stopped before the first step: the same command starts again")
+    finally:
+        stop.close()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from checkpoint import atomic_write
+
 INK = ("#2b59c3", "#d1495b", "#2a9d54", "#e08a1e", "#7b4bb7", "#555555")
 
 
@@ -101,11 +103,12 @@ def draw_charts(panels, columns=2, size=(560, 380), fine=3):
 
 
 def save_curves(log, path):
-    """Every number of log.jsonl over the steps as a small line chart each, together on one PNG."""
+    """Every number of log.jsonl over the steps as a small line chart each, together on one PNG; numbers that
+    no axis can hold are left out."""
     series = {}
-    for row in map(json.loads, log.read_text().splitlines()):
+    for row in map(json.loads, log.read_text("utf-8").splitlines()):
         for key, value in row.items():
-            if isinstance(value, float) and math.isfinite(value):
+            if isinstance(value, float) and abs(value) < 1e30:
                 series.setdefault(key, []).append((row["step"], value))
     panels = []
     for key, points in series.items():
@@ -114,4 +117,5 @@ def save_curves(log, path):
             title = f"{key.lstrip('_')}: {points[-1][1]:.4g} at step {points[-1][0]}"
             panels.append((title, "", {key: [(x, *(min(y, top),) * 3) for x, y in points]}))
     if panels:
-        draw_charts(panels, columns=3, size=(420, 220)).save(path)
+        with atomic_write(path) as temporary:
+            draw_charts(panels, columns=3, size=(420, 220)).save(temporary, "PNG")

@@ -300,6 +300,8 @@ class SupervisedUnderstandingStage(train.UnderstandingStage):
     def __init__(self, args):
         super().__init__(args)
         self.weight, model, config = args.world["query_supervision"], self.trained, self.trained.config
+        if model.latent_queries is None and self.weight not in (0, 1):
+            raise ValueError(f"--world query_supervision: {args.init} has no latent queries to supervise")
         if model.latent_queries is None or not self.weight:  # a bare Qwen2.5-VL has none to supervise
             return
         model.latent_queries.requires_grad_(True)

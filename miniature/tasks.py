@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 import data
+from checkpoint import Interval, number
 from data import Example
 from miniature import world
 
@@ -31,31 +32,31 @@ OPTIONS = {
 WORDS = {"clip": 0.1, "vae": 0.1, "decoder": 0.1, "0": 0.3, "1": 0.0, "2": 0.2}
 
 
+SHARE = number(float, Interval(0, below=1)), "words and edit are fractions of the samples, from 0 to below 1"
+KINDS = {
+    "objects": (number(int, Interval(1, 4)), "objects must lie between 1 and 4, the world's most"),
+    "words": SHARE, "edit": SHARE,
+    "upsample": (number(int, Interval(0, 1)), "upsample is 0 or 1"),
+    "query_supervision": (number(float, Interval(0, 1e6)), "query_supervision is a weight from 0 to 1e6"),
+}
+STAGES = {"edit": ("1", "2"), "upsample": ("1", "2"), "query_supervision": ("0",)}   # the others: all
+
+
 def parse_options(spec, stage, paper=False, has_vision=False, joint=False):
     """`--world words=0.2,objects=2` -> {option: number} with the defaults of a stage.
 
     has_vision: the model has a vision tower, so stage 2 learns to edit. joint: conversations are mixed in.
-    Raises ValueError for what is no option, or no value of one.
+    Raises ValueError for what is no option, no value of one, or has no effect in this stage.
     """
-    options = {**OPTIONS, "words": 0.0 if paper else WORDS[stage],
-               "edit": 0.2 * (has_vision and stage == "2"),
-               "query_supervision": float(stage == "0" and not joint)}
-    for part in filter(None, (spec or "").split(",")):
-        name, _, value = part.partition("=")
-        try:
-            options[name] = float(value) if name in OPTIONS else None
-        except ValueError:
-            options[name] = None
-        if options[name] is None:
-            raise ValueError(f"--world takes {', '.join(OPTIONS)}, as in words=0.2,objects=2; not {part!r}")
-    objects, edit = int(options["objects"]), options["edit"]
-    if not 1 <= objects <= 4:
-        raise ValueError(f"--world objects must lie between 1 and 4, the world's most, not {objects}")
-    if not (0 <= options["words"] < 1 and 0 <= edit < 1):
-        raise ValueError("--world words and edit are fractions of the samples: from 0 to below 1")
-    if edit and stage not in ("1", "2"):
-        raise ValueError("--world edit belongs to stages 1 and 2")
-    return options | {"objects": objects}
+    from train import settings  # which imports this module when it runs
+    given = settings("--world", spec, KINDS)
+    for name, stages in STAGES.items():
+        if given.get(name) and stage not in stages:
+            raise ValueError(f"--world {name} belongs to stage{'s' * (len(stages) > 1)} "
+                             f"{' and '.join(stages)}, not to stage {stage}")
+    return {**OPTIONS, "words": 0.0 if paper else WORDS[stage],
+            "edit": 0.2 * (has_vision and stage == "2"),
+            "query_supervision": float(stage == "0" and not joint), **given}
 
 
 class World:
