@@ -18,15 +18,19 @@ files go to stdout, progress and timings to stderr.
 B images, L tokens, C channels of a CLIP feature, D width of the LLM, H W pixels.
 """
 import argparse
+import glob
+import hashlib
 import json
 import math
 import os
 import re
 import sys
 import tarfile
+import tempfile
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from io import BytesIO
 from pathlib import Path
@@ -39,10 +43,29 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import data
-from checkpoint import Parser, atomic_write, folder_parts, read_json, run_command, save_weights, write_json
+from checkpoint import (
+    COUNT,
+    Interval,
+    Parser,
+    atomic_write,
+    folder_parts,
+    from_json,
+    number,
+    open_file,
+    parse_json,
+    read_file,
+    read_json,
+    require_settings,
+    run_command,
+    save_weights,
+    section,
+    sentence,
+    typed,
+    write_json,
+)
 from clip_decoder import VAE, EvaClip, PixelDecoder, UNet
 from flow import timesteps
-from model import BLIP3o, last_real
+from model import SAMPLING, BLIP3o, last_real, read_sampling
 
 # Of the official pipeline; a checkpoint names its own in config.json, under nano_blip3o.sampling.
 OFFICIAL = {"steps": 30, "cfg": 3.0, "decoder_steps": 50, "decoder_cfg": 3.0, "upsample": False}
@@ -57,12 +80,45 @@ PROMPT_IMAGE = 448                      # side of an image inside a prompt
 CONTEXT = 32768                         # context length of a model whose config.json doesn't state it
 UPSAMPLED_TOKENS, NUCLEUS = 128, 0.9    # longest upsampled prompt, and the top-p that it is sampled with
 FRAMES = 8                              # of --steps-strip
+OUT = "runs/samples"                    # --out
+LINE = 100_000                          # characters of a line of --chat
+TEXTS = ("prompt", "instruction", "short_instruction")
 LONG = "Describe this image in one paragraph of about 90 words."
 SHORT = "Describe this image in one short sentence."
 SHORT_TOKENS = 32                       # longest short caption
 CAPTION_PIXELS = 1024 * 28 ** 2         # larger images are reduced before they are captioned
 SHARD = 1000                            # captioned images in a shard
+NO_IMAGES = (".txt", ".json", ".jsonl", ".tar")          # files that may well lie beside images
 GIB = 2 ** 30
+
+
+# ---- how a folder samples answers -------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class AnswerConfig:
+    """Fields of generation_config.json, defaults as in transformers. Without do_sample: greedy."""
+    do_sample: bool = False
+    temperature: float = field(default=1.0, metadata={"interval": Interval(0, 1000)})
+    top_p: float = field(default=1.0, metadata={"interval": Interval(above=0, most=1)})
+    top_k: int = field(default=50, metadata={"interval": Interval(0, 10 ** 9)})      # 0: of all tokens
+    repetition_penalty: float = field(default=1.0, metadata={"interval": Interval(above=0, most=1000)})
+
+
+# Fields of transformers' GenerationConfig that change answers, with the only values implemented. Ids of
+# tokens are read by model.py; lengths come from the command line; the rest is about speed and output.
+ANSWER_FIXED = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "encoder_repetition_penalty", "typical_p", "top_h",
+                     "guidance_scale", "num_return_sequences"), (1,)),
+    **dict.fromkeys(("min_length", "min_new_tokens", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
+                     "min_p", "epsilon_cutoff", "eta_cutoff", "penalty_alpha", "diversity_penalty"), (0,)),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias",
+                     "constraints", "force_words_ids", "stop_strings", "forced_bos_token_id",
+                     "forced_eos_token_id", "exponential_decay_length_penalty", "watermarking_config",
+                     "dola_layers", "token_healing"), ([], {}, False))}
+
+
+class TooLong(ValueError):
+    """A prompt or a conversation that the model's context can't hold."""
 
 
 # ---- the pipeline: what a model folder can do -------------------------------------------------------------
@@ -90,9 +146,10 @@ class Pipeline:
             raise ValueError(f"there is no model in {folder}: it has no config.json")
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.device)
-        ours = self.config.get("nano_blip3o", {})
-        upsample = {"upsample": ours.get("upsample_prompts", False)}
-        self.sampling = OFFICIAL | upsample | ours.get("sampling", {})
+        file = self.folder / "config.json"
+        upsample = section(self.config, "nano_blip3o", file).get("upsample_prompts", False)
+        upsample = typed(upsample, bool, None, f"{file}: nano_blip3o.upsample_prompts")
+        self.sampling = OFFICIAL | {"upsample": upsample} | read_sampling(self.config, file)
         self.limits = {}                # min_pixels, max_pixels instead of the folder's own
         self.resident = []              # the modules that are in memory
         self.seconds = {}               # part -> time spent in it
@@ -114,11 +171,11 @@ class Pipeline:
     def tokenizer(self):
         """The tokenizer; ValueError if it isn't the one that the language model was made for."""
         tokenizer, config = data.Tokenizer.from_pretrained(self.folder), self.model.config
-        size, rows = tokenizer.vocab_size, config.text.vocab_size
+        # [IMG] and its two companions are for generation; a language model may have rows to spare.
+        size, rows = tokenizer.vocab_size if config.generates else tokenizer.n_text, config.text.vocab_size
         if size > rows or (config.generates and size != rows):
-            raise ValueError(f"{self.folder / 'tokenizer.json'} makes {size} tokens, [IMG] and its two "
-                             f"companions included, but the language model has {rows}: they belong to "
-                             "different models")
+            raise ValueError(f"{self.folder / 'tokenizer.json'} makes {size} tokens, but the language model "
+                             f"has {rows}: they belong to different models")
         return tokenizer
 
     @cached_property
@@ -135,6 +192,25 @@ class Pipeline:
         if model.latent_queries is not None:
             model.latent_queries = part("latent_queries", "queries")
         return model
+
+    @property
+    def pixel_limits(self):
+        """{"min_pixels", "max_pixels"} of what the language model sees, as far as anybody says them."""
+        vision = self.model.config.vision
+        own = data.read_pixel_limits(self.folder, vision.patch_size, vision.spatial_merge_size)
+        limits = own | self.limits
+        if limits.get("min_pixels", 0) > limits.get("max_pixels", math.inf):
+            raise ValueError(f"min_pixels {limits['min_pixels']} is above max_pixels {limits['max_pixels']} "
+                             f"(--min-pixels, --max-pixels, or {self.folder}'s own)")
+        return limits
+
+    @cached_property
+    def answer_config(self):
+        """How the folder samples answers; ValueError if generation_config.json asks for more."""
+        file = self.folder / "generation_config.json"
+        raw = {name: value for name, value in self.read(file.name).items() if value is not None}
+        require_settings(raw, ANSWER_FIXED, file)
+        return from_json(AnswerConfig, raw, file)
 
     @cached_property
     def eva(self):
@@ -206,7 +282,7 @@ class Pipeline:
         images, upsample: see `features`; size: see `pixels`. The negative features of the decoder's guidance
         are generated in the same batch: the language model and the DiT come into memory once.
         """
-        _ = self.decoder                # fail early
+        self.image_size(size)           # fail early
         rows, vision = self.prompt_rows(self.final_prompts(prompts, seeds, images, upsample), images)
         guided = self.setting("decoder_cfg", decoder_guidance) != 1 and not self.model.config.latents
         features = self.generate(rows, seeds, steps, guidance, vision, seeds if guided else ())
@@ -269,11 +345,13 @@ class Pipeline:
 
     def batch_rows(self, rows, more):
         """Rows of ids -> ids and mask (B, L); ValueError if `more` tokens after them exceed the context."""
-        limit = self.config.get("text_config", self.config).get("max_position_embeddings", CONTEXT)
+        file, name = self.folder / "config.json", "max_position_embeddings"
+        said = section(self.config, "text_config", file).get(name, self.config.get(name))
+        limit = typed(said, int | None, COUNT, f"{file}: {name}") or CONTEXT
         longest = max(map(len, rows)) + more
         if longest > limit:
-            raise ValueError(f"the prompt takes {longest} tokens with what comes after it, and the model "
-                             f"reads {limit}: shorten it")
+            raise TooLong(f"the prompt takes {longest - more} tokens, up to {more} come after it, and the "
+                          f"model reads {limit}: shorten {'it' if longest - more > more else 'the answer'}")
         return [y.to(self.device) for y in data.pad(rows)]
 
     @torch.no_grad()
@@ -326,6 +404,18 @@ class Pipeline:
             return self.decode_latents(features, size)
         return self.decode_features(features, seeds, steps, guidance, size, negative)
 
+    def image_size(self, size=None):
+        """(height, width) of images: `size`, the decoder's own if None. ValueError for what it can't make:
+        it knows the size that it was trained at, and half and twice that roughly."""
+        own = self.decoder.unet.config.sample_size * self.decoder.vae.factor
+        if size is None:
+            return own, own
+        if not own <= 2 * min(size) <= 2 * max(size) <= 4 * own:
+            raise ValueError(f"the decoder was trained on images of {own} x {own} pixels: the size must lie "
+                             f"between {own // 2} and {2 * own}, not at {max(size)}")
+        self.decoder.latent_shape(1, size)                           # divisible?
+        return size
+
     @torch.no_grad()
     def decode_features(self, features, seeds, steps=None, guidance=None, size=None, negative=None):
         """CLIP features (B, 64, C) and a seed for each -> pixels (B, 3, H, W) in [0, 1], fp32, on the CPU.
@@ -337,7 +427,7 @@ class Pipeline:
             negative = self.negative(seeds)
         decoder = self.decoder
         factor, channels = decoder.vae.factor, decoder.unet.config.in_channels
-        height, width = size or (decoder.unet.config.sample_size * factor,) * 2
+        height, width = self.image_size(size)
         noise = draw_noise(seeds, (channels, height // factor, width // factor), DECODER)
         batch = max(1, DECODER_PIXELS // (height * width))
         parts, images = [slice(i, i + batch) for i in range(0, len(features), batch)], []
@@ -394,9 +484,8 @@ class Pipeline:
         """A PIL image as Qwen's ViT takes it: (patches (N, P), grid (1, 3)), within the folder's limits."""
         if self.model.visual is None:
             raise ValueError(f"the model in {self.folder} has no vision tower: it can't read images")
-        vision, limits = self.model.config.vision, self.read("preprocessor_config.json") | self.limits
-        return data.preprocess_qwen(image, vision.patch_size, vision.spatial_merge_size,
-                                    limits.get("min_pixels"), limits.get("max_pixels"))
+        vision = self.model.config.vision
+        return data.preprocess_qwen(image, vision.patch_size, vision.spatial_merge_size, **self.pixel_limits)
 
     def image_tokens(self, inputs):
         """The number of tokens that an image with these vision inputs takes in a prompt."""
@@ -447,16 +536,21 @@ class Pipeline:
             repetition_penalty=None, generator=None):
         """The next answer in each conversation (turns, images for each turn) of a batch: a list of strings.
 
-        repetition_penalty None is the folder's own, of generation_config.json.
+        temperature None: temperature, top_p and top_k are the folder's own, of generation_config.json;
+        repetition_penalty None: that, too. An answer ends with a stop token, or as messages end.
         """
+        own, top_k = self.answer_config, 0
+        if temperature is None:
+            temperature, top_p, top_k = own.temperature * own.do_sample, own.top_p, own.top_k
         rows, vision = self.conversation_rows(conversations)
         ids, mask = self.batch_rows(rows, max_new_tokens)                            # (B, L)
         if repetition_penalty is None:
-            repetition_penalty = self.read("generation_config.json").get("repetition_penalty", 1.0)
+            repetition_penalty = own.repetition_penalty
+        stop_ids = self.model.stop_ids() + self.tokenizer.control(self.tokenizer.format.end)
         with self.timed("LLM"):
             answers = self.model.generate_text(
                 ids, mask, *self.batch_vision(vision), max_new_tokens, temperature, top_p,
-                repetition_penalty, on_token=on_token, generator=generator)
+                repetition_penalty, stop_ids, on_token=on_token, generator=generator, top_k=top_k)
         return [self.tokenizer.decode(ids) for ids in answers]
 
     def conversation_rows(self, conversations):
@@ -530,6 +624,12 @@ def pick_device(name):
     no_gpu = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
     if no_gpu or (device.type == "mps" and not torch.backends.mps.is_available()):
         raise ValueError(f"this machine has no device {name!r} that PyTorch can use: try --device cpu")
+    try:
+        torch.zeros(1, device=device).item()     # "meta" holds no numbers, other kinds may not be there
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:                            # each kind raises its own
+        raise ValueError(f"nothing can be computed on the device {name!r} here: try --device cpu") from None
     return device
 
 
@@ -582,26 +682,36 @@ def save_image(pixels, folder, name, about):
     `about`, a dict of what the image was made from, is kept in the file. A file of that name made from
     anything else is never overwritten: the new one gets a number.
     """
+    if not torch.isfinite(pixels).all():
+        raise ValueError("the image has pixels that are no numbers: the weights are broken, or too large "
+                         "for this --dtype (try fp32)")
     folder, about, number = Path(folder), json.dumps(about), 1
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.png"
-    while path.exists() and made_from(path) != about:
+    while os.path.lexists(path) and made_from(path) != about:
         number += 1
         path = folder / f"{name}-{number}.png"
     note = PngInfo()
     note.add_text("nano_blip3o", about)
-    Image.fromarray(to_uint8(pixels)).save(path, pnginfo=note)
+    with atomic_write(path) as temporary:
+        Image.fromarray(to_uint8(pixels)).save(temporary, "PNG", pnginfo=note)
     print(path, flush=True)
     return path
 
 
 def made_from(path):
-    """The `about` that `save_image` kept in a file, as a string; None in a file that isn't its."""
+    """The `about` that `save_image` kept in a file, as a string; None in whatever isn't its."""
     try:
-        with Image.open(path) as image:
+        with open_file(path) as file, Image.open(file, formats=["PNG"]) as image:
             return image.info.get("nano_blip3o")
-    except OSError:
+    except Exception:                            # broken bytes make PIL raise half a dozen kinds
         return None
+
+
+def read_image(path):
+    """A PIL image from a file; ValueError, as data.load_image, for what isn't one."""
+    if re.match(r"\w+://", str(path)):
+        raise ValueError(f"{path} is a web address: download the image, and name its file")
+    return data.load_image(path)
 
 
 # ---- commands: images -------------------------------------------------------------------------------------
@@ -615,8 +725,9 @@ def draw(pipe, args):
     sampling = {"steps": args.steps, "guidance": args.cfg, "decoder_steps": args.decoder_steps,
                 "decoder_guidance": args.decoder_cfg, "size": args.size and (args.size,) * 2,
                 "upsample": args.upsample}
+    image = None if args.image is None else read_image(args.image)
     seeds, about, name = range(args.seed, args.seed + args.n), settings(pipe, args), slug(args.prompt)
-    image, images = None if args.image is None else data.load_image(args.image), []
+    images = []
     starts = range(0, args.n, BATCH)
     for i in tqdm(starts, desc="batches", leave=False, disable=None if len(starts) > 1 else True):
         batch = seeds[i:i + BATCH]
@@ -654,15 +765,19 @@ def steps_strip(pipe, args):
 
 
 def settings(pipe, args):
-    """The settings that are recorded in the PNG."""
-    about = {"prompt": args.prompt, "seed": args.seed, "ckpt": args.ckpt}
-    about |= {name: getattr(args, name) for name in ("image", "size") if getattr(args, name)}
+    """The settings that are recorded in the PNG: all that its pixels depend on."""
+    about = {"prompt": args.prompt, "seed": args.seed, "ckpt": args.ckpt, "best_of": args.best_of,
+             "dtype": str(pipe.dtype).removeprefix("torch."), "device": pipe.device.type}
+    names = ("eva", "image", "size", "min_pixels", "max_pixels")
+    about |= {name: getattr(args, name) for name in names if getattr(args, name)}
+    if args.image is not None:          # another image may have come under this name
+        about["image_sha256"] = hashlib.sha256(read_file(args.image)).hexdigest()
     return about | {name: pipe.setting(name, getattr(args, name)) for name in OFFICIAL}
 
 
 def reconstruct(pipe, args):
     """--image --reconstruct: the middle square of the image, and beside it what its 64 features keep."""
-    image = data.load_image(args.image)
+    image = read_image(args.image)
     after = pipe.reconstruct([image], [args.seed], args.decoder_steps, args.decoder_cfg)[0]       # (3, H, W)
     before = torch.from_numpy(np.array(data.crop_square(image, after.shape[-1]))).permute(2, 0, 1) / 255
     name = f"{slug(Path(args.image).stem)}-reconstructed"
@@ -676,10 +791,15 @@ def print_piece(text):
     print(text, end="", flush=True)
 
 
-def print_reply(pipe, args, turns, images):
+def text_generator(seed):
+    """The random numbers of one answer, or of one conversation."""
+    return torch.Generator().manual_seed(seed % MAX_SEED + TEXT * MAX_SEED)
+
+
+def print_reply(pipe, args, turns, images, generator):
     """Print the next answer of a conversation as it grows; returns it."""
     text = pipe.reply(turns, images, args.max_new_tokens, args.temperature, print_piece, top_p=args.top_p,
-                      repetition_penalty=args.repetition_penalty)
+                      repetition_penalty=args.repetition_penalty, generator=generator)
     print()
     return text
 
@@ -687,13 +807,16 @@ def print_reply(pipe, args, turns, images):
 def answer(pipe, args):
     """--image and maybe --prompt: the answer, on stdout, as it grows."""
     question = data.DESCRIBE if args.prompt is None else args.prompt
-    print_reply(pipe, args, [(question, None)], [[data.load_image(args.image)]])
+    print_reply(pipe, args, [(question, None)], [[read_image(args.image)]], [text_generator(args.seed)])
 
 
-CHAT = """Write a message and press Enter. @path/to/image.png anywhere in it shows an image.
+CHAT = """Write a message and press Enter. @path/to/image.png anywhere in it shows an image,
+@"my cat.png" one with a space in its name.
 /image a red circle   generates; what you write next is about that image
 /edit make it blue    edits the last image, generated or shown
-/new   begins a new conversation      /quit or Ctrl-D   ends"""
+/new   begins a new conversation      /quit or Ctrl-D   ends      Ctrl-C   stops an answer"""
+EXAMPLES = {"/image": "a red circle", "/edit": "make it blue"}
+SHOWN = re.compile(r'(?:^|(?<=\s))@(?:"([^"]+)"|(\S+))\s?')      # @path or @"path", after white space
 
 
 class Chat:
@@ -701,6 +824,7 @@ class Chat:
 
     def __init__(self, pipe, args):
         self.pipe, self.args, self.generated = pipe, args, 0
+        self.generator = [text_generator(args.seed)]
         self.restart()
 
     def restart(self):
@@ -710,26 +834,38 @@ class Chat:
 
     def generate(self, prompt, image):
         """Generate from a prompt, and from an image if it isn't None; each time with the next seed."""
-        changes = {"prompt": prompt, "image": image, "seed": self.args.seed + self.generated, "n": 1}
+        seed = (self.args.seed + self.generated) % MAX_SEED
+        changes = {"prompt": prompt, "image": image, "seed": seed, "n": 1}
         self.generated += 1
         self.last = draw(self.pipe, argparse.Namespace(**{**vars(self.args), **changes}))
         self.unasked = True
 
     def say(self, text):
-        """Print the answer to a message, with @paths of images in it, and remember both."""
-        paths = re.findall(r"(?:^|(?<=\s))@(\S+)", text)
-        if self.unasked and not paths:          # the talk about a generated image begins with it
-            self.turns, self.images, paths = [], [], [self.last]
-        images = [data.load_image(path) for path in paths]
+        """Print the answer to a message, with @paths of images in it, and remember both once it is whole."""
+        paths = [os.path.expanduser(quoted or plain) for quoted, plain in SHOWN.findall(text)]
+        if len(paths) > BATCH:
+            raise ValueError(f"a message shows at most {BATCH} images")
+        turns, images = self.turns, self.images
+        if self.unasked and not paths and self.pipe.model.visual is not None:
+            turns, images, paths = [], [], [self.last]  # the talk about a generated image begins with it
+        shown = [read_image(path) for path in paths]
+        message = SHOWN.sub("", text).strip() or data.DESCRIBE
+        try:
+            reply = print_reply(self.pipe, self.args, [*turns, (message, None)], [*images, shown],
+                                self.generator)
+        except TooLong as error:
+            raise TooLong(f"{error}, or begin a /new conversation") from None
+        self.turns, self.images = [*turns, (message, reply)], [*images, shown]
         self.last, self.unasked = paths[-1] if paths else self.last, False
-        message = re.sub(r"(?:^|(?<=\s))@\S+\s?", "", text).strip() or data.DESCRIBE
-        reply = print_reply(self.pipe, self.args, [*self.turns, (message, None)], [*self.images, images])
-        self.turns.append((message, reply))
-        self.images.append(images)
 
     def read(self, text):
         """One line of the user; ValueError for a mistake."""
-        command, _, prompt = text.partition(" ")
+        if len(text) >= LINE or not is_text(text):
+            raise ValueError(f"a line must be UTF-8 text of less than {LINE:,} characters")
+        text = text.removeprefix("\ufeff").strip()                 # a byte order mark
+        command, prompt = (*text.split(None, 1), "", "")[:2]
+        if command in EXAMPLES and not prompt:
+            raise ValueError(f"the prompt is empty: say what you want, as in {command} {EXAMPLES[command]}")
         if command == "/new":
             self.restart()
         elif command == "/image":
@@ -740,23 +876,39 @@ class Chat:
             self.generate(prompt, self.last)
         elif command.startswith("/"):
             raise ValueError(f"there is no command {command}: use /image, /edit, /new or /quit")
-        elif text:
+        elif command:
             self.say(text)
 
 
+def read_line():
+    """The next line of stdin, "" at its end; of a longer one than LINE only the beginning."""
+    line = sys.stdin.readline(LINE) if sys.stdin else ""
+    if len(line) < LINE or line.endswith("\n"):
+        return line
+    for _ in range(1000):
+        if sys.stdin.readline(LINE)[-1:] in ("", "\n"):
+            return line
+    raise ValueError("what comes in has no lines")
+
+
 def chat(pipe, args):
-    """--chat: a conversation, line by line from stdin. A mistake costs a line, not the conversation."""
+    """--chat: a conversation, line by line from stdin. A mistake costs a line, and Ctrl-C an answer, but not
+    the conversation; Ctrl-C between two answers ends it."""
     print(CHAT, file=sys.stderr)
     conversation = Chat(pipe, args)
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        line = read_line()
         if not line or line.strip() == "/quit":
             return
         try:
-            conversation.read(line.strip())
-        except ValueError as error:
-            print(error, file=sys.stderr)
+            conversation.read(line)
+        except KeyboardInterrupt:
+            print("\n(stopped)", file=sys.stderr)
+        except BrokenPipeError:                 # nobody reads the answers
+            raise
+        except Exception as error:              # whatever a line has led to
+            print(sentence(error), file=sys.stderr)
 
 
 # ---- commands: captions for a folder of images ------------------------------------------------------------
@@ -768,17 +920,19 @@ def caption(pipe, args):
     goes on behind the last whole line, and one with new images behind the old ones; a shard is a function of
     its SHARD lines.
     """
-    out, paths = Path(args.out), find_images(Path(args.caption))
-    keep_settings(out / "captions.json", args)
-    limit = pipe.read("preprocessor_config.json").get("max_pixels", CAPTION_PIXELS)
+    out, (paths, others) = Path(args.out), find_images(Path(args.caption))
+    limit = pipe.pixel_limits.get("max_pixels", CAPTION_PIXELS)
     pipe.limits.setdefault("max_pixels", min(limit, CAPTION_PIXELS))
     with open(out / "captions.jsonl", "a+b") as log:
+        lock(log)
+        keep_settings(out / "captions.json", args)
         lines, shards = read_log(log), 0
         done = {line["image"] for line in lines}
         todo = [path for path in paths if os.path.relpath(path, out) not in done]
         for i in tqdm(range(0, len(todo) + 1, BATCH), desc="batches", disable=None):  # the last may be empty
-            batch = caption_batch(pipe, args, todo[i:i + BATCH], out)
-            log.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in batch).encode())
+            batch = caption_batch(pipe, args, todo[i:i + BATCH], len(lines), out)
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in batch)
+            log.write(text.encode(errors="backslashreplace"))        # JSON's escape of half a character
             log.flush()
             os.fsync(log.fileno())
             lines += batch
@@ -789,24 +943,46 @@ def caption(pipe, args):
                 write_shard(out, shards, captioned[shards * SHARD:(shards + 1) * SHARD])
                 shards += 1
     skipped = Counter(line["skipped"] for line in lines if "skipped" in line)
-    causes = ", ".join(f"{n} {cause}" for cause, n in skipped.items()) or "none"
+    causes = ", ".join(f"{n} {cause}" for cause, n in (skipped + others).items()) or "none"
     print(f"{len(captioned)} images with captions in {shards} shards; skipped: {causes}", file=sys.stderr)
 
 
 def find_images(root):
-    """The image files in a folder and its subfolders, or that one file, or those that match it, sorted."""
-    files = root.rglob("*") if root.is_dir() else [root] if root.exists() else root.parent.glob(root.name)
-    paths = sorted(path for path in files if path.suffix.lower() in data.IMAGE_SUFFIXES)
+    """(the image files, sorted; how many other ones of each suffix there are) in a folder and its
+    subfolders, or that one file, or those that match it. Hidden ones are left alone."""
+    if root.is_dir():
+        files = [path for path in root.rglob("*")
+                 if not any(part.startswith(".") for part in path.relative_to(root).parts)]
+    else:
+        files = [root] if os.path.lexists(root) else map(Path, glob.glob(str(root), recursive=True))
+    files = sorted(path for path in files if not path.is_dir() and path.suffix.lower() not in NO_IMAGES)
+    paths = [path for path in files if path.suffix.lower() in data.IMAGE_SUFFIXES]
+    others = Counter(path.suffix.lower() or "without suffix" for path in files)
+    others = Counter({name: n for name, n in others.items() if name not in data.IMAGE_SUFFIXES})
     if not paths:
-        raise ValueError(f"there is no image ({', '.join(data.IMAGE_SUFFIXES)}) at {root}")
-    return paths
+        found = ", ".join(f"{n} {name}" for name, n in others.items()) or "nothing"
+        raise ValueError(f"there is no image ({', '.join(data.IMAGE_SUFFIXES)}) at {root}, but {found}")
+    return paths, others
+
+
+def lock(file):
+    """Keep other processes from an open file for as long as this one lives; ValueError if another has it."""
+    try:
+        import fcntl  # not on Windows
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another process is writing to {file.name}: wait for it, or choose another --out"
+                         ) from None
+    except (ImportError, OSError):              # a disk without locks
+        pass
 
 
 def keep_settings(file, args):
     """Write the settings of --caption to a file; ValueError if it holds others."""
-    names = ("ckpt", "instruction", "short_instruction", "max_new_tokens", "temperature")
+    names = ("ckpt", "instruction", "short_instruction", "max_new_tokens", "temperature", "top_p",
+             "repetition_penalty", "min_pixels", "max_pixels", "seed")
     about = {name: getattr(args, name) for name in names}
-    before = read_json(file) if file.exists() else about
+    before = about | read_json(file) if file.exists() else about     # older files hold fewer
     if before != about:
         raise ValueError(f"{file.parent} holds captions made with {before}: choose another --out, or these "
                          "settings")
@@ -814,16 +990,29 @@ def keep_settings(file, args):
 
 
 def read_log(log):
-    """The whole lines of an open captions.jsonl, as dicts; a last one that was cut by a kill is removed."""
+    """The whole lines of an open captions.jsonl, as dicts; a last one that was cut by a kill is removed.
+
+    Raises ValueError, and changes nothing, if there is a line that `caption` can't have written.
+    """
     log.seek(0)
-    lines = log.read().rpartition(b"\n")[0].splitlines()
-    log.truncate(sum(len(line) + 1 for line in lines))
-    return [json.loads(line) for line in lines]
+    content, lines = log.read(), []
+    end = content.rfind(b"\n") + 1
+    for i, text in enumerate(content[:end].split(b"\n")[:-1], 1):
+        line = parse_json(text, where := f"line {i} of {log.name}")
+        texts = all(isinstance(value, str) and is_text(value) for name, value in line.items()
+                    if name != "image")
+        if not (texts and isinstance(line.get("image"), str) and line.keys() & {"caption", "skipped"}
+                and line["image"].lower().endswith(data.IMAGE_SUFFIXES)):
+            raise ValueError(f"{where} is none that --caption writes: mend it, or remove it")
+        lines.append(line)
+    log.truncate(end)
+    return lines
 
 
-def caption_batch(pipe, args, paths, out):
+def caption_batch(pipe, args, paths, first, out):
     """Captions of a batch of image files: a dict for each, {"image" (relative to out), "caption",
-    "short_caption"}, or "skipped" with the cause why there is none."""
+    "short_caption"}, or "skipped" with the cause why there is none. first: the number of the first line,
+    which its random numbers come from."""
     lines, images = [{"image": os.path.relpath(path, out)} for path in paths], {}
     for i, path in enumerate(paths):
         try:
@@ -836,13 +1025,15 @@ def caption_batch(pipe, args, paths, out):
                                 ("short_caption", args.short_instruction,
                                  min(SHORT_TOKENS, args.max_new_tokens))):
         conversations = [([(question, None)], [[image]]) for image in images.values()]
-        texts = pipe.ask(conversations, most, args.temperature, top_p=args.top_p,
+        generators = [text_generator(args.seed + first + i) for i in images]
+        texts = pipe.ask(conversations, most, args.temperature, top_p=args.top_p, generator=generators,
                          repetition_penalty=args.repetition_penalty) if images else []
         for i, text in zip(images, texts):
             if len(pipe.tokenizer.encode(text)) >= most - 1:  # cut off: end with the last sentence, if any
                 text = re.sub(r"(?s)(.*[.!?]).*", r"\1", text)
-            if text.strip():
-                lines[i][key] = text.strip()
+            text = text.replace("\0", "").strip()                     # data.py refuses NUL in captions
+            if text:
+                lines[i][key] = text
             elif key == "caption":
                 lines[i]["skipped"] = "empty caption"
     return lines
@@ -861,7 +1052,12 @@ def write_shard(out, number, lines):
             image, key = out / line["image"], f"{number * SHARD + i:09d}"
             record = {name: line[name] for name in ("caption", "short_caption") if name in line}
             record["source"] = image.name
-            for suffix, content in ((image.suffix.lower(), image.read_bytes()),
+            try:
+                image_bytes = read_file(image)
+            except (OSError, ValueError) as error:
+                print(f"left out of {path}: {sentence(error)}", file=sys.stderr)
+                continue
+            for suffix, content in ((image.suffix.lower(), image_bytes),
                                     (".txt", line["caption"].encode()),
                                     (".json", json.dumps(record).encode())):
                 member = tarfile.TarInfo(key + suffix)
@@ -904,8 +1100,33 @@ def export_transformer(dit, grid, target):
 
 # ---- command line -----------------------------------------------------------------------------------------
 
-COMMANDS = {"draw": draw, "strip": steps_strip, "answer": answer, "reconstruct": reconstruct, "chat": chat,
-            "caption": caption, "export": export}
+COMMANDS = {"draw": draw, "edit": draw, "strip": steps_strip, "answer": answer, "reconstruct": reconstruct,
+            "chat": chat, "caption": caption, "export": export}
+
+# The flags that each command reads: any other would have no effect with it, and is refused.
+RUN = {"ckpt", "device", "dtype", "offload"}
+DECODE = {*RUN, "eva", "compile", "decoder_steps", "decoder_cfg", "seed", "out"}
+GENERATE = {*DECODE, "steps", "cfg", "size"}
+TALK = {*RUN, "max_new_tokens", "temperature", "top_p", "repetition_penalty", "min_pixels", "max_pixels",
+        "seed"}
+READS = {
+    "draw": GENERATE | {"prompt", "n", "best_of", "upsample", "min_pixels", "max_pixels"},
+    "edit": GENERATE | {"prompt", "n", "image", "draw", "min_pixels", "max_pixels"},
+    "strip": GENERATE | {"prompt", "steps_strip", "upsample"},
+    "answer": TALK | {"prompt", "image"},
+    "reconstruct": DECODE | {"image", "reconstruct"},
+    "chat": GENERATE | TALK | {"chat", "upsample"},
+    "caption": TALK | {"caption", "instruction", "short_instruction", "out"},
+    "export": {"ckpt", "device", "dtype", "eva", "export"},     # --dtype auto depends on the device
+    "dry-run": {"ckpt", "device", "dtype", "eva", "dry_run", "n", "size"}}
+# Flags that a command reads only if another one is set: (command, flag) -> the other.
+NEEDS = {("draw", "min_pixels"): "best_of", ("draw", "max_pixels"): "best_of",
+         ("answer", "seed"): "temperature", ("caption", "seed"): "temperature"}
+OFF = {"best_of": 1, "temperature": 0}
+NAMES = {"draw": "on images from a --prompt", "edit": "with --draw", "strip": "with --steps-strip",
+         "answer": "on answers about an --image"}               # the others have a flag of their name
+
+PIXELS = Interval(1, 16384 * 28 ** 2)   # up to the limit of the released preprocessor
 
 
 def add_image_flags(add):
@@ -915,17 +1136,25 @@ def add_image_flags(add):
     add("--draw", action="store_true", help="generate from --image and --prompt instead of answering")
     add("--reconstruct", action="store_true", help="send --image through the 64 features and back")
     add("--steps-strip", action="store_true", help="show the sampling steps of one image as a strip")
-    add("--n", type=int, default=1, help="number of images, with seeds from --seed on")
-    add("--seed", type=int, default=0)
-    add("--best-of", type=int, default=1, help="of so many images keep the one that the model itself "
-        "scores best (VQAScore)")
+    add("--n", type=number(int, Interval(1, 10 ** 4)), default=1,
+        help="number of images, with seeds from --seed on")
+    add("--seed", type=number(int, Interval(0, MAX_SEED - 1)), default=0,
+        help="of the noise, and of answers with --temperature")
+    add("--best-of", type=number(int, Interval(1, 1000)), default=1, help="of so many images keep the one "
+        "that the model itself scores best (VQAScore)")
     add("--upsample", action=argparse.BooleanOptionalAction, help="let the language model fill in what the "
         "--prompt leaves open before it is used (as the checkpoint does; official ones don't)")
-    add("--steps", type=int, help="Euler steps of the DiT (the checkpoint's, else 30)")
-    add("--cfg", type=float, help="guidance of the DiT, 1 for none (the checkpoint's, else 3)")
-    add("--decoder-steps", type=int, help="steps of the pixel decoder (the checkpoint's, else 50)")
-    add("--decoder-cfg", type=float, help="guidance of the pixel decoder (the checkpoint's, else 3)")
-    add("--size", type=int, help="side of generated images in pixels (the decoder's own; official: 1024)")
+    add("--steps", type=number(*SAMPLING["steps"]),
+        help="Euler steps of the DiT (the checkpoint's, else 30)")
+    add("--cfg", type=number(*SAMPLING["cfg"]),
+        help="guidance of the DiT, 1 for none (the checkpoint's, else 3)")
+    add("--decoder-steps", type=number(*SAMPLING["decoder_steps"]),
+        help="steps of the pixel decoder (the checkpoint's, else 50)")
+    add("--decoder-cfg", type=number(*SAMPLING["decoder_cfg"]),
+        help="guidance of the pixel decoder (the checkpoint's, else 3)")
+    add("--size", type=number(int, Interval(8, 8192)), help="side of generated images in pixels, from half "
+        "to twice the decoder's own (official: 1024; nano: 64), where alone they look right: away from it "
+        "objects are repeated, cut or deformed")
 
 
 def add_text_flags(add):
@@ -934,12 +1163,17 @@ def add_text_flags(add):
     add("--caption", metavar="IMAGES", help="caption a folder; --out gets tar shards that train.py reads")
     add("--instruction", default=LONG, help="--caption: what to ask for the long caption")
     add("--short-instruction", default=SHORT, help="--caption: what to ask for the short one")
-    add("--max-new-tokens", type=int, default=128, help="longest answer")
-    add("--temperature", type=float, default=0.0, help="of answers; 0 always takes the likeliest token")
-    add("--top-p", type=float, default=1.0, help="with --temperature: of the likeliest tokens of this mass")
-    add("--repetition-penalty", type=float, help="above 1: repeat no token without need (the checkpoint's)")
-    add("--min-pixels", type=int, help="smaller images are enlarged before the language model sees them")
-    add("--max-pixels", type=int, help="larger images are reduced before the language model sees them")
+    add("--max-new-tokens", type=number(int, COUNT), default=128, help="longest answer")
+    add("--temperature", type=number(float, Interval(0, 100)), help="of answers; 0 always takes the "
+        "likeliest token (the checkpoint's sampling, else 0)")
+    add("--top-p", type=number(float, Interval(above=0, most=1)), default=1.0,
+        help="with --temperature: of the likeliest tokens of this mass")
+    add("--repetition-penalty", type=number(float, Interval(0.01, 100)),
+        help="above 1: repeat no token without need (the checkpoint's)")
+    add("--min-pixels", type=number(int, PIXELS),
+        help="smaller images are enlarged before the language model sees them")
+    add("--max-pixels", type=number(int, PIXELS),
+        help="larger images are reduced before the language model sees them")
 
 
 def add_model_flags(add):
@@ -953,64 +1187,122 @@ def add_model_flags(add):
     add("--compile", action="store_true", help="torch.compile DiT and UNet: faster for many images")
     add("--dry-run", action="store_true", help="print what memory it takes; --ckpt 4b and 8b need no files")
     add("--export", nargs=2, metavar=("diffusers", "DIR"), help="DiT, UNet and VAE in diffusers' layout")
-    add("--out", default="runs/samples", help="folder for images")
+    add("--out", default=OUT, help=f"folder for images and captions ({OUT})")
 
 
-def mistakes(args):
-    """(is it so?, what to say) for each command line that can't be meant."""
-    prompt, image = args.prompt is not None, args.image is not None
-    about_image = image and not args.draw       # nothing is generated from a prompt
-    other = args.chat or args.dry_run or args.export or args.caption
-    to = args.export[0] if args.export else "diffusers"
-    penalty = args.repetition_penalty
-    yield (not (prompt or image or other),
-           "say what to do: --prompt generates, --image with --prompt answers, --chat talks")
-    for name in ("chat", "caption"):
-        yield getattr(args, name) and (prompt or image), f"--{name} takes no --prompt and no --image"
-    yield to != "diffusers", f"--export writes for diffusers, not {to}"
-    yield args.size is not None and about_image, "--size is for images that are generated from a --prompt"
-    yield args.draw and not (image and prompt), "--draw needs an --image and a --prompt"
+def command_of(given):
+    """The command that the given flags mean; None if they mean none."""
+    for name in ("dry_run", "export", "chat", "caption"):
+        if name in given:
+            return name.replace("_", "-")
+    if "image" in given:
+        return "edit" if "draw" in given else "reconstruct" if "reconstruct" in given else "answer"
+    if "prompt" in given:
+        return "strip" if "steps_strip" in given else "draw"
+    return None
+
+
+def mistakes(command, args, given):
+    """(is it so?, what to say) for each command line whose flags don't go together. given: those that were
+    there; args: their values, and the other flags' defaults."""
+    yield command is None, "say what to do: --prompt generates, --image with --prompt answers, --chat talks"
+    for name, value in given.items():
+        texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+        yield not all(text.strip() for text in texts), f"{flags([name])} is empty"
+        yield name in TEXTS and not is_text(value), f"{flags([name])} isn't UTF-8 text"
+    yield (args.draw and (command == "draw" or command == "edit" and args.prompt is None),
+           "--draw needs an --image and a --prompt")
+    yield args.reconstruct and command in ("draw", "strip"), "--reconstruct needs an --image"
+    idle = sorted(given.keys() - READS.get(command, given.keys()))
+    yield idle, f"no effect {NAMES.get(command, f'with --{command}')}: leave out {flags(idle)}"
+    for name in given:
+        other = NEEDS.get((command, name))
+        yield (other and getattr(args, other) == OFF[other],
+               f"no effect without {flags([other or name])}: leave out {flags([name])}")
+    yield (args.export and args.export[0] != "diffusers",
+           f"--export writes for diffusers, not {args.export and args.export[0]}")
     yield args.compile and args.offload, "--compile needs the parts to stay in memory: leave out --offload"
-    yield (args.temperature < 0 or not 0 < args.top_p <= 1,
-           "--temperature can't be negative, and --top-p lies between 0 and 1")
-    yield penalty is not None and penalty <= 0, "--repetition-penalty must be positive"
-    yield prompt and not args.prompt.strip(), "the prompt is empty"
-    yield args.reconstruct and not image, "--reconstruct needs an --image"
-    yield args.reconstruct and prompt, "--reconstruct takes no --prompt"
-    yield args.steps_strip and image, "--steps-strip is for a --prompt and takes no --image"
-    yield (args.n > 1 and (args.steps_strip or args.chat or about_image),
-           "--n is for images that are generated from a --prompt")
-    yield (args.best_of > 1 and (not prompt or image or args.steps_strip),
-           "--best-of is for images that are generated from a --prompt alone")
-    yield ((args.seed + args.n) * args.best_of > MAX_SEED or args.seed < 0,
-           f"seeds must lie between 0 and {MAX_SEED - 1}")
-    for name in ("n", "best-of", "steps", "decoder-steps", "size", "max-new-tokens", "min-pixels",
-                 "max-pixels"):
-        value = getattr(args, name.replace("-", "_"))
-        yield value is not None and value < 1, f"--{name} must be at least 1, not {value}"
-    for name, value in (("cfg", args.cfg), ("decoder-cfg", args.decoder_cfg)):
-        yield value is not None and not 0 <= value < math.inf, f"--{name} can't be {value}"
+    yield "top_p" in given and not args.temperature, "no effect without --temperature: leave out --top-p"
+    yield 0 < (args.temperature or 0) < 1e-3, "--temperature below 0.001 is greedy: say 0"
+    yield ((args.min_pixels or 0) > (args.max_pixels or math.inf),
+           f"--min-pixels {args.min_pixels} is above --max-pixels {args.max_pixels}")
+    yield ((args.seed + args.n) * args.best_of > MAX_SEED,
+           f"--seed, --n and --best-of lead to seeds above {MAX_SEED - 1}")
+
+
+def flags(names):
+    """Names of arguments, as they stand on the command line."""
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
+
+
+def is_text(value):
+    """Is a string text that can be encoded? Bytes that aren't UTF-8 become half characters."""
+    try:
+        return bool(value.encode()) or True
+    except UnicodeEncodeError:
+        return False
 
 
 def parse(argv):
-    """Command line -> (command, args); ValueError for what can't be meant."""
+    """Command line -> (command, args); ValueError for what can't be meant, and for flags without effect."""
     parser = Parser("sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for add_flags in (add_image_flags, add_text_flags, add_model_flags):
         add_flags(parser.add_argument_group(add_flags.__doc__).add_argument)
-    args = parser.parse_args(argv)
-    for wrong, sentence in mistakes(args):
+    defaults = vars(parser.parse_args([]))
+    found = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
+    given = {name: value for name, value in found.items() if value is not None}
+    args, command = argparse.Namespace(**{**defaults, **given}), command_of(given)
+    for wrong, words in mistakes(command, args, given):
         if wrong:
-            raise ValueError(sentence)
-    for name in ("dry_run", "export", "chat", "caption"):
-        if getattr(args, name):
-            return name.replace("_", "-"), args
-    if args.image is not None and not args.draw:
-        return "reconstruct" if args.reconstruct else "answer", args
-    return "strip" if args.steps_strip else "draw", args
+            raise ValueError(words)
+    return command, args
+
+
+def check_model(pipe, args):
+    """ValueError for flags that images of this model don't depend on, and sizes that its decoder can't
+    make; a warning for a size that it wasn't trained at."""
+    config, idle = pipe.model.config, []
+    if config.latents:                      # the design VAE + FM: no UNet
+        idle += ["decoder_steps", "decoder_cfg", "size"]
+    if pipe.model.dit is None:              # a linear map, or a model that only answers
+        idle += ["steps", "cfg"]
+    idle = [name for name in idle if getattr(args, name) is not None]
+    if idle:
+        raise ValueError(f"no effect on the images of {args.ckpt}: leave out {flags(idle)}")
+    if args.size:
+        (own, _), size = pipe.image_size(), args.size
+        pipe.image_size((size, size))
+        if size != own:
+            print(f"the decoder was trained on images of {own} x {own} pixels: at {size} x {size} objects "
+                  "may be repeated, cut or deformed", file=sys.stderr)
+
+
+@contextmanager
+def output_folder(folder):
+    """Make a folder and write to it before the work; at the end of the block it goes if it is empty.
+
+    Raises OSError or ValueError where nothing can be written.
+    """
+    folder, made = Path(folder), []
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} exists, and is no folder to write to: choose another one")
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+        yield
+    finally:
+        for path in made:
+            with suppress(OSError):         # not empty
+                path.rmdir()
 
 
 def main(argv=None):
     """Run one command; returns its exit code: 0, 2 after a mistake (one sentence on stderr), 130: Ctrl-C."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if hasattr(stream, "reconfigure"):  # no byte that comes in, and no character that goes out, is fatal
+            stream.reconfigure(errors=errors)
     return run_command("sample.py", partial(run, argv))
 
 
@@ -1022,7 +1314,14 @@ def run(argv):
         return estimate_sampling(args)
     pipe = Pipeline(args.ckpt, args.device, args.dtype, args.offload, args.compile, args.eva)
     pipe.limits = {key: getattr(args, key) for key in ("min_pixels", "max_pixels") if getattr(args, key)}
-    COMMANDS[name](pipe, args)
+    if READS[name] >= GENERATE:
+        check_model(pipe, args)
+    greedy = args.temperature is None and not pipe.answer_config.do_sample
+    if name in ("answer", "caption") and args.seed and greedy:
+        raise ValueError("no effect without --temperature: leave out --seed")
+    target = args.export[1] if name == "export" else args.out
+    with nullcontext() if name == "answer" else output_folder(target):
+        COMMANDS[name](pipe, args)
     if pipe.seconds:
         times = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in pipe.seconds.items())
         peak = pipe.peak_memory()
