@@ -15,7 +15,7 @@ What other people publish, for models of any size:
 
     python eval.py generate --bench geneval --prompts FILE  images as GenEval, DPG, WISE and MJHQ want them
     python eval.py score geneval --results FILE             their scorers' outputs -> the published figures
-    python eval.py understanding --data FILE.tsv|.jsonl     MMBench, MME, POPE, VQAv2, TextVQA, MMMU, MM-Vet
+    python eval.py understanding --data FILE.tsv|.json[l]   MMBench, MME, POPE, VQAv2, TextVQA, MMMU, MM-Vet
     python eval.py reconstruction --images DIR              image -> features -> image, of your own images
     python eval.py fid --a DIR --b DIR                      how far two sets of images are apart
     python eval.py compare A B --prompts FILE               a blind page for people; --votes FILE counts
@@ -25,18 +25,16 @@ What other people publish, for models of any size:
 """
 import argparse
 import sys
+import tempfile
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 
-from checkpoint import Parser, run_command
+from checkpoint import COUNT, Interval, Parser, number, run_command
 
 NANO = str(Path(__file__).parent / "weights" / "nano")
-# Flags that count something: one at least (an image's side: 16 pixels).
-COUNTS = ("n", "n_prompts", "images", "size", "rounds", "seeds", "steps", "points", "batch", "jobs",
-          "best_of")
 
 
 # ---- the commands: NAME -> (module, function, flags) ----------------------------------------------------
@@ -46,64 +44,71 @@ def flag(*names, **options):
     return names, options
 
 
-def number(name, default):
-    """A flag that takes a whole number."""
-    return flag(f"--{name}", type=int, default=default)
+def whole(name, default=None, interval=COUNT, **options):
+    """A flag that takes a whole number in an Interval."""
+    return flag(f"--{name}", type=number(int, interval), default=default, **options)
 
 
 def seed(default):
-    """The flag --seed; commands on the world have 1, since 0 is the world that models are trained on."""
-    return flag("--seed", type=int, default=default, help="of the prompts and images")
+    """The flag --seed; commands on the world have 1, since 0 is the world that models are trained on. Each
+    has a million seeds of images."""
+    return whole("seed", default, Interval(0, 999), help="of the prompts and images")
 
 
-MODEL = (flag("--ckpt", default=NANO, help="model folder"),
-         flag("--eva", help="folder with EVA-CLIP and the diffusion-decoder, if --ckpt has none"),
-         flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, ..."),
-         flag("--dtype", default="auto", help="auto, fp32, bf16, fp16"))
+READER = (flag("--ckpt", default=NANO, help="model folder"),
+          flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, ..."),
+          flag("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16")))
+MODEL = (*READER,
+         flag("--eva", help="folder with EVA-CLIP and the diffusion-decoder, if --ckpt has none"))
 BENCH = flag("--bench", choices=("geneval", "dpg", "wise", "mjhq"), default="geneval",
              help="whose prompt file it is")
 PROMPTS = flag("--prompts", help="prompt file or folder as published")
+OBJECTS = Interval(1, 4)                 # the most that an image of the world has
 STUDY = (seed(0), flag("--out", default="runs", help="folder of the results"),
          # None: the study's own.
-         number("steps", None), number("points", None), number("batch", None), number("seeds", None),
-         number("n-prompts", None), number("images", None), number("n", None), number("objects", None),
+         whole("steps"), whole("points", None, Interval(1, 1000)), whole("batch"),
+         whole("seeds", None, Interval(1, 1000)), whole("n-prompts"),
+         whole("images", None, Interval(2, 10 ** 6)), whole("n"), whole("objects", None, OBJECTS),
          flag("--init", default=NANO, help="model folder with the language model of all runs"),
          flag("--eva", default=NANO, help="model folder with EVA-CLIP and the diffusion-decoder"),
-         flag("--jobs", type=int, default=2, help="trainings at a time, one thread each"),
+         whole("jobs", 2, help="trainings at a time, one thread each"),
          flag("--runs", default="runs", help="folder in which the trainings of a study have a folder"),
          flag("--quick", action="store_true", help="see in a minute that it runs; the numbers mean nothing"),
          flag("--bf16", action="store_true", help="train in bf16, as train.py's flag"))
 ALIGNMENT = (
-    seed(0), number("n-prompts", 553), number("images", 4),
+    seed(0), whole("n-prompts", help="prompts (553; of --prompts the first so many, or all)"),
+    whole("images", 4),
     flag("--novel", action="store_true", help="pairs of colour and shape never trained on"),
     flag("--words", action="store_true", help="prompts for words, half of them never trained on"),
-    flag("--objects", type=int, default=4, choices=range(1, 5), help="prompts of so many objects or fewer"),
+    whole("objects", 4, OBJECTS, help="prompts of so many objects or fewer"),
     flag("--upsample", action=argparse.BooleanOptionalAction,
          help="let the language model upsample each prompt first (as the checkpoint says)"),
-    flag("--best-of", type=int, default=1, help="of so many images score the one that the model likes best"),
+    whole("best-of", 1, Interval(1, 1000), help="of so many images score the one that the model likes best"),
     flag("--prompts", help="other prompts, as in assets/free_prompts.jsonl: images must fit exactly"))
 UNDERSTANDING = (
-    seed(1), number("n", 600),
-    flag("--data", help="questions: .tsv as VLMEvalKit's, .jsonl, or MM-Vet's .json"),
+    seed(1), whole("n", 600),
+    flag("--data", help="questions: .tsv as VLMEvalKit's, .jsonl, or .json as POPE, VQAv2, TextVQA, MM-Vet"),
+    flag("--annotations", help="VQAv2's second file (the one of its published name beside --data)"),
     flag("--task", choices=("choice", "mme", "pope", "vqav2", "textvqa", "mmvet"),
          help="wording and scoring (choice, or vqav2 without options)"),
-    flag("--images", help="folder of the images that a .jsonl names (its own)"),
+    flag("--images", help="folder of the images that --data names (its own)"),
     flag("--official", action="store_true", help="JPEG and scale images as the official run"),
     flag("--write", help="write --n questions about the world to this .tsv, and stop"))
 COMMANDS = {
-    "judge": ("miniature.scores", "run_judge", (seed(1), number("n", 1000), number("size", 64))),
+    "judge": ("miniature.scores", "run_judge",
+              (seed(1), whole("n", 1000), whole("size", 64, Interval(16, 4096)))),
     "alignment": ("miniature.scores", "run_alignment", (*ALIGNMENT, *MODEL)),
-    "understanding": ("miniature.scores", "run_understanding", (*UNDERSTANDING, *MODEL)),
+    "understanding": ("miniature.scores", "run_understanding", (*UNDERSTANDING, *READER)),
     "reconstruction": ("miniature.scores", "run_reconstruction",
-                       (seed(1), number("n", 200), *MODEL,
+                       (seed(1), whole("n", 200), *MODEL,
                         flag("--images", help="a folder of images instead of the world's"))),
-    "binding": ("miniature.scores", "run_binding", (seed(1), number("n", 256), *MODEL)),
-    "editing": ("miniature.scores", "run_editing", (seed(1), number("n", 200), *MODEL)),
+    "binding": ("miniature.scores", "run_binding", (seed(1), whole("n", 256, Interval(2, 10 ** 9)), *MODEL)),
+    "editing": ("miniature.scores", "run_editing", (seed(1), whole("n", 200), *MODEL)),
     "generate": ("evals.generation", "generate",
                  (seed(0), *MODEL, BENCH,
                   flag("--prompts", required=True, help="prompt file or folder as published"))),
     "score": ("evals.generation", "score",
-              (seed(0), flag("bench", choices=("geneval", "wise")),
+              (flag("bench", choices=("geneval", "wise")),
                flag("--results", nargs="+", required=True, help="what the official scorer wrote (.jsonl)"))),
     "fid": ("evals.distances", "fid",
             (seed(0), *MODEL, flag("--a", required=True, help="a folder of images"),
@@ -115,11 +120,12 @@ COMMANDS = {
                  flag("folders", nargs="*", help="two folders that `generate` filled, A and B"),
                  flag("--votes", nargs="+", help="files that the page exported"))),
     "leakage": ("evals.leakage", "leakage",
-                (seed(0), number("n", 20000), BENCH, PROMPTS,
+                (whole("n", 20000), BENCH, PROMPTS,
                  flag("--train", help="shards as in train.py --data (the world's first --n captions)"),
-                 flag("--near", type=float, default=0.7, help="least similarity of a near-duplicate"))),
+                 flag("--near", type=number(float, Interval(above=0, most=1)), default=0.7,
+                      help="least similarity of a near-duplicate"))),
     "neighbours": ("evals.leakage", "neighbours",
-                   (seed(0), number("n", 20000), *MODEL,
+                   (whole("n", 20000, Interval(2, 10 ** 9)), *MODEL,
                     flag("--a", required=True, help="a folder of images"),
                     flag("--train", required=True,
                          help="shards as in train.py --data (their first --n images)"))),
@@ -129,8 +135,25 @@ COMMANDS = {
                  (*STUDY, flag("--what", required=True,
                                choices=("queries", "rope", "shift", "ema", "size", "steps", "guidance")),
                   flag("--ckpt", default=NANO, help="model folder that generates for steps and guidance"))),
-    "speed": ("evals.speed", "speed", (seed(0), number("rounds", 5))),
+    "speed": ("evals.speed", "speed", (whole("rounds", 5),)),
 }
+# Flags that have no effect: (commands, where that is so in words, a test of the arguments, the flags).
+NO_EFFECT = (
+    ("understanding", "with --data", lambda a: a.data, "--n --seed --write"),
+    ("understanding", "without --data", lambda a: not a.data, "--task --images --official --annotations"),
+    ("understanding", "with --write", lambda a: a.write, "--ckpt --device --dtype"),
+    ("reconstruction", "with --images", lambda a: a.images, "--n --seed"),
+    ("alignment", "with --prompts", lambda a: a.prompts, "--novel --words"),
+    ("alignment", "with --words", lambda a: a.words, "--novel --objects"),
+    ("fid", "with --inception", lambda a: a.inception, "--ckpt --eva --dtype"),
+    ("compare", "with --votes", lambda a: a.votes, "FOLDERS --prompts --bench --seed"),
+    ("leakage", "without --prompts", lambda a: not a.prompts, "--bench"),
+    ("leakage", "with --train", lambda a: a.train, "--n"),
+    ("figure4 ablation", "in this study, which asks no questions", lambda a: True, "--n"),
+    ("ablation", "in a study that trains", lambda a: a.what not in ("steps", "guidance"), "--ckpt"),
+    ("ablation", "in a study that trains nothing", lambda a: a.what in ("steps", "guidance"),
+     "--steps --points --batch --init --eva --jobs --runs --bf16"),
+)
 # The same command, of files instead of the world, where one of these flags is given.
 WITH_FLAG = {
     ("understanding", "data"): ("evals.understanding", "answer_file"),
@@ -181,21 +204,28 @@ def parse(argv):
         if module != "miniature.studies":
             add("--out", default="runs/eval", help="folder of the results")
     args = parser.parse_args(argv)
-    check(args)
+    check(args, {word.partition("=")[0] for word in words if word.startswith("--")})
     return args
 
 
-def check(args):
-    """Raise ValueError for a number that can't be meant."""
-    for name in COUNTS:
-        value, least = getattr(args, name, None), 16 if name == "size" else 1
-        if isinstance(value, int) and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-    most = 1000 // getattr(args, "best_of", 1)                       # each has a million seeds of images
-    if not 0 <= args.seed < most:
-        raise ValueError(f"--seed must lie between 0 and {most - 1}, not {args.seed}")
+def check(args, given):
+    """Raise ValueError for flags that can't be meant together; `given`: those on the command line."""
+    given = given | {"FOLDERS"} if getattr(args, "folders", None) else given
+    for commands, where, holds, useless in NO_EFFECT:
+        if args.command in commands.split() and holds(args):
+            for name in useless.split():
+                if name in given:
+                    raise ValueError(f"{name} has no effect {where}")
+    values = vars(args)
+    if empty := [name for name, value in values.items() if value in ("", [""])]:
+        raise ValueError(f"--{empty[0].replace('_', '-')} is empty")
+    last = values.get("seed", 0) + (values.get("seeds") or 1)        # each has a million seeds of images
+    if last * values.get("best_of", 1) > 1000:
+        raise ValueError("--seed is too large: with --seeds added, times --best-of, it must be below 1000")
     if args.command in ("understanding", "reconstruction", "binding", "editing") and args.seed == 0:
         raise ValueError("--seed 0 is the world that models are trained on: take another for unseen images")
+    if (file := values.get("write")) and (not file.lower().endswith(".tsv") or Path(file).is_dir()):
+        raise ValueError(f"--write takes the name of a .tsv file, not {file!r}")
 
 
 def main(argv=None):
@@ -207,8 +237,12 @@ def main(argv=None):
 def run(argv):
     """What the command line asks for; raises ValueError for what can't be meant."""
     args = parse(argv)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    choose(args)(args)
+    command = choose(args)
+    for folder in {Path(args.out), Path(getattr(args, "write", None) or args.out).parent}:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):                     # what can't be written is found now
+            pass
+    command(args)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """How far images, or two sets of images, are apart: PSNR, SSIM, Frechet distance, MMD, FID's Inception."""
 import math
-import sys
 import textwrap
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import nn
 
 from checkpoint import load_strict, read_headers
 from data import crop_square, preprocess_clip
-from evals.report import print_table, read_images, save_results
+from evals.report import print_table, read_images, save_results, say
 from sample import Pipeline, pick_device, to_uint8
 
 # ---- measures -------------------------------------------------------------------------------------------
@@ -241,16 +240,14 @@ def fid(args):
     pytorch-fid does it. Beside it the noise floor: the same between random halves of A, which differ by
     chance alone.
     """
-    folders = [read_images(folder) for folder in (args.a, args.b)]   # an empty one is found before the work
+    folders = [read_images(folder, 4) for folder in (args.a, args.b)]
     measure, features = open_features(args)
     a, b = (np.concatenate([measure([image for _, image in batch]).numpy() for batch in folder])
             for folder in folders)                                   # (N, C), (M, C)
     fewest = min(len(a), len(b))
-    if fewest < 4:
-        raise ValueError(f"one folder holds {fewest} images: the distance of two sets needs four or more")
     if fewest < 5000:
-        print(f"eval.py: {fewest} images are fewer than 5,000: the Frechet distance is far too large, "
-              "and is comparable only at the same number; the MMD is unbiased, but noisy", file=sys.stderr)
+        say(f"{fewest} images are fewer than 5,000: the Frechet distance is far too large, and is "
+            "comparable only at the same number; the MMD is unbiased, but noisy")
     order = np.random.default_rng(args.seed).permutation(len(a))
     pairs = {"A and B": (a, b), "noise floor, halves of A": (a[order[::2]], a[order[1::2]])}
     table = {name: {"Frechet": frechet(x, y), "MMD": mmd(x, y), "n": f"{len(x)} and {len(y)}"}

@@ -1,6 +1,5 @@
 """Was the test trained on? Prompts that stand in the training captions, and images that copy training
 images."""
-import itertools
 import math
 import re
 from collections import Counter, defaultdict
@@ -62,8 +61,6 @@ def leakage(args, prompts=(), captions=()):
     """
     if args.prompts:
         prompts = [job["prompt"] for job in read_prompts(args.bench, args.prompts)]
-    if not 0 < args.near <= 1:
-        raise ValueError(f"--near lies between 0 and 1, not {args.near}")
     if args.train:
         captions = read_captions(open_source(args.train))
     prompts = list(dict.fromkeys(prompts))
@@ -112,8 +109,8 @@ def neighbours(args):
     pipe = Pipeline(args.ckpt, args.device, args.dtype, eva=args.eva)
     side = pipe.eva.config.image_size
     source = open_source(args.train, side)
-    files, images = zip(*itertools.chain(*read_images(args.a)))
-    images = [crop_square(image, side) for image in images]
+    files, images = zip(*((file, crop_square(image, side)) for batch in read_images(args.a)
+                          for file, image in batch))
     mine = all_features(pipe, images)
     numbers, known = training_features(pipe, source, args.n)
     root = mine.shape[1] ** 0.5

@@ -3,14 +3,25 @@ import base64
 import io
 import json
 import math
+import re
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
+from checkpoint import Interval, path_below, read_json, typed
 from data import load_image
 from evals.generation import read_prompts
-from evals.report import fingerprint, print_table, rate, read_text, save_results, write_text
+from evals.report import (
+    check_fields,
+    distinct_files,
+    fingerprint,
+    print_table,
+    rate,
+    save_results,
+    say,
+    write_text,
+)
 
 # The two questions of the paper's study, in our words.
 QUESTIONS = {"quality": "Which picture looks better: appeal, layout, clarity, shapes, cleanliness?",
@@ -45,7 +56,7 @@ def compare(args):
         raise ValueError("compare takes two folders of images and --prompts, or --votes")
     pairs = []
     for number, job in enumerate(read_prompts(args.bench, args.prompts)):
-        urls = [data_url(Path(folder) / job["file"]) for folder in args.folders]
+        urls = [data_url(path_below(folder, job["file"], args.prompts)) for folder in args.folders]
         left, right = urls if a_is_left(args.seed, number) else urls[::-1]
         pairs.append({"id": number, "prompt": job["prompt"], "left": left, "right": right})
     pairs = [pairs[i] for i in np.random.default_rng(args.seed).permutation(len(pairs))]
@@ -53,7 +64,7 @@ def compare(args):
     study = {"id": fingerprint(pairs), "seed": args.seed, "a": a, "b": b, "asked": QUESTIONS, "pairs": pairs}
     script = json.dumps(study).replace("<", "\\u003c")               # no text may end the page's script
     file = Path(args.out) / "compare.html"
-    write_text(file, read_text(PAGE).replace("/*STUDY*/", script))
+    write_text(file, PAGE.read_text("utf-8").replace("/*STUDY*/", script))
     print(file)
 
 
@@ -64,6 +75,24 @@ def sign_test(wins, losses):
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(max(wins, losses), n + 1)) / 2 ** n)
 
 
+SIDES = ("left", "right", "alike")
+
+
+def read_ballot(file):
+    """The content of an exported file: {"id", "seed", "a", "b", "votes": {number: {question: side}},
+    "voter"}; ValueError for a file that is none. Older exports name no voter: their votes do."""
+    where = f"{file} is no export of a comparison page"
+    ballot = read_json(file)
+    ballot |= check_fields(ballot, {"id": str, "seed": int, "a": str, "b": str, "votes": dict}, where)
+    for number, vote in ballot["votes"].items():
+        vote = typed(vote, dict, Interval(), f"{where}: votes")
+        if not (re.fullmatch("[0-9]{1,9}", number) and set(vote) <= set(QUESTIONS) and ballot["seed"] >= 0
+                and all(side in SIDES for side in vote.values())):
+            raise ValueError(f"{where}: it has the vote {number[:20]!r}: {json.dumps(vote)[:60]}")
+    ballot.setdefault("voter", fingerprint(sorted(ballot["votes"].items())))
+    return ballot | check_fields(ballot, {"voter": str}, where)
+
+
 def count_ballot(ballot, tallies):
     """Add an exported file's votes to {question: Counter of "A", "B", "alike"}, sides undone."""
     for number, vote in ballot["votes"].items():
@@ -72,24 +101,32 @@ def count_ballot(ballot, tallies):
             tallies[name][{"left": left, "right": right, "alike": "alike"}[side]] += 1
 
 
+def read_ballots(files):
+    """The exported files of one page, one of each person; ValueError for a file that is none, or of another
+    page."""
+    ballots = {}
+    for file in distinct_files(files):
+        ballot = read_ballot(file)
+        first = next(iter(ballots.values()), ballot)
+        if any(ballot[key] != first[key] for key in ("id", "seed", "a", "b")):
+            raise ValueError(f"{file} is of another page than {files[0]}")
+        key = ballot["voter"]
+        if key in ballots:
+            say(f"{file} is of a person who is counted already: the larger of both files counts")
+        ballots[key] = max(ballots.get(key, ballot), ballot, key=lambda each: len(each["votes"]))
+    return list(ballots.values())
+
+
 def votes(args):
     """`compare --votes FILE ...`: wins of A and B, the fraction that A won (ties left out), interval,
-    p-value.
+    p-value. Who exported twice, or a file given twice, counts once.
 
     Raises ValueError for a file that is no export, that is of another page, or for no votes at all.
     """
-    tallies, study = {name: Counter() for name in QUESTIONS}, None
-    for file in args.votes:
-        try:
-            ballot = json.loads(read_text(file))
-            study = study or ballot
-            count_ballot(ballot, tallies)
-            same_page = ballot["id"] == study["id"]
-            a, b = ballot["a"], ballot["b"]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{file} is cut short, or no export of a comparison page") from None
-        if not same_page:
-            raise ValueError(f"{file} is of another page than {args.votes[0]}")
+    tallies, ballots = {name: Counter() for name in QUESTIONS}, read_ballots(args.votes)
+    for ballot in ballots:
+        count_ballot(ballot, tallies)
+    a, b = ballots[0]["a"], ballots[0]["b"]
     table = {}
     for name, tally in tallies.items():
         wins, losses = tally["A"], tally["B"]
@@ -98,5 +135,5 @@ def votes(args):
                            "alike": tally["alike"], "p": sign_test(wins, losses)}
     if not table:
         raise ValueError(f"no votes for either side in {', '.join(args.votes)}")
-    print_table(f"how often A = {a} beat B = {b}, {len(args.votes)} people", table)
+    print_table(f"how often A = {a} beat B = {b}, {len(ballots)} people", table)
     save_results(args, {"table": table})

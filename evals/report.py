@@ -1,17 +1,22 @@
 """What all evaluations share: reading their files, intervals, tables, contact sheets and result files."""
+import csv
 import hashlib
 import io
 import json
 import math
+import re
+import sys
 import textwrap
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from checkpoint import atomic_write
-from data import IMAGE_SUFFIXES, load_image
+from checkpoint import Interval, atomic_write, parse_json, read_file, typed
+from data import IMAGE_SUFFIXES, BadSample, load_image
 
 BATCH = 32                                # images or questions that a model works on at a time
 SHEET = 192                               # most images of a contact sheet
@@ -62,10 +67,41 @@ def fingerprint(content):
     return hashlib.sha256(content).hexdigest()[:16]
 
 
+# ---- reading what people bring --------------------------------------------------------------------------
+
+# How files begin that are brought in the place of text.
+SIGNATURES = {
+    b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file", b"\xff\xfe": "UTF-16 text",
+    b"\xfe\xff": "UTF-16 text", b"PK\3\4": "a zip archive or a spreadsheet (.xlsx)",
+    b"\xd0\xcf\x11\xe0": "a spreadsheet (.xls)", b"\x1f\x8b": "compressed with gzip",
+    b"BZh": "compressed with bzip2", b"\xfd7zXZ": "compressed with xz",
+    b"(\xb5/\xfd": "compressed with zstd", b"7z\xbc\xaf": "a 7z archive", b"Rar!": "a RAR archive",
+    b"\x89PNG": "an image", b"\xff\xd8\xff": "an image", b"%PDF": "a PDF", b"SQLite format 3": "a database",
+    b"\x93NUMPY": "a NumPy array", b"\x89HDF": "an HDF5 file", b"\x80\x04": "a pickle",
+    b"version https://git-lfs": "a pointer of Git LFS, not the file itself", b"<!DOCTYPE": "a web page",
+    b"<!doctype": "a web page", b"<html": "a web page"}
+OTHER_IMAGES = (".gif", ".avif", ".heic", ".heif", ".bmp", ".jfif", ".tif", ".tiff", ".jp2", ".jxl", ".svg")
+LISTS = ("questions", "annotations", "data")        # fields of an official file that hold its entries
+
+
+def say(sentence):
+    """Tell a person, on stderr, what an evaluation passes over."""
+    print(f"eval.py: {sentence}", file=sys.stderr)
+
+
 def read_text(path):
-    """The text of a file; ValueError if it is empty or not UTF-8."""
+    """The text of a file; ValueError if it is empty, or not UTF-8: then it says what it is, if that is
+    known."""
+    content = read_file(path)
+    if Path(path).suffix.lower() == ".csv":
+        raise ValueError(f"{path} is a CSV table: convert it to .tsv (cells separated by tabs) or .jsonl")
+    kinds = [kind for start, kind in SIGNATURES.items() if content.startswith(start)]
+    if content[257:262] == b"ustar":
+        kinds.append("a tar archive")
+    if kinds:
+        raise ValueError(f"{path} is {kinds[0]}: only UTF-8 text is read here (.tsv, .jsonl, .json, .txt)")
     try:
-        text = Path(path).read_text("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{path} isn't UTF-8 text") from None
     if not text.strip():
@@ -74,48 +110,171 @@ def read_text(path):
 
 
 def parse_records(path):
-    """The JSON values of a .jsonl file (one a line) or of a .json file: see `read_records`."""
+    """The JSON values of a file: one a line, or a list, or an object of objects, or an object with a list in
+    one of LISTS. A .json file may hold lines, too, as POPE's do."""
     text = read_text(path)
-    whole = Path(path).suffix == ".json"
-    values = []
-    for number, line in enumerate([text] if whole else text.split("\n"), 1):
+    by_line = Path(path).suffix.lower() != ".json" and not text.lstrip().startswith("[")
+    first, _, rest = text.strip().partition("\n")
+    if rest and not by_line:
+        with suppress(ValueError):                                   # else the whole file is one value
+            by_line = bool(parse_json(first, path))
+    if by_line:
+        return [parse_text(line, f"{path}, line {number}", JSON_TYPES)
+                for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    whole = parse_text(text, path, (list, dict))
+    if isinstance(whole, dict):
+        whole = next((whole[name] for name in LISTS if isinstance(whole.get(name), list)), whole)
+    if isinstance(whole, dict) and any(isinstance(row, dict) for row in whole.values()):
+        return [{"key": key, **row} if isinstance(row, dict) else row for key, row in whole.items()]
+    return whole if isinstance(whole, list) else [whole]
+
+
+JSON_TYPES = (dict, list, str, int, float, bool, type(None))
+
+
+def parse_text(text, where, kinds):
+    """checkpoint.parse_json; ValueError also for half of a surrogate pair, which can't be written again."""
+    value = parse_json(text, where, kinds)
+    if re.search(r"\\u[dD][89a-fA-F]", text):
         try:
-            if line.strip():
-                values.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            at = number + error.lineno - 1
-            raise ValueError(f"{path}, line {at}, is cut short or no JSON ({error.msg})") from None
-    if whole and isinstance(values[0], dict):
-        return [{"key": key, **row} if isinstance(row, dict) else row for key, row in values[0].items()]
-    return values[0] if whole and isinstance(values[0], list) else values
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except (UnicodeEncodeError, RecursionError):
+            raise ValueError(f"{where} holds half a character (a lone surrogate): that is no text") from None
+    return value
 
 
-def read_records(path, need=()):
-    """The objects of a .jsonl file (one a line) or a .json file: a list, or {key: object}, then with
-    the field "key".
+def read_records(path, need=None, unit="entry"):
+    """The objects of a .jsonl file (one a line) or a .json file: a list, {key: object}, then with the field
+    "key", or {"questions", "annotations" or "data": list}.
 
-    Raises ValueError naming the line or entry that is cut short or broken, or lacks a field of `need`.
+    need: {field: its type, as checkpoint.typed takes it}; other fields are as they are. Raises ValueError
+    naming the line or entry (unit) that is cut short or broken, or lacks a field, or has it of another type.
     """
     rows = parse_records(path)
     if not rows:
         raise ValueError(f"{path} has no entries")
+    records = []
     for number, row in enumerate(rows, 1):
+        where = f"{unit} {number} of {path}"
         if not isinstance(row, dict):
-            raise ValueError(f"entry {number} of {path} is no object with fields")
-        if absent := [field for field in need if field not in row]:
-            raise ValueError(f"entry {number} of {path} lacks the field {', '.join(absent)}")
+            raise ValueError(f"{where} is no object with fields")
+        records.append(row | check_fields(row, need or {}, where))
+    return records
+
+
+def check_fields(row, need, where):
+    """{field: value} of a JSON object for all of need {field: type}; ValueError, which begins with `where`,
+    if one is missing or of another type."""
+    if absent := [name for name in need if name not in row]:
+        raise ValueError(f"{where} lacks the field {', '.join(absent)}")
+    return {name: typed(row[name], hint, Interval(), f"{where}: {name}") for name, hint in need.items()}
+
+
+def read_table(path):
+    """The rows of a TSV file as dicts without empty cells; ValueError where one has not as many cells
+    as the header. Empty rows are passed over."""
+    csv.field_size_limit(2 ** 31 - 1)                                # a cell can be an image
+    try:
+        header, *lines = csv.reader(io.StringIO(read_text(path), newline=""), delimiter="\t")
+    except csv.Error as error:
+        raise ValueError(f"{path} isn't a table of cells separated by tabs: {error}") from None
+    if len(header) == 1:
+        raise ValueError(f"{path} has no tabs in its first line: the cells of a .tsv are separated by them")
+    if twice := [name for name, times in Counter(filter(None, header)).items() if times > 1]:
+        raise ValueError(f"{path} has two columns {twice[0]!r}")
+    rows = []
+    for number, cells in enumerate(lines, 1):
+        if not any(cells):
+            continue
+        if len(cells) != len(header):
+            raise ValueError(f"row {number} of {path} has {len(cells)} cells, not {len(header)}: is it cut "
+                             "short, or does a quotation mark not end?")
+        rows.append({name: cell for name, cell in zip(header, cells) if cell})
+    if not rows:
+        raise ValueError(f"{path} has a header, but no rows")
     return rows
 
 
-def read_images(folder):
-    """The images below a folder, by name, in lists of up to BATCH (file, PIL image); ValueError if
-    there is none."""
-    files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise ValueError(f"no image ({', '.join(IMAGE_SUFFIXES)}) in {folder}")
-    return ([(file, load_image(file)) for file in files[i:i + BATCH]]
-            for i in tqdm(range(0, len(files), BATCH), disable=None))
+def distinct_files(files):
+    """The files without copies of earlier ones, which would count twice: these are said."""
+    seen = {}
+    for file in files:
+        key = fingerprint(read_file(file))
+        if key in seen:
+            say(f"{file} is the same as {seen[key]}: it counts once")
+        seen.setdefault(key, file)
+    return list(seen.values())
 
+
+def read_images(folder, least=1):
+    """The images below a folder, by name, in lists of up to BATCH (file, PIL image).
+
+    Hidden files don't count. Broken images are passed over and said, as are images of other formats. Raises
+    ValueError for fewer images than `least`.
+    """
+    folder = Path(folder)
+    files = sorted(p for p in folder.rglob("*")
+                   if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    suffixes = Counter(p.suffix.lower() for p in files)
+    others = ", ".join(f"{suffixes[suffix]} {suffix}" for suffix in OTHER_IMAGES if suffixes[suffix])
+    files = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
+    if len(files) < least:
+        found = f"{len(files) or 'no'} image{'s' * (len(files) > 1)} ({', '.join(IMAGE_SUFFIXES)})"
+        raise ValueError(f"{found} in {folder}" + f": {least} are the least" * (least > 1)
+                         + f"; {others} can't be read" * bool(others))
+    if others:
+        say(f"{others} in {folder} are left out: only {', '.join(IMAGE_SUFFIXES)} are read")
+    return load_images(folder, files, least)
+
+
+def load_images(folder, files, least):
+    """The generator of `read_images`."""
+    broken = []
+    for i in tqdm(range(0, len(files), BATCH), disable=None):
+        batch = []
+        for file in files[i:i + BATCH]:
+            try:
+                batch.append((file, load_image(file)))
+            except BadSample as error:
+                broken.append(error)
+        if batch:
+            yield batch
+    if len(files) - len(broken) < least:
+        raise ValueError(f"{len(broken)} of {len(files)} images in {folder} can't be read ({broken[0]}): "
+                         f"{least} are the least")
+    if broken:
+        say(f"{len(broken)} of {len(files)} images in {folder} can't be read and are left out: {broken[0]}")
+
+
+def in_batches(items, work, size=None):
+    """Yield (item, result, None) for each item, of work(up to `size` items) -> results. Where that fails, it
+    is done item by item, and what still fails is (item, None, its ValueError): one item stops no run.
+
+    Raises the error where all of the first batch fail alike: then it isn't the items.
+    """
+    any_done, size = False, size or BATCH
+    for i in tqdm(range(0, len(items), size), disable=None):
+        batch = items[i:i + size]
+        try:
+            results = [(item, result, None) for item, result in zip(batch, work(batch), strict=True)]
+        except ValueError:
+            results = [one_by_one(item, work) for item in batch]
+        errors = [error for _, _, error in results]
+        any_done |= None in errors
+        if not any_done and len(set(map(str, errors))) == 1 and not isinstance(errors[0], BadSample):
+            raise errors[0]
+        yield from results
+
+
+def one_by_one(item, work):
+    """(item, its result, None), or (item, None, the ValueError)."""
+    try:
+        return item, work([item])[0], None
+    except ValueError as error:
+        return item, None, error
+
+
+# ---- writing --------------------------------------------------------------------------------------------
 
 def write_text(path, text):
     """Write text such that the file is there whole or not at all."""

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import zlib
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -40,11 +41,15 @@ class Model:
         self.negatives, self.asked, self.says = {}, [], lambda question, images: "yes"
 
     def images(self, prompts, seeds):
+        if any("too long" in prompt for prompt in prompts):
+            raise ValueError("the prompt takes too many tokens")
         self.asked.extend(zip(prompts, seeds))
         streams = [np.random.default_rng(zlib.crc32(p.encode()) + seed) for p, seed in zip(prompts, seeds)]
         return torch.from_numpy(np.stack([stream.random((3, 8, 8), np.float32) for stream in streams]))
 
     def ask(self, conversations, max_new_tokens):
+        if any("too long" in turns[0][0] for turns, _ in conversations):
+            raise ValueError("the prompt takes too many tokens")
         asked = [(turns[0][0], images[0]) for turns, images in conversations]
         self.asked.extend(asked)
         return [self.says(*question) for question in asked]
@@ -103,6 +108,22 @@ def base64_image(colour="red", size=(9, 7)):
     file = io.BytesIO()
     Image.new("RGB", size, colour).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
+
+
+ROW = {"index": 1, "image": base64_image(), "question": "q?", "answer": "yes"}
+CUT_IMAGE = {**ROW, "index": 2, "image": base64_image(size=(90, 70))[:100]}
+NARROW = {**ROW, "index": 3, "image": base64_image(size=(1, 201))}
+ENTRY = json.dumps({"tag": "colors", "include": [], "prompt": "a red dog"})
+GENEVAL = json.dumps({"tag": "colors", "prompt": "p", "correct": True})
+WISE = json.dumps({"prompt_id": 7, "consistency": 2, "realism": 1, "aesthetic_quality": 1})
+
+
+def without(name):
+    return {key: value for key, value in ROW.items() if key != name}
+
+
+BALLOT = {"id": "1", "seed": 0, "a": "", "b": "", "votes": {"3": {"quality": "left"}}}
+ASKED = {"question_id": 1, "image": "a.jpg", "question": "q?", "answer": "yes"}
 
 
 # ---- generation ------------------------------------------------------------------------------------
@@ -258,11 +279,11 @@ def test_understanding_goes_on_where_it_was_cut(model, monkeypatch, run, tmp_pat
     answers.write_bytes(b"".join(whole.splitlines(True)[:4]) + b'{"index": "3", "pre')
     score.unlink()
     del model.asked[:]
-    monkeypatch.setattr(understanding, "BATCH", 2)
+    monkeypatch.setattr(report, "BATCH", 2)
     run(line)
     assert answers.read_bytes() == whole and score.read_bytes() == table
     assert [question for question, _ in model.asked] == ["q3?", "q4?", "q5?", "q6?"]
-    run(f"{line} --task pope", code=2)
+    run(f"{line} --task textvqa", code=2)
     assert "another run" in capsys.readouterr().err and answers.read_bytes() == whole
 
 
@@ -407,6 +428,86 @@ def test_questions_of_other_layouts(model, run, tmp_path):
     assert json.loads(file.read_text()) == vet
     question = model.asked[-1][0]
     assert question.startswith("First please perform reasoning") and question.endswith("Why?")
+
+
+POPE = [{"question_id": i, "image": "a.jpg", "text": "A dog?", "label": label} for i, label in
+        enumerate(("yes", "no"))]
+VQA = {"info": {"year": 2015}, "data_subtype": "val2014", "license": {}, "questions": [
+    {"image_id": 42, "question": "Blue?", "question_id": 42000 + i} for i in range(2)]}
+VQA_ANSWERS = {"info": {}, "annotations": [
+    {"question_id": 42001, "image_id": 42, "answer_type": "other", "multiple_choice_answer": "sky",
+     "answers": [{"answer": "sky", "answer_confidence": "yes", "answer_id": i} for i in range(10)]},
+    {"question_id": 42000, "image_id": 42, "answer_type": "yes/no", "multiple_choice_answer": "yes",
+     "answers": [{"answer": "yes" if i else "", "answer_id": i} for i in range(10)]}]}
+TEXT_VQA = {"dataset_name": "textvqa", "data": [
+    {"question": "what DOES it say?", "image_id": "0000599864f8", "image_classes": ["x"], "question_id": 7,
+     "flickr_original_url": "https://", "answers": ["yes"] * 5 + ["no"] * 5, "set_name": "val"}]}
+HEADER = "index\timage\tquestion\thint\tA\tB\tC\tanswer"
+VALID = [  # (name of the file, its content, flags, [score of each question]), of a model that says yes
+    ("pope.json", "\n".join(map(json.dumps, POPE)) + "\n\n", "--task pope", [1, 0]),
+    ("pope-list.json", POPE, "--task pope", [1, 0]), ("one.json", POPE[0], "--task pope", [1]),
+    ("pope.JSONL", b"\xef\xbb\xbf" + "\r\n".join(map(json.dumps, POPE)).encode(), "--task pope", [1, 0]),
+    ("v2_OpenEnded_mscoco_val2014_questions.json", VQA, "", [1, 0]),
+    ("mine.json", VQA, "--annotations v2_mscoco_val2014_annotations.json", [1, 0]),
+    ("TextVQA_0.5.1_val.json", TEXT_VQA, "--task textvqa", [1]),
+    ("numbers.jsonl", {"image": "a.jpg", "question": 5, "answers": [8, 2.5, "yes"]}, "", [1 / 3 * 2 / 3]),
+    ("several.jsonl", {"image": ["a.jpg", "sub/b.png"], "question": "q", "answer": "yes"}, "", [1]),
+    ("null.jsonl", {**ASKED, "A": "yes", "B": "no", "C": None, "answer": "A", "hint": None}, "", [1])
+] + [(name, content.format(base64_image()), "", [1]) for name, content in (
+    ("bom.TSV", f"\ufeff{HEADER}\r\n1\t{{}}\tq?\tnan\tyes\tno\tnan\tA\r\n\r\n\t\t\t\t\t\t\t\r\n"),
+    ("quotes.tsv", f'{HEADER}\n1\t"{{}}"\t"a ""q""\n\there?"\t\tyes\tno\tNaN\tA\n'),
+    ("url.tsv", f"{HEADER}\n1\tdata:image/png;base64,{{}}\tq 5\" wide?\t\tyes\tno\t\tA\n"),
+    ("brackets.tsv", f"{HEADER}\n1\t['{{}}']\t[IMG] q?\t[hint\tyes\t[no\t\tA"))]
+
+
+@pytest.mark.parametrize("name, content, flags, scores", VALID, ids=[row[0] for row in VALID])
+def test_questions_as_people_have_them(model, run, tmp_path, monkeypatch, name, content, flags, scores):
+    """Files as published, and what spreadsheets and editors make of them: every question is asked, options
+    are those that are there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    for file in ("a.jpg", "sub/b.png", "COCO_val2014_000000000042.jpg", "0000599864f8.jpg"):
+        Image.new("RGB", (9, 9)).save(file)
+    write_content(tmp_path / "v2_mscoco_val2014_annotations.json", VQA_ANSWERS)
+    write_content(tmp_path / name, content)
+    results = run(f"understanding --data {name} {flags}", f"{Path(name).stem}.score.json", out="out")
+    assert [answer["score"] for answer in results["answers"]] == pytest.approx(scores)
+    assert not results["not asked"] and len(model.asked) == len(scores)
+    if "VQA" not in name and "A. " in model.asked[0][0]:
+        assert "\nA. yes\nB. " in model.asked[0][0] and "C. " not in model.asked[0][0]
+        assert "nan" not in model.asked[0][0].lower()
+    if scores == [1, 0] and "pope" not in name:
+        assert list(results["table"]) == ["yes/no", "other", "overall"]
+
+
+@pytest.mark.parametrize("task", ["pope", "mme", "vqav2", "choice"])
+def test_one_bad_row_is_named_and_counts_as_wrong(model, run, tmp_path, capsys, task):
+    """A broken image, one of 1 x 201, and a question that is too long: the others are answered, and a mended
+    image is asked about when the run is started again."""
+    write_content(tmp_path / "a.png", base64.b64decode(base64_image()))
+    write_content(tmp_path / "narrow.png", base64.b64decode(NARROW["image"]))
+    write_content(tmp_path / "broken.png", b"\x89PNG")
+    truth, wrong = ("A", {"A": "yes", "B": "no"}) if task == "choice" else ("no", {})
+    rows = [{"image": name, "question": question, "answer": truth, **wrong} for name, question in (
+        ("a.png", "q"), ("broken.png", "q"), ("narrow.png", "q"), ("a.png", "too long"), ("a.png", "r"),
+        ("a.png", "s"))]
+    model.says = lambda question, images: "A" if task == "choice" else "No"
+    if task == "mme":                                                # pairs have one image_path
+        rows = [{**row, "image_path": str(i // 2), "image": row["image"]} for i, row in enumerate(rows)]
+    line = f"understanding --task {task} --data {write_jsonl(tmp_path / 'q.jsonl', rows)}"
+    results = run(line, "q.score.json", out="out")
+    message = capsys.readouterr().err
+    assert "3 of 6 questions can't be asked, and count as wrong: row 2 of" in message
+    assert "broken.png can't be read" in message
+    assert [answer["score"] for answer in results["answers"]] == [1, 0, 0, 0, 1, 1]
+    assert results["table"]["all"]["score"] == 0.5 and list(results["not asked"]) == ["2", "3", "4"]
+    assert "1 x 201" in results["not asked"]["3"] and "too many tokens" in results["not asked"]["4"]
+    if task == "pope":
+        assert results["table"]["all"]["precision"] == 0
+    shutil.copy(tmp_path / "a.png", tmp_path / "broken.png")
+    del model.asked[:]
+    assert run(line, "q.score.json", out="out")["table"]["all"]["score"] == pytest.approx(4 / 6)
+    assert len(model.asked) == 1 and "2 of 6" in capsys.readouterr().err
 
 
 # ---- distances -------------------------------------------------------------------------------------
@@ -822,7 +923,7 @@ def test_neighbours_find_what_is_copied(tiny_folder, run, tmp_path, capsys):
     assert sheet.shape == (128, 128, 3) and (sheet[:64, :64] == sheet[64:, :64]).all()
     assert (sheet[:64, 64:] != sheet[64:, 64:]).any()
     run(f"{line} --n 1", code=2)
-    assert "two are the least" in capsys.readouterr().err
+    assert "--n: 1 isn't at least 2" in capsys.readouterr().err
 
 
 # ---- speed -----------------------------------------------------------------------------------------
@@ -835,61 +936,179 @@ def test_reading_equals_webdataset(tmp_path):
 
 
 # ---- mistakes --------------------------------------------------------------------------------------
-ROW = {"index": 1, "image": base64_image(), "question": "q?", "answer": "yes"}
-CUT_IMAGE = {**ROW, "index": 2, "image": base64_image(size=(90, 70))[:100]}
-ENTRY = json.dumps({"tag": "colors", "include": [], "prompt": "a red dog"})
-GENEVAL = json.dumps({"tag": "colors", "prompt": "p", "correct": True})
-WISE = json.dumps({"prompt_id": 7, "consistency": 2, "realism": 1, "aesthetic_quality": 1})
-
-
-def without(name):
-    return {key: value for key, value in ROW.items() if key != name}
-
-
 MISTAKES = {  # command line: what the sentence must name
     "": "required", "paint": "invalid choice", "alignment --ckpt /nowhere": "no model in /nowhere",
-    "alignment --seed -1": "--seed", "understanding --seed 0": "world that models are trained on",
-    "judge --n 0": "--n must be at least 1", "judge --size x": "--size", "judge --size 8": "at least 16",
-    "ablation --what luck": "--what", "figure4 --points 0": "--points must be at least 1",
-    "figure4 --images 1": "--images must be at least 2", "fid --a FOLDER --b x": "no image",
-    f"fid --a {Path(command_line.__file__).parent / 'assets'} --b FOLDER": "no image",
+    "alignment --seed -1": "--seed: -1 isn't at least 0", "alignment --seed x": "--seed: 'x' is no whole",
+    "understanding --seed 0": "world that models are trained on",
+    "alignment --best-of 600 --seed 2": "--seed",
+    "judge --n 0": "--n: 0 isn't at least 1", "judge --n 2.5": "no whole number",
+    "judge --n nan": "no whole",
+    "judge --size x": "--size", "judge --size 8": "--size: 8 isn't at least 16",
+    "judge --size 1000000": "at most 4096", "binding --n 1": "--n: 1 isn't at least 2",
+    "alignment --n-prompts 0": "--n-prompts", "alignment --objects 5": "at most 4",
+    "alignment --best-of 0": "--best-of", "alignment --images -3": "--images",
+    "speed --rounds -1": "--rounds",
+    "figure4 --jobs 0": "--jobs", "figure4 --seeds 0": "--seeds", "figure4 --batch 1e3": "--batch",
+    "figure4 --points 0": "--points: 0 isn't at least 1",
+    "figure4 --seed 999 --seeds 2": "--seed is too large",
+    "figure4 --images 1": "--images: 1 isn't at least 2", "figure5 --objects 1": "must lie between",
+    "leakage --near nan": "--near: 'nan' is no number",
+    "leakage --near 2": "--near: 2 isn't above 0 and at mo",
+    "leakage --near 0": "--near", "ablation --what luck": "--what", "fid --a FOLDER --b x": "no image",
+    "judge --dtype fp32": "unrecognized", "judge --n-p 3": "unrecognized",
+    "alignment --dtype int8": "--dtype",
+    f"fid --a {Path(command_line.__file__).parent / 'docs'} --b FOLDER": "no image",
     "reconstruction --images FOLDER": "no image", "generate --bench dpg --prompts FOLDER": "no prompts",
-    "leakage --prompts FOLDER/none.jsonl": "^eval.py: [^[]*none.jsonl: No such file"}
-BROKEN_FILES = {  # command line: [(what is in FILE: text, or rows of a TSV; what the sentence must name)]
+    "leakage --prompts FOLDER/none.jsonl": "^eval.py: [^[]*none.jsonl: No such file",
+    "generate --prompts FOLDER": "geneval are a file, not the folder",
+    "score wise --results FOLDER": "folder",
+    "generate --prompts /dev/zero": "pipe or device", "understanding --data /dev/zero": "pipe or device",
+    "understanding --data FOLDER": "folder", "compare --votes /dev/null": "pipe or device",
+    "alignment --prompts FOLDER": "folder", "leakage --prompts /dev/null": "pipe or device",
+    "understanding --write FOLDER": ".tsv", "understanding --data=": "--data is empty",
+    "understanding --write /proc/none/x.tsv": "/proc/none",
+    # flags without effect
+    "understanding --data x.tsv --n 5": "--n has no effect with --data",
+    "understanding --data x.tsv --seed=3": "--seed has no effect", "understanding --official": "--official",
+    "understanding --data x.tsv --write y.tsv": "--write has no effect",
+    "understanding --task pope": "--task",
+    "understanding --images x": "--images", "understanding --annotations x": "--annotations has no effect",
+    "understanding --write x.tsv --task mme": "--task", "understanding --write x.tsv --ckpt x": "--ckpt",
+    "understanding --write x.tsv --device cpu": "--device", "understanding --eva x": "unrecognized",
+    "reconstruction --images x --n 5": "--n has no effect", "alignment --prompts x --novel": "--novel",
+    "alignment --prompts x --words": "--words", "alignment --words --novel": "--novel",
+    "alignment --words --objects 2": "--objects", "fid --a x --b y --inception z --ckpt w": "--ckpt",
+    "compare --votes x --seed 1": "--seed", "compare a b --votes x": "FOLDERS",
+    "leakage --bench wise": "--bench",
+    "leakage --train x --n 5": "--n has no effect", "figure4 --n 5": "--n has no effect",
+    "ablation --what rope --ckpt x": "--ckpt has no effect", "ablation --what steps --bf16": "--bf16 has no",
+    "ablation --what guidance --jobs 2": "--jobs", "score geneval --results x --seed 1": "unrecognized"}
+DEEP = "[" * 3000 + "]" * 3000
+FREE = {"tag": "t", "prompt": "p", "include": [{"class": "star", "count": 1}]}
+BROKEN_FILES = {  # command line: [(what is in FILE: text, bytes, JSON, or rows of a TSV; the sentence)]
     "understanding --data FILE.tsv": [
         ([{**ROW, "image": "%%%notbase64" * 9}], "row 1 .*no picture in base64"),
-        ([ROW, CUT_IMAGE], "row 2 .*no picture in base64"), ([without("answer")], "no answers or answer"),
+        ([without("answer")], "no answers or answer"), ([NARROW], "row 1 .*1 x 201"),
         ([without("image")], "no image"), ([{**ROW, "A": "x", "B": "y"}], "none of its options"),
-        ([ROW, ROW], "same index"), ("index\timage\n", "no rows"),
-        ("index\timage\tquestion\tanswer\n1\tab", "row 1 .*2 cells, not 4")],
+        ([{**ROW, "A": "nan", "B": "y", "answer": "A"}], "none of its options B"),
+        ([ROW, ROW], "same index"), ("index\timage\n", "no rows"), ("index\timage\n\t\n\n", "no rows"),
+        ("index,image,question\n1,2,3\n", "no tabs"), ('"index\timage\n1\t2\n', "no tabs"),
+        ("index\tindex\n1\t2\n", "two columns 'index'"), ("a\t\0\n1\t2\n", "row 1"),
+        ("index\timage\tquestion\tanswer\n1\tab", "row 1 .*2 cells, not 4"),
+        ('index\timage\tquestion\tanswer\n1\tx\t"a\tb\n', "quotation mark"),
+        *((f"index\timage\tquestion\tanswer\n1\t{cell}\tq?\ty\n", "row 1 .*base64")
+          for cell in ("[" * 10 ** 5, "[" + "-" * 10 ** 5 + "1]", "[" + "1+" * 10 ** 4 + "1]",
+          "['a', 'b']")),
+        ("index\timage\tquestion\tanswer\n1\t[[1], [2]]\tq?\ty\n", "row 1 .*must be a text"),
+        (b"PAR1\0\0", "a Parquet file"), (b"PK\3\4", "zip archive or a spreadsheet"),
+        (b"\x1f\x8b\x08", "gzip"), (b"\xff\xfea\0", "UTF-16"), (b"a\xff\xfe", "isn't UTF-8"),
+        (b"version https://git-lfs.github.com", "Git LFS"), (b"<html>", "a web page"),
+        (bytes(257) + b"ustar", "a tar archive"), ("\n\n", "is empty")],
+    "understanding --data FILE.csv": [("index,image\n1,2\n", "a CSV table: convert it")],
     "understanding --task mme --data FILE.tsv": [([ROW], "don't come in pairs")],
+    "understanding --task pope --data FILE.tsv": [([{**ROW, "answer": "maybe"}], "row 1 .*yes or no")],
+    "understanding --images FOLDER --data FILE.tsv": [([ROW], "--images has no effect")],
+    "understanding --annotations FILE.json --data FILE.json": [([ASKED], "--annotations has no effect")],
     "understanding --data FILE.jsonl": [
-        ('{"image": "no.png", "question": "q", "answer": "a"}', "there is no .*no.png")],
+        ('{"image": "no.png", "question": "q", "answer": "a"}', "there is no .*no.png"),
+        ({**ASKED, "image": "../a.jpg"}, "row 1 .*'../a.jpg' isn't the name of a file below"),
+        ({**ASKED, "image": "/etc/passwd"}, "row 1 .*isn't the name"), ({**ASKED, "image": "a\0"}, "row 1"),
+        ({**ASKED, "image": "x" * 5000}, "row 1 .*no picture"),
+        ({**ASKED, "image": {}}, "row 1 .*image must be"),
+        ({**ASKED, "image": [["a.jpg"]]}, "row 1 .*image must be"), ({**ASKED, "image": [None]}, "no image"),
+        ({**ASKED, "image": True}, "row 1 .*image must be"), ({**ASKED, "answer": {}}, "answer must be"),
+        ({**ASKED, "answer": [[1]]}, "answer must be"), ({**ASKED, "answer": None}, "row 1 .*no answers"),
+        ({**ASKED, "answer": [{"text": "x"}]}, "answer must be"),
+        ({**ASKED, "question": ["q"]}, "question must"),
+        ({**ASKED, "question": None}, "row 1 .*no question"),
+        ({**ASKED, "question_id": [1]}, "question_id must"),
+        ({**ASKED, "category": {}}, "category must be"), ({**ASKED, "hint": {}}, "hint must be"),
+        ({**ASKED, "A": {}}, "A must be"), ('{"image": NaN}', "line 1.* NaN is no number"),
+        ("3", "row 1 .*no obj"),
+        (f'{{"image": {DEEP}}}', "line 1 isn't valid JSON: it is nested too deeply"),
+        ("{}", "row 1 .*no image"),
+        ('{"question": "\\ud800"}', "line 1 holds half a character"),
+        ('{"a": 1}\n{"a"', "line 2 isn't valid")],
+    "understanding --data FILE.json": [
+        ({"questions": [{"question_id": 1, "image_id": 5, "question": "q?"}]}, "row 1 .*no picture .*5"),
+        ({"questions": []}, "no entries"), ({"data": [3]}, "row 1 .*no object"), ("[", "isn't valid JSON"),
+        ("null", "must hold a list or a JSON object")],
     "generate --prompts FILE.jsonl": [
-        ("", "is empty"), (f"{ENTRY}\n{ENTRY[:20]}", "line 2, is cut short"),
+        ("", "is empty"), (f"{ENTRY}\n{ENTRY[:20]}", "line 2 isn't valid JSON"),
         ('{"tag": "x", "include": []}', "entry 1 .*lacks the field prompt"),
-        (ENTRY.replace("a red dog", " "), "is empty")],
+        (ENTRY.replace("a red dog", " "), "is empty"),
+        ({"tag": 1, "include": [], "prompt": "p"}, "tag must be"),
+        ({"tag": "x", "include": {}, "prompt": "p"}, "include must be a list"),
+        ({"prompt_id": 1, "Prompt": "a"}, "the prompts of --bench wise"),
+        ({"key": "a", "category": "b", "prompt": "c"}, "the prompts of --bench mjhq")],
+    "generate --bench dpg --prompts FILE.jsonl": [(ENTRY, "a folder of .txt files")],
     "generate --bench wise --prompts FILE.json": [
-        ('{"a": 1}', "entry 1 .* no object"),
-        (json.dumps([{"prompt_id": 1, "Prompt": "a"}] * 2), "there twice")],
+        ('{"a": 1}', "entry 1 .* lacks the field prompt_id"), (ENTRY, "the prompts of --bench geneval"),
+        (json.dumps([{"prompt_id": 1, "Prompt": "a"}] * 2), "there twice"),
+        (json.dumps([{"prompt_id": name, "Prompt": "a"} for name in ("a", "A")]), "there twice"),
+        *(([{"prompt_id": name, "Prompt": "a"}], "entry 1 .*name of an image")
+          for name in ("../../x", "/x", "", ".", "..", ".x", "a/b", "a\\b", "a\0b", "x" * 300, "é" * 150,
+          "a\n",
+                       "c:x", " ", "x.", "*")),
+        ([{"prompt_id": None, "Prompt": "a"}], "prompt_id must be"),
+        ([{"prompt_id": 1.5, "Prompt": "a"}], "must"),
+        ([{"prompt_id": 1, "Prompt": ["a"]}], "Prompt must be a text")],
     "generate --bench mjhq --prompts FILE.json": [
-        ("[3]", "entry 1 .* no object"), ('{"a": {"prompt"', "cut short")],
+        ("[3]", "entry 1 .* no object"), ('{"a": {"prompt"', "isn't valid JSON"),
+        ({"../a": {"category": "food", "prompt": "p"}}, "'../a' can't be the name"),
+        ({"a": {"category": "../..", "prompt": "p"}}, "'../..' can't be the name"),
+        ({"a": {"category": "b", "prompt": "p"}, "A": {"category": "B", "prompt": "p"}}, "there twice"),
+        ({"a": {"category": "food", "prompt": {}}}, "prompt must be a text")],
     "score geneval --results FILE.jsonl": [
-        (f"{GENEVAL}\n{GENEVAL[:-4]}", "line 2, is cut short"),
-        (GENEVAL.replace("true", '"no"'), "not true or false"),
+        (f"{GENEVAL}\n{GENEVAL[:-4]}", "line 2 isn't valid JSON"),
+        (GENEVAL.replace("true", '"no"'), "entry 1 .*correct must be true or false"),
+        (GENEVAL.replace("true", "7"), "not true or false"),
+        (GENEVAL.replace('"p"', "[]"), "prompt must be"),
+        (GENEVAL.replace('"colors"', '"sizes"'), "no skill of GenEval"),
         ("\n".join([GENEVAL, GENEVAL, GENEVAL.replace('"p"', '"q"')]), "finish")],
-    "score geneval --results FILE.json": [("[]", "no entries")],
+    "score geneval --results FILE.json": [("[]", "no entries"), ({"data": {}}, "entry 1 .*lacks")],
     "score wise --results FILE.jsonl": [
         (WISE.replace("1,", "999,"), "judge again"), (WISE, "999 of 1000"),
-        (WISE.replace('id": 7', 'id": [7]'), "1 to 1000")],
+        (WISE.replace("1,", '"1",'), "realism"),
+        (WISE.replace("1,", "-0.5,"), "judge again"), (WISE.replace("1,", "NaN,"), "line 1"),
+        (WISE.replace("7", "7777"), "no prompt 7777"),
+        (WISE.replace('id": 7', 'id": true'), "prompt_id must be"),
+        (f"{WISE}\n{WISE.replace('1,', '0,')}", "prompt 7 has two different results"),
+        (WISE.replace('id": 7', 'id": [7]'), "prompt_id must be")],
     "compare --votes FILE.json": [
-        ('{"id": 3, "votes"', "cut short"),
-        ('{"id": 1, "seed": 0, "a": "", "b": "", "votes": {}}', "no votes")],
+        ('{"id": 3, "votes"', "isn't valid JSON"), ({**BALLOT, "votes": {}}, "no votes"),
+        *(({**BALLOT, **wrong}, "no export of a comparison page") for wrong in (
+            {"id": 1}, {"seed": "0"}, {"seed": -1}, {"a": None}, {"votes": []}, {"votes": {"x": {}}},
+            {"votes": {"-1": {}}}, {"votes": {"9" * 5000: {}}}, {"votes": {"1": []}}, {"voter": 3},
+            {"votes": {"1": {"quality": "up"}}}, {"votes": {"1": {"taste": "left"}}},
+            {"votes": {"1": {"quality": ["left"]}}})),
+        ("[]", "must hold a JSON object"), ('{"id": "1"}', "lacks the field seed")],
     "compare --prompts FILE.jsonl": [(ENTRY, "two folders")],
+    "alignment --prompts FILE.jsonl": [
+        *(({**FREE, **wrong}, "entry 1 ") for wrong in (
+            {"include": 3}, {"include": [3]}, {"include": [{}]}, {"include": [{"class": "star"}]},
+            {"include": [{"class": ["star"], "count": 1}]}, {"include": [{"class": "star", "count": "1"}]},
+            {"include": [{"class": "star", "count": True}]}, {"include": [{"class": "star", "count": -1}]},
+            {"include": [{"class": "star", "count": 1, "color": {}}]}, {"background": []}, {"tag": {}},
+            {"include": [{"class": "star", "count": 1, "position": ["above", -1]}]}, {"prompt": " "},
+            {"include": [{"class": "star", "count": 1, "position": "above"}]}, {"background": "pink"},
+            {"include": [{"word": 3}]}, {"include": [{"word": "zz", "color": None}]})),
+        ({**FREE, "include": [{"class": "star", "count": 4, "size": "large"}]}, "'p' asks for has no room"),
+        ({**FREE, "include": [{"class": "star", "count": 10 ** 8}]}, "asks for 4 objects or fewer")],
     "leakage --train /nowhere --prompts FILE.jsonl": [(ENTRY, "no shard or folder")],
-    "leakage --near 2 --prompts FILE.jsonl": [(ENTRY, "between 0 and 1")],
-    "leakage --prompts FILE.jsonl": [(ENTRY.replace('"a red dog"', "null"), "empty or no text")],
+    "leakage --prompts FILE.jsonl": [(ENTRY.replace('"a red dog"', "null"),
+    "prompt must be a text, not null")],
 }
+
+
+def write_content(path, content):
+    """Write bytes, a text, the rows of a TSV, or JSON."""
+    if path.suffix == ".tsv" and isinstance(content, list):
+        write_tsv(path, content)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
 
 
 @pytest.mark.parametrize("line, content, sentence", [
@@ -899,14 +1118,191 @@ def test_mistakes_are_sentences(model, tmp_path, capsys, line, content, sentence
     """Exit code 2, one line on stderr that says where, and nothing written."""
     out = tmp_path / "out"
     (tmp_path / "FOLDER").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.jpg")
     words = [str(tmp_path / word) if word.startswith(("FILE", "FOLDER")) else word for word in line.split()]
     for file in [Path(word) for word in words if "FILE" in word]:
-        file.write_text(content) if isinstance(content, str) else write_tsv(file, content)
+        write_content(file, content)
+    before = files_below(tmp_path)
     assert command_line.main([*words, "--out", str(out)] if words else []) == 2
     message = capsys.readouterr().err
-    assert message.startswith("eval.py: ") and message.count("\n") == 1, message
+    assert message.startswith("eval.py: ") and message.count("\n") == 1 and len(message) < 999, message
     assert re.search(sentence, message), message
-    assert not out.exists() or files_below(out) == {}
+    assert files_below(tmp_path) == before
+
+
+def test_one_prompt_stops_no_other(model, run, tmp_path, capsys):
+    """`generate` makes all images but those of the prompt that the model can't take, which is named."""
+    rows = [{"prompt_id": i, "Prompt": prompt} for i, prompt in enumerate(("a", "too long", "é b", "c"), 1)]
+    write_content(tmp_path / "wise.json", rows)
+    run(f"generate --bench wise --prompts {tmp_path / 'wise.json'}", out="out", code=2)
+    assert sorted(files_below(tmp_path / "out/wise")) == ["1.png", "3.png", "4.png"]
+    output = capsys.readouterr()
+    assert "3 new files" in output.out
+    assert "1 images can't be generated: 2.png: the prompt takes too many" in output.err
+    write_content(tmp_path / "wise.json", [{"prompt_id": 1, "Prompt": "too long"}])
+    run(f"generate --bench wise --prompts {tmp_path / 'wise.json'}", out="none", code=2)
+    assert capsys.readouterr().err == "eval.py: the prompt takes too many tokens\n"
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+@pytest.mark.parametrize("value", ["", "-1", "x", "0.5", "3"])
+def test_numbers_of_processes(model, run, monkeypatch, tmp_path, capsys, name, value):
+    """RANK and WORLD_SIZE that can't be are refused before the work."""
+    monkeypatch.setenv("RANK", "0" if name == "WORLD_SIZE" else value)
+    monkeypatch.setenv("WORLD_SIZE", "3" if name == "RANK" else value.replace("3", "0"))
+    run(f"generate --prompts {write_prompts(tmp_path / 'p.jsonl', 1)}", out="out", code=2)
+    assert "RANK and WORLD_SIZE must be whole numbers" in capsys.readouterr().err
+    assert files_below(tmp_path / "out") == {}
+
+
+def test_what_is_given_twice_counts_once(run, tmp_path, capsys):
+    """Vote files and scorers' results: the same, a copy, and two exports of one browser."""
+    ballots = [{**BALLOT, "votes": {str(i): {"quality": "left"} for i in range(n)}, "voter": voter}
+               for n, voter in ((1, "x"), (3, "x"), (1, "y"))]
+    files = [tmp_path / f"{i}.json" for i in range(4)]
+    for file, ballot in zip(files, [*ballots, ballots[2]]):
+        write_content(file, ballot)
+    line = f"compare --votes {' '.join(map(str, [*files, files[2]]))}"
+    row = run(line, "compare.json", out="out")["table"]["quality"]
+    output = capsys.readouterr()
+    assert row["n"] == 3 + 1 and "2 people" in output.out
+    assert output.err.count("the same as") == 2 and output.err.count("counted already") == 1
+    write_content(tmp_path / "r.jsonl", GENEVAL)
+    shutil.copy(tmp_path / "r.jsonl", tmp_path / "copy.jsonl")
+    line = f"score geneval --results {tmp_path / 'r.jsonl'} {tmp_path / 'copy.jsonl'}"
+    assert run(line, "score-geneval.json", out="out")["table"]["overall"]["n"] == 1
+    assert "copy.jsonl is the same as" in capsys.readouterr().err
+
+
+def test_images_that_are_left_out_are_said(tiny_folder, run, tmp_path, capsys):
+    """Broken ones, other formats by suffix; hidden files and folders count for nothing."""
+    folder = tmp_path / "images"
+    (folder / ".ipynb_checkpoints").mkdir(parents=True)
+    for i in range(2):
+        Image.fromarray(noise(i, 16, 16, 3)).save(folder / f"{i}.PNG")
+    for name in ("a.gif", "b.GIF", "c.heic", "broken.jpg", "._d.png", ".ipynb_checkpoints/e.png", "f.txt"):
+        (folder / name).write_bytes(b"no image")
+    results = run(f"reconstruction --images {folder} --ckpt {tiny_folder}", "reconstruction.json")
+    assert len(results["pictures"]) == 2
+    message = capsys.readouterr().err
+    assert "2 .gif, 1 .heic in" in message and "1 of 3 images" in message and "broken.jpg" in message
+    run(f"fid --a {folder} --b {folder} --ckpt {tiny_folder}", code=2)
+    assert "3 images (.jpg" in (message := capsys.readouterr().err) and "4 are the least; 2 .gif" in message
+    for file in folder.glob("*.PNG"):
+        file.write_bytes(b"no image")
+    run(f"reconstruction --images {folder} --ckpt {tiny_folder}", code=2)
+    assert "3 of 3 images" in capsys.readouterr().err
+
+
+def test_an_out_that_cannot_be_written_is_found_first(monkeypatch, tmp_path, capsys):
+    """A file, a device, and what the system refuses: the command isn't started."""
+    monkeypatch.setattr(command_line, "choose", lambda args: lambda args: pytest.fail("it was started"))
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", "/dev/null", "/proc/none", tmp_path / "file" / "in", "a\0b", "x" * 300):
+        assert command_line.main(["judge", "--out", str(out)]) == 2
+        message = capsys.readouterr().err
+        assert message.startswith("eval.py: ") and message.count("\n") == 1
+
+
+# ---- fuzz ------------------------------------------------------------------------------------------
+ODD = [None, True, 3, -1, 2.5, 1e308, 10 ** 30, "", " ", "x", "nan", "../x", "a\0", "[", "[1]", "yes",
+       "\ud800", [], [[]], [None], ["a.jpg"], {}, {"answer": 1}, {"a": {"b": []}}, "left",
+       "9" * 30, "é" * 300]
+
+
+def mutate(rng, value):
+    """A JSON value with one of its parts replaced, removed, doubled or wrapped."""
+    if isinstance(value, (dict, list)) and value and rng.random() < 0.8:
+        copy = value.copy()
+        key = list(copy)[rng.integers(len(copy))] if isinstance(copy, dict) else int(rng.integers(len(copy)))
+        if rng.random() < 0.1:
+            del copy[key]
+        else:
+            copy[key] = mutate(rng, copy[key])
+        return copy
+    choice = rng.integers(len(ODD) + 2)
+    return ODD[choice] if choice < len(ODD) else [value, value] if choice == len(ODD) else {"key": value}
+
+
+def damage(rng, content):
+    """Bytes with some of them cut out, changed or doubled."""
+    at, size = int(rng.integers(len(content) + 1)), int(rng.integers(1, 9))
+    odd = [b"", b"\0", b"\xff", b"\n", b"\t", b'"', b"[" * 2000, b"NaN", b"1e999", b"\\ud800", content[:at]]
+    return content[:at] + odd[rng.integers(len(odd))] + content[at + size:]
+
+
+LINES = "\n".join(map(json.dumps, POPE))
+READERS = {  # what reads a file: (its name, valid contents, the function)
+    "questions": ("q.json", [POPE, VQA, TEXT_VQA, {"v1_0": {**ASKED, "imagename": "a.jpg"}}, LINES.encode()],
+                  lambda path: understanding.read_questions(path)),
+    "lines": ("q.jsonl", [ASKED, {**ASKED, "A": "x", "B": "yes", "answer": "B"}, LINES.encode()],
+              lambda path: understanding.tabulate(*understanding.read_questions(path), ["yes"] * 2)),
+    "tables": ("q.tsv", [f"{HEADER}\n1\t{base64_image()}\tq?\t\tyes\tno\t\tA\n2\t1\t['a']".encode()
+                         + b"\t\t\t\t\t['b']\n"], lambda path: understanding.read_questions(path)),
+    "annotations": ("annotations.json", [VQA_ANSWERS], lambda path: understanding.read_questions(
+        path.with_name("vqa.json"), annotations=path)),
+    "answers": ("a.jsonl", [b'{"a": 1}\n{"index": "1", "prediction": "x"}\n'],
+                lambda path: understanding.read_answers(path, {"a": 1})),
+    "geneval": ("p.jsonl", [json.loads(ENTRY)], lambda path: generation.read_prompts("geneval", path)),
+    "wise": ("p.json", [[{"prompt_id": 1, "Prompt": "a"}]],
+             lambda path: generation.read_prompts("wise", path)),
+    "mjhq": ("p.json", [{"a": {"category": "food", "prompt": "p"}}],
+             lambda path: generation.read_prompts("mjhq", path)),
+    "dpg": ("folder/p.txt", [b"A long prompt."], lambda path: generation.read_prompts("dpg", path.parent)),
+    "scores": ("s.jsonl", [json.loads(GENEVAL)], lambda path: generation.score_geneval(
+        report.read_records(path, generation.SCORERS["geneval"][1]))),
+    "marks": ("s.jsonl", [json.loads(WISE)], lambda path: generation.score_wise(
+        report.read_records(path, generation.SCORERS["wise"][1]))),
+    "votes": ("v.json", [BALLOT], lambda path: [preference.count_ballot(ballot, {
+        name: Counter() for name in preference.QUESTIONS}) for ballot in preference.read_ballots([path])])}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reader", READERS)
+def test_fuzzed_files_are_read_or_refused(fuzz, tmp_path, reader):
+    """Values of other types, cut and changed bytes: success, or one sentence that names the file; no name
+    leads out of the folder."""
+    name, contents, read = READERS[reader]
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    for file in ("a.jpg", "COCO_val2014_000000000042.jpg", "0000599864f8.jpg"):
+        Image.new("RGB", (9, 9)).save(tmp_path / file)
+    write_content(tmp_path / "vqa.json", VQA)
+    for content in contents:
+        write_content(path, content)
+        with suppress(ValueError):
+            read(path)
+    for rng in fuzz:
+        content = contents[rng.integers(len(contents))]
+        for _ in range(rng.integers(1, 4)):
+            content = damage(rng, content) if isinstance(content, bytes) else mutate(rng, content)
+        write_content(path, content if isinstance(content, bytes) else json.dumps(content))
+        try:
+            found = read(path)
+        except ValueError as error:
+            assert len(str(error)) < 2000 and (str(tmp_path) in str(error) or reader in ("scores", "marks"))
+            continue
+        for job in found if reader in ("geneval", "wise", "mjhq", "dpg") else ():
+            assert (tmp_path / job["file"]).resolve().is_relative_to(tmp_path.resolve())
+
+
+@pytest.mark.slow
+def test_fuzzed_command_lines_are_understood_or_refused(fuzz):
+    """Any flags of a command with any values: arguments, or one sentence, and never a crash."""
+    values = ["0", "-1", "1", "3", "nan", "inf", "1e9", "9" * 30, "", " ", "x", "--", "é", "x.tsv", "a\0b"]
+    for rng in fuzz:
+        command = rng.choice(list(command_line.COMMANDS))
+        words = [str(command)]
+        flags = [names[0] for names, _ in command_line.COMMANDS[command][2]] + ["--out", "--seed", "--none"]
+        for name in rng.choice(flags, rng.integers(6)):
+            value = str(rng.choice(values))
+            words += [f"{name}={value}"] if rng.random() < 0.2 else [name, value][:rng.integers(1, 3)]
+        try:
+            args = command_line.parse(words)
+        except ValueError as error:
+            assert str(error) and "\n" not in str(error)
+        else:
+            assert args.command == command
 
 
 def test_ctrl_c_is_no_mistake(monkeypatch, run, capsys):

@@ -2,9 +2,9 @@
 own rules."""
 import ast
 import base64
-import csv
 import io
 import json
+import os
 import re
 from collections import Counter, defaultdict
 from contextlib import suppress
@@ -12,18 +12,20 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
-from data import load_image
+from checkpoint import Interval, parse_json, path_below, read_file, typed
+from data import BadSample, load_image, smart_resize
 from evals.report import (
-    BATCH,
+    check_fields,
     fingerprint,
+    in_batches,
     jpeg,
     print_table,
     rate,
     read_records,
-    read_text,
+    read_table,
     save_results,
+    say,
     write_text,
 )
 from sample import Pipeline
@@ -45,49 +47,69 @@ OFFICIAL_PIXELS = {"min_pixels": 256 * 28 * 28, "max_pixels": 1605632}     # of 
 def as_list(cell):
     """A table's cell as a list: "['a', 'b']" has two entries, anything else is one."""
     if isinstance(cell, str) and cell.startswith("["):
-        with suppress(ValueError, SyntaxError):
+        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):   # a text that begins with [
             cell = ast.literal_eval(cell)
     return cell if isinstance(cell, list) else [cell]
 
 
-def read_table(path):
-    """The rows of a TSV file as dicts without empty cells; ValueError where one has not as many cells
-    as the header."""
-    csv.field_size_limit(2 ** 31 - 1)                                # a cell can be an image
-    header, *lines = csv.reader(io.StringIO(read_text(path), newline=""), delimiter="\t")
-    for number, cells in enumerate(lines, 1):
-        if len(cells) != len(header):
-            raise ValueError(f"row {number} of {path} has {len(cells)} cells, not {len(header)}: "
-                             "is it cut short?")
-    if not lines:
-        raise ValueError(f"{path} has a header, but no rows")
-    return [{name: cell for name, cell in zip(header, cells) if cell} for cells in lines]
-
-
-def get_field(row, where, *names):
-    """The first of the named fields that is there and not empty; ValueError if none is."""
+def get_field(row, where, *names, default=None):
+    """(name, value) of the first of the named fields that is there and not empty; without a default,
+    ValueError if none is."""
     for name in names:
-        if row.get(name) not in (None, ""):
-            return row[name]
-    raise ValueError(f"{where} has no {' or '.join(names)}")
+        if row.get(name) not in (None, "", []):
+            return name, row[name]
+    if default is None:
+        raise ValueError(f"{where} has no {' or '.join(names)}")
+    return names[0], default
 
 
-def decode_image(cell, where):
-    """The bytes of an image in base64; ValueError if it is none, or can't be read."""
-    try:
-        content = base64.b64decode(cell, validate=True)
-        load_image(io.BytesIO(content))                        # a broken one is found before the work begins
-    except ValueError:                                               # binascii's is one, too
-        raise ValueError(f"{where}: its image is no picture in base64") from None
-    return content
+TEXT = str | int | float
+
+
+def get_text(row, where, *names, default=None):
+    """The same as text, which it must be, or a number."""
+    name, value = get_field(row, where, *names, default=default)
+    return str(typed(value, TEXT, Interval(), f"{where}: {name}"))
+
+
+def is_missing(value):
+    """Is a cell empty? VLMEvalKit's tables say nan, too, JSON null."""
+    return value is None or isinstance(value, str) and value.strip().lower() in ("", "nan")
+
+
+def decode_image(cell):
+    """The bytes of an image in base64, also of a data: URL; b"" if it is none."""
+    with suppress(ValueError):                                       # binascii's is one, too
+        return base64.b64decode("".join(cell.rpartition(",")[2].split()), validate=True)
+    return b""
+
+
+# Names of COCO's images by their number, and of images named without their suffix.
+IMAGE_NAMES = ("{}", "{}.jpg", "COCO_val2014_{:0>12}.jpg", "COCO_train2014_{:0>12}.jpg",
+               "COCO_test2015_{:0>12}.jpg", "{:0>12}.jpg", "{}.png")
 
 
 def find_image(folder, name, where):
-    """The path of an image file; ValueError if there is none."""
-    file = Path(folder) / name
-    if not file.is_file():
-        raise ValueError(f"{where}: there is no picture {file}")
-    return file
+    """The path of an image file in a folder, by its name or COCO's number; ValueError if there is none."""
+    for pattern in IMAGE_NAMES:
+        file = path_below(folder, pattern.format(name), where)
+        if os.path.isfile(file):
+            return file
+    raise ValueError(f"{where}: there is no picture {Path(folder) / name[:200]}")
+
+
+def open_image(source, where):
+    """The PIL image of a path or of bytes; BadSample, which begins with `where`, if no model can read it."""
+    try:
+        image = load_image(source if isinstance(source, Path) else io.BytesIO(source))
+    except BadSample as error:
+        reason = error if isinstance(source, Path) else "its image is no picture in base64"
+        raise BadSample(error.cause, f"{where}: {reason}") from None
+    try:
+        smart_resize(image.height, image.width)
+    except ValueError as error:
+        raise BadSample("narrow image", f"{where}: {error}") from None
+    return image
 
 
 def read_question(row, where, number, images, folder):
@@ -96,42 +118,87 @@ def read_question(row, where, number, images, folder):
 
     Raises ValueError, which begins with `where`, if the row lacks something or doesn't fit.
     """
-    cells = as_list(get_field(row, where, "image", "image_path", "imagename"))
-    if images is not None and "image" in row:
-        files = [decode_image(images.get(cell) or cell, where) for cell in cells]
+    name, value = get_field(row, where, "image", "image_path", "imagename", "image_id")
+    cells = [get_text({name: cell}, where, name) for cell in as_list(value)]
+    if images is not None and name == "image":
+        files = [decode_image(images.get(cell) or cell) for cell in cells]
     else:
         files = [find_image(folder, cell, where) for cell in cells]
-    answers = [answer["answer"] if isinstance(answer, dict) else str(answer)
-               for answer in as_list(get_field(row, where, "answers", "answer", "label"))]
-    options = {name: str(row[name]) for name in sorted(row) if re.fullmatch("[A-Z]", name)}
+    name, value = get_field(row, where, "answers", "answer", "label")
+    answers = [answer.get("answer") if isinstance(answer, dict) else answer for answer in as_list(value)]
+    answers = [str(typed(answer, TEXT, Interval(), f"{where}: {name}")) for answer in answers]
+    options = {letter: get_text(row, where, letter) for letter in sorted(row)
+               if re.fullmatch("[A-Z]", letter) and not is_missing(row[letter])}
     if options and answers[0] not in options:
         raise ValueError(f"{where}: the answer {answers[0]!r} is none of its options {', '.join(options)}")
-    index = next((row[name] for name in ("index", "question_id", "key") if name in row), number)
-    category = str(row.get("category", "all"))
-    return {"index": str(index), "images": files, "question": str(get_field(row, where, "question", "text")),
-            "hint": row.get("hint"), "options": options, "answers": answers, "category": category,
-            "group": (category, row.get("image_path", files[0]))}
+    hint = None if is_missing(row.get("hint")) else get_text(row, where, "hint")
+    category, group = get_text(row, where, "category", default="all"), row.get("image_path")
+    return {"index": get_text(row, where, "index", "question_id", "key", default=number), "where": where,
+            "images": files, "question": get_text(row, where, "question", "text"), "hint": hint,
+            "options": options, "answers": answers, "category": category,
+            "group": (category, group if isinstance(group, str) else files[0])}
 
 
-def read_questions(path, task=None, images=None):
-    """A file's (task, [{"index", "images": [bytes or path], "question", "hint", "options": {letter:
+def official_annotations(path):
+    """The file beside VQAv2's published questions with their answers, named as published; else None."""
+    name = path.name.replace("OpenEnded_", "").replace("questions", "annotations")
+    return path.with_name(name) if name != path.name and path.with_name(name).is_file() else None
+
+
+def add_answers(rows, path, file):
+    """VQAv2's questions with the answers, and the kinds of answer as categories, of its annotations."""
+    need = {"question_id": int | str, "answers": list}
+    answers = {row["question_id"]: row for row in read_records(file, need)}
+    joined = []
+    for number, row in enumerate(rows, 1):
+        where = f"row {number} of {path}"
+        about = answers.get(check_fields(row, {"question_id": int | str}, where)["question_id"])
+        if about is None:
+            raise ValueError(f"{where}: {file} has no answers to question {row['question_id']}")
+        joined.append({"category": about.get("answer_type"), **row, "answers": about["answers"]})
+    return joined
+
+
+def read_rows(path, images, annotations):
+    """The rows of a file of questions, with the answers of another where it is published in two."""
+    if path.suffix.lower() == ".tsv":
+        rows = read_table(path)
+        if annotations or images and any("image" in row for row in rows):
+            raise ValueError(f"--{'annotations' if annotations else 'images'} has no effect: "
+                             f"{path} holds its own")
+        return rows
+    rows = read_records(path, unit="row")
+    has_answers = any(rows[0].get(name) for name in ("answers", "answer", "label"))
+    if annotations and has_answers:
+        raise ValueError(f"--annotations has no effect: {path} holds its own answers")
+    file = annotations or not has_answers and official_annotations(path)
+    return add_answers(rows, path, file) if file else rows
+
+
+def read_questions(path, task=None, images=None, annotations=None):
+    """A file's (task, [{"index", "where", "images": [bytes or path], "question", "hint", "options": {letter:
     text}, "answers", "category", "group"}]). task None is "choice" where there are options, else
     "vqav2".
 
     .tsv: the layout of VLMEvalKit, images in base64, a short one being the index of the row whose image
-    is meant. .jsonl (or .json): question or text, answer, answers or label, and image, a file in the
-    folder `images` (the data's if None). group: what the two questions of MME about one image have in
-    common. Raises ValueError naming the row.
+    is meant. .jsonl or .json: question or text, answer, answers or label, and image, or COCO's image_id, a
+    file in the folder `images` (the data's if None); VQAv2's answers are in a second file, `annotations`, or
+    beside the questions under its published name. group: what the two questions of MME about one image have
+    in common. Raises ValueError naming the row; that an image can be read is not checked.
     """
-    is_table = Path(path).suffix == ".tsv"
-    rows = read_table(path) if is_table else read_records(path)
+    path = Path(path)
+    rows = read_rows(path, images, annotations)
+    is_table = path.suffix.lower() == ".tsv"
     cells = {str(row.get("index")): row.get("image") for row in rows} if is_table else None
-    folder = images or Path(path).parent
-    questions = [read_question(row, f"row {number} of {path}", number, cells, folder)
+    questions = [read_question(row, f"row {number} of {path}", number, cells, images or path.parent)
                  for number, row in enumerate(rows, 1)]
     if len({q["index"] for q in questions}) < len(questions):
         raise ValueError(f"two rows of {path} have the same index")
-    return task or ("choice" if any(q["options"] for q in questions) else "vqav2"), questions
+    task = task or ("choice" if any(q["options"] for q in questions) else "vqav2")
+    for q in questions if task in ("mme", "pope") else ():
+        if q["answers"][0].lower() not in ("yes", "no"):
+            raise ValueError(f"{q['where']}: the answer of {task} is yes or no, not {q['answers'][0]!r}")
+    return task, questions
 
 
 def official_text(task, q):
@@ -268,7 +335,9 @@ def open_score(answer, truths):
 
 
 def grade(task, q, answer):
-    """(what an answer says, its score from 0 to 1) by the task's rule."""
+    """(what an answer says, its score from 0 to 1) by the task's rule; None is no answer, which is wrong."""
+    if answer is None:
+        return None, 0.0
     if task == "choice" and q["options"]:
         letter = pick_option(answer, q["options"])
         return letter, float(letter == q["answers"][0])
@@ -283,8 +352,9 @@ def grade(task, q, answer):
 # ---- tables ---------------------------------------------------------------------------------------------
 
 def pope_columns(answers, truths):
-    """F1, precision and recall of "yes", and the fraction of answers that are "yes"."""
-    pairs = Counter(zip(answers, truths))
+    """F1, precision and recall of "yes", and the fraction of answers that are "yes"; None is a wrong one."""
+    wrong = {"yes": "no", "no": "yes"}
+    pairs = Counter((answer or wrong[truth], truth) for answer, truth in zip(answers, truths))
     true, false, missed = pairs["yes", "yes"], pairs["yes", "no"], pairs["no", "yes"]
     return {"F1": 2 * true / max(1, 2 * true + false + missed), "precision": true / max(1, true + false),
             "recall": true / max(1, true + missed), "yes": (true + false) / len(truths)}
@@ -343,56 +413,83 @@ def read_answers(file, about):
     another run's."""
     if not file.exists():
         return {}
-    try:                                                    # the rest of a killed run's last line is dropped
-        before, *lines = map(json.loads, file.read_text("utf-8").split("\n")[:-1])
-    except ValueError:
-        raise ValueError(f"{file} is broken: remove it, or choose another --out") from None
-    if before != about:
-        raise ValueError(f"{file} holds answers of another run ({before}): choose another --out")
-    return {line["index"]: line["prediction"] for line in lines}
+    lines = read_file(file).split(b"\n")[:-1]               # the rest of a killed run's last line is dropped
+    rows = [parse_json(line, f"{file}, line {number}") for number, line in enumerate(lines, 1)]
+    if rows and rows[0] != about:
+        raise ValueError(f"{file} holds answers of another run ({rows[0]}): choose another --out")
+    need = {"index": str, "prediction": str}
+    rows = [check_fields(row, need, f"{file}, line {number}") for number, row in enumerate(rows[1:], 2)]
+    return {row["index"]: row["prediction"] for row in rows}
 
 
 def ask_model(pipe, task, questions, official):
-    """Yield (question, answer) for all questions, which are asked in batches."""
-    for i in tqdm(range(0, len(questions), BATCH), disable=None):
+    """Yield (question, answer, None) for all questions, asked in batches; (question, None, its ValueError)
+    where it can't be asked."""
+    def ask(batch):
         conversations = []
-        for q in questions[i:i + BATCH]:
-            images = [load_image(io.BytesIO(p) if isinstance(p, bytes) else p) for p in q["images"]]
+        for q in batch:
+            images = [open_image(source, q["where"]) for source in q["images"]]
             if official:
                 images = [Image.fromarray(jpeg(np.asarray(image))) for image in images]
             conversations.append(([(official_text(task, q), None)], [images]))
-        yield from zip(questions[i:], pipe.ask(conversations, TASKS[task]))
+        return pipe.ask(conversations, TASKS[task])
+    return in_batches(questions, ask)
+
+
+def check_images(questions):
+    """ValueError if no question has images that can be read: then it isn't the images. Stops at the first
+    that has."""
+    for q in questions:
+        with suppress(BadSample):
+            for source in q["images"]:
+                open_image(source, q["where"])
+            return
+    open_image(questions[0]["images"][0], questions[0]["where"])
 
 
 def answer_file(args):
     """`understanding --data NAME.tsv`: answer the questions, into OUT/NAME.answers.jsonl, then score
     them, into OUT/NAME.score.json (MM-Vet: write what its judge reads, OUT/NAME.predictions.json).
 
-    The same line goes on where a run stopped. Prompts are worded as in the official run; with
-    --official, images go through JPEG and are scaled as there, too.
+    .tsv as VLMEvalKit's; .jsonl or .json with question, image, answer; POPE's, TextVQA's and MM-Vet's
+    files as published; VQAv2's questions as published, their annotations beside them or in --annotations.
+    The same line goes on where a run stopped. A question that can't be asked, of a broken image or one that
+    is over 200 times as long as wide, is named and counts as wrong. Prompts are worded as in the official
+    run; with --official, images go through JPEG and are scaled as there, too.
     """
     path = Path(args.data)
-    task, questions = read_questions(path, args.task, args.images)
+    task, questions = read_questions(path, args.task, args.images, args.annotations)
     file = Path(args.out) / f"{path.stem}.answers.jsonl"
     if task != "mmvet":
         tabulate(task, questions, [""] * len(questions))      # what can't be scored is found before the work
     about = {"ckpt": args.ckpt, "task": task, "official": args.official,
-             "data": fingerprint(path.read_bytes())}
+             "data": fingerprint(read_file(path))}
     answers = read_answers(file, about)
     missing = [q for q in questions if q["index"] not in answers]
-    pipe = Pipeline(args.ckpt, args.device, args.dtype, eva=args.eva)
+    check_images(questions)
+    pipe = Pipeline(args.ckpt, args.device, args.dtype)
     pipe.limits = OFFICIAL_PIXELS if args.official else {}
     lines = [about, *({"index": index, "prediction": answer} for index, answer in answers.items())]
     write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
+    reasons = {}                                              # not logged: the next run asks these again
     with open(file, "a", encoding="utf-8") as log:
-        for q, answer in ask_model(pipe, task, missing, args.official):
+        for q, answer, error in ask_model(pipe, task, missing, args.official):
+            if error:
+                reasons[q["index"]] = f"{q['where']}: {str(error).removeprefix(q['where'] + ': ')}"
+                continue
             answers[q["index"]] = answer
             log.write(json.dumps({"index": q["index"], "prediction": answer}) + "\n")
             log.flush()
+    if reasons:
+        first = next(iter(reasons.values()))
+        if not answers:
+            raise ValueError(f"none of {len(questions)} questions can be asked: {first}")
+        say(f"{len(reasons)} of {len(questions)} questions can't be asked, and count as wrong: {first}")
     if task == "mmvet":
-        write_predictions(file.with_name(f"{path.stem}.predictions.json"), answers)
+        write_predictions(file.with_name(f"{path.stem}.predictions.json"),
+                          {q["index"]: answers.get(q["index"], "") for q in questions})
     else:
-        save_scores(args, path, task, questions, [answers[q["index"]] for q in questions])
+        save_scores(args, task, questions, [answers.get(q["index"]) for q in questions], reasons)
 
 
 def write_predictions(file, answers):
@@ -402,13 +499,15 @@ def write_predictions(file, answers):
     print(f"{file} is for MM-Vet's judge")
 
 
-def save_scores(args, path, task, questions, answers):
-    """Print the table of a file's questions, and write it with all answers as OUT/NAME.score.json."""
-    table = tabulate(task, questions, answers)
+def save_scores(args, task, questions, answers, reasons):
+    """Print the table of a file's questions, and write it with all answers as OUT/NAME.score.json. reasons:
+    {index: why it couldn't be asked}."""
+    path, table = Path(args.data), tabulate(task, questions, answers)
     print_table(f"{path.name}, {len(questions)} questions, as {task}", table)
     rows = []
     for q, answer in zip(questions, answers):
         read, score = grade(task, q, answer)
         rows.append({"index": q["index"], "asked": official_text(task, q), "answer": answer,
                      "expected": q["answers"], "read": read, "score": score})
-    save_results(args, {"table": table, "task": task, "answers": rows}, f"{path.stem}.score")
+    results = {"table": table, "task": task, "not asked": reasons, "answers": rows}
+    save_results(args, results, f"{path.stem}.score")

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
+from checkpoint import Interval, typed
 from evals.report import by_skill, read_records
 from miniature import world
 
@@ -396,7 +397,7 @@ def scene_for(entry, rng):
     clauses = entry["include"][::-1]             # the clause with a position, the last, comes first
     relation = clauses[0].get("position", (None,))[0] if clauses else None
     background = entry.get("background") or world.pick(rng, list(world.BACKGROUNDS))
-    while clauses:
+    for _ in range(1000 if clauses else 0):
         kinds = []
         for clause in clauses:
             open_colours = [c for c in world.COLOURS if (c, clause["class"]) not in world.HELD_OUT]
@@ -407,34 +408,45 @@ def scene_for(entry, rng):
         objects = world.place(kinds, rng, relation)
         if objects:
             return world.Scene(background, objects)
+    if clauses:
+        raise ValueError(f"what {entry['prompt']!r} asks for has no room in an image of the world")
     return world.Scene(background, ())
 
 
-def clause_is_known(clause, number):
-    """Can the world show what clause `number` of an entry asks? KeyError and the like: it can't."""
-    if clause.get("color", "red") not in world.COLOURS:
+CLAUSE = {"class": str, "count": int, "color": str, "size": str, "word": str, "position": list[str | int]}
+
+
+def clause_is_known(clause, number, where):
+    """Can the world show what clause `number` of an entry asks? ValueError, which begins with `where`, for
+    what is of a wrong type."""
+    clause = typed(clause, dict, Interval(), where)
+    values = {name: typed(clause[name], hint, Interval(0, 10 ** 9), f"{where}: {name}")
+              for name, hint in CLAUSE.items() if name in clause}
+    if values.get("color", "red") not in world.COLOURS:
         return False
-    if "word" in clause:
-        return clause["word"] in world.TWO_LETTERS
-    relation, other = clause.get("position", ("above", -1))
-    return (clause["class"] in world.SHAPES and clause.get("size", "small") in world.SIZES
-            and clause["count"] > 0 and relation in world.RELATIONS and other < number)
+    if "word" in values:
+        return values["word"] in world.TWO_LETTERS
+    if "position" in values:
+        position = values["position"]
+        if len(position) != 2 or position[0] not in world.RELATIONS or position[1] not in range(number):
+            return False
+    return (values.get("count", 0) > 0 and values.get("class") in world.SHAPES
+            and values.get("size", "small") in world.SIZES)
 
 
 def read_entries(path):
     """Prompts of one's own: a file with the fields of world.skill_prompts; a clause may also have "size", an
     entry "background". Raises ValueError where one asks for what this world or this judge doesn't have."""
-    entries = read_records(path, ("tag", "prompt", "include"))
+    entries = read_records(path, {"tag": str, "prompt": str, "include": list})
     for number, entry in enumerate(entries, 1):
-        try:
-            known = entry["tag"] not in world.SKILLS
-            known &= entry.get("background", "black") in world.BACKGROUNDS
-            known &= all(clause_is_known(clause, at) for at, clause in enumerate(entry["include"]))
-        except (KeyError, TypeError, ValueError, AttributeError):
-            known = False
-        if not known:
-            raise ValueError(f"entry {number} of {path} asks for what the judge doesn't know, "
-                             "or has a skill's tag")
+        where = f"entry {number} of {path}"
+        ground = typed(entry.get("background", "black"), str, Interval(), f"{where}: background")
+        known = entry["tag"] not in world.SKILLS and ground in world.BACKGROUNDS
+        if not known or not all(clause_is_known(clause, at, f"{where}: include[{at}]")
+                                for at, clause in enumerate(entry["include"])):
+            raise ValueError(f"{where} asks for what the judge doesn't know, or has a skill's tag")
+        if not entry["prompt"].strip():
+            raise ValueError(f"{where} has an empty prompt")
     return entries
 
 

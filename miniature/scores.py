@@ -54,8 +54,8 @@ TIMES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)     # at which `binding` measures the 
 
 
 def load_pipeline(args):
-    """The Pipeline that --ckpt, --device, --dtype and --eva name."""
-    return Pipeline(args.ckpt, args.device, args.dtype, eva=args.eva)
+    """The Pipeline that --ckpt, --device, --dtype and, where there is one, --eva name."""
+    return Pipeline(args.ckpt, args.device, args.dtype, eva=getattr(args, "eva", None))
 
 
 def batches(count, leave=True):
@@ -146,13 +146,18 @@ def states_what_was_asked(entry, text):
 
 
 def choose_prompts(args):
-    """(the entries of --prompts, of --words or of the skills, the name of the results)"""
+    """(the entries of --prompts, the first --n-prompts, of --words or of the skills, the name of the
+    results)"""
     if args.prompts:
         entries = [entry for entry in read_entries(args.prompts) if count_asked(entry) <= args.objects]
+        entries = entries[:args.n_prompts]                           # None: all
+        for entry in entries:
+            scene_for(entry, np.random.default_rng(0))               # what can't be shown is found now
         if not entries:
             raise ValueError(f"no prompt in {args.prompts} asks for {args.objects} objects or fewer "
                              "(--objects)")
         return entries, f"alignment-{Path(args.prompts).stem}"
+    args.n_prompts = args.n_prompts or 553
     if args.words:
         return world.word_prompts(args.n_prompts, args.seed), "alignment-words"
     return world.skill_prompts(args.n_prompts, args.seed, args.novel, args.objects), "alignment"
@@ -160,8 +165,8 @@ def choose_prompts(args):
 
 def run_alignment(args):
     """Do images show what prompts of the six skills ask? Beside it: shuffled prompts, and true renders."""
-    pipe = load_pipeline(args)
     prompts, name = choose_prompts(args)
+    pipe = load_pipeline(args)
     entries = [entry for entry in prompts for _ in range(args.images)]
     images, seeds = generate_images(pipe, entries, args.seed, args.best_of, upsample=args.upsample)
     seen = judge_images(images, entries)
@@ -241,13 +246,15 @@ def rate_by_kind(asked, right):
 
 
 def rate_match_questions(pipe, scenes, seed):
-    """The rates of right answers to world.match_question of scenes with one object, and with several."""
+    """The rates of right answers to world.match_question of scenes with one object, and with several, as far
+    as there are any."""
     questions, expected = zip(*(world.match_question(scene, np.random.default_rng((seed, i)))
                                 for i, scene in enumerate(scenes)))
     right = answers_right(answer_all(pipe, scenes, questions), expected)
-    single = [len(scene.objects) == 1 for scene in scenes]
-    return {name: rate(verdict for verdict, is_single in zip(right, single) if is_single == wanted)
-            for name, wanted in (("match, one object", True), ("match, several", False))}
+    groups = {"match, one object": [], "match, several": []}
+    for scene, verdict in zip(scenes, right):
+        groups["match, one object" if len(scene.objects) == 1 else "match, several"].append(verdict)
+    return {name: rate(verdicts) for name, verdicts in groups.items() if verdicts}
 
 
 def run_understanding(args):

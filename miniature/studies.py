@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoint import read_json, write_json
+from checkpoint import POSITIVE, Interval, read_json, typed, write_json
 from data import DESCRIBE
 from evals.charts import draw_charts
 from evals.distances import clip_features, frechet
@@ -37,9 +37,9 @@ SMALL = "--dit dim=128,n_layers=4,n_heads=4,n_kv_heads=2,ffn_dim=352"
 STUDIES = {
     # 64 fresh queries for all: CLIP + MSE maps query i to feature i.
     "figure4": dict(
-        runs={"CLIP + MSE": "--design clip-mse", "CLIP + flow matching": "--design clip-fm",
-              "VAE + flow matching": "--design vae-fm"},
-        flags=f"--queries 64 {SMALL}", seeds=3,
+        runs={"CLIP + MSE": "--design clip-mse", "CLIP + flow matching": f"{SMALL} --design clip-fm",
+              "VAE + flow matching": f"{SMALL} --design vae-fm"},
+        flags="--queries 64", seeds=3,
         panels=("alignment", "colours", "Frechet", "feature spread")),
     "figure5": dict(
         runs={"sequential": "--joint 0", "joint": "--joint 0.5"}, flags=SMALL, seeds=2, objects=2,
@@ -138,10 +138,16 @@ def measure(folder, args, seed, understands=False, **sampling):
 
 # ---- training the runs of a study -----------------------------------------------------------------------
 
+LOGGED = {"samples", "per_s", "_true@0.02", "_shuffled@0.02", "_true@0.05", "_shuffled@0.05"}
+
+
 def read_log(run):
     """A run's log.jsonl -> {step: its numbers}, {} before the first; what a crash undid counts once."""
     log, rows = run / "log.jsonl", {}
-    for row in read_records(log) if log.exists() and log.stat().st_size else ():
+    for row in read_records(log, {"step": int}) if log.exists() and log.stat().st_size else ():
+        for name in LOGGED & row.keys():
+            interval = POSITIVE if name == "per_s" else Interval()
+            typed(row[name], int | float, interval, f"{log}, step {row['step']}: {name}")
         rows.setdefault(row["step"], {}).update(row)
     return dict(sorted(rows.items()))
 
@@ -150,12 +156,14 @@ def read_run(run, step):
     """What a run's log says of its first `step` steps: images, seconds of training, and at small t the gap:
     the loss of shuffled prompts less that of true ones, zero for a DiT that ignores its condition."""
     rows, samples, seconds = read_log(run), 0, 0.0
+    if step not in rows:
+        raise ValueError(f"{run / 'log.jsonl'} lacks step {step}: delete {run}, to train it anew")
     for at, row in rows.items():
-        if at <= step and "per_s" in row:
+        if at <= step and {"per_s", "samples"} <= row.keys():
             seconds += (row["samples"] - samples) / row["per_s"]
             samples = row["samples"]
     gaps = {f"gap, t = {t}": rows[step][f"_shuffled@{t}"] - rows[step][f"_true@{t}"] for t in (0.02, 0.05)
-            if f"_true@{t}" in rows[step]}
+            if {f"_true@{t}", f"_shuffled@{t}"} <= rows[step].keys()}
     return {"step": step, "samples": samples, "seconds": seconds, **gaps}
 
 
@@ -174,7 +182,7 @@ class Trainer:
         """The flags of train.py for one run."""
         args, flags = self.args, " ".join((self.study.get("flags", ""), self.study["runs"][name]))
         if args.quick:
-            flags = re.sub("--dit ([^ ]+)", r"--dit \1,n_layers=1", f"--dit rope=3d {flags}")
+            flags = re.sub(r"n_layers=\d+", "n_layers=1", flags)
         words = ["--stage", 1, "--fresh", "--init", args.init, "--eva", args.eva, *flags.split(),
                  "--seed", seed, "--steps", args.steps, "--batch", args.batch,
                  "--world", f"objects={args.objects}", *["--bf16"] * args.bf16,
@@ -186,7 +194,7 @@ class Trainer:
         """Train a run to its end from wherever it stands; ValueError if it fails or was another run."""
         models = [run / f"model-{step:06d}" / "config.json" for step in self.points]
         command, note = self.command(name, seed, run), run / "command.json"
-        if note.exists() and read_json(note) != command:
+        if note.exists() and read_json(note, list) != command:
             raise ValueError(f"{run} holds a run of other settings than these: choose another --runs, or "
                              "delete it")
         if all(model.exists() for model in models):
@@ -218,7 +226,11 @@ class Trainer:
             numbers = measure(note.parent, args, args.seed, understands, upsample=False)
             stored = {"asked": asked, "numbers": numbers}
             write_json(note, stored)
-        return {**read_run(run, step), **stored["numbers"]}
+        numbers = typed(stored.get("numbers"), dict, Interval(), f"{note}: numbers")
+        needed = {"feature spread", *(name for name in self.study["panels"] if not name.startswith("gap"))}
+        if not needed <= numbers.keys() or not {int, float} >= set(map(type, numbers.values())):
+            raise ValueError(f"{note} doesn't hold the numbers of this study: delete it, to measure again")
+        return {**read_run(run, step), **numbers}
 
     def __call__(self, name, seed):
         """[numbers at each point] of one run."""
@@ -272,8 +284,6 @@ def fill_settings(args, study):
     if not ("questions" in study["panels"]) < args.objects <= 4:
         raise ValueError("--objects must lie between 1 and 4 (figure5, which asks where objects lie: 2), "
                          f"not {args.objects}")
-    if args.images < 2:
-        raise ValueError("--images must be at least 2: images of one prompt are compared")
 
 
 def train_runs(args, study, folder, out):

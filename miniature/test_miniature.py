@@ -538,7 +538,8 @@ def test_free_prompts_must_fit_exactly(tmp_path):
     judged = [judge(render(scene_for(asked, rng))) for asked in entries]
     assert len(texts) == 100 and not texts & captions and all(map(rules.fits, entries, judged))
     assert sum(map(rules.fits, entries, judged[50:] + judged[:50])) < 10
-    for wrong in ({"tag": "counting"}, {"background": "pink"}, {"include": [clause("cat")]}, {"include": 3},
+    for wrong in ({"tag": "counting"}, {"background": "pink"}, {"include": [clause("cat")]},
+                  {"include": [clause("star"), clause("star", position=["above", 1])]},
                   {"include": [clause("star", position=["above", 0])]}):
         (tmp_path / "p.jsonl").write_text(json.dumps({**ON_WHITE, **wrong}) + "\n")
         with pytest.raises(ValueError, match="entry 1 of .* asks for what"):
@@ -633,6 +634,24 @@ def test_alignment_command_writes_scores_and_images(tmp_path, monkeypatch, capsy
     (tmp_path / "pairs.jsonl").write_text(json.dumps({**UNLIKE, "prompt": "two squares"}))
     line = f"alignment --objects 1 --prompts {tmp_path / 'pairs.jsonl'} --out {tmp_path}".split()
     assert evaluation.main(line) == 2 and "asks for 1 objects or fewer" in capsys.readouterr().err
+
+
+def test_the_first_prompts_of_a_file():
+    """--n-prompts takes so many from the file's beginning, all without it; 553 are the world's own."""
+    file = ROOT / "assets" / "free_prompts.jsonl"
+    for words, n in (("--n-prompts 6", 6), ("", 100), ("--n-prompts 600", 100)):
+        args = evaluation.parse(f"alignment --prompts {file} {words}".split())
+        assert scores.choose_prompts(args)[0] == rules.read_entries(file)[:n]
+    for words in ("", "--words"):
+        assert len(scores.choose_prompts(evaluation.parse(f"alignment {words}".split()))[0]) == 553
+
+
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_few_questions(n, tmp_path, monkeypatch):
+    """Kinds of scenes that don't occur among few are left out of the table."""
+    monkeypatch.setattr(scores, "Pipeline", Oracle)
+    table = run(tmp_path, "understanding", "--n", n)["table"]
+    assert sum(row["n"] for name, row in table.items() if name.startswith("match")) == n
 
 
 def test_upsampled_prompts_state_what_was_asked():
@@ -776,6 +795,47 @@ def test_numbers_of_a_run_by_hand(tmp_path):
     pairs = [(x[p, i] - x[p, j]).pow(2).mean().sqrt() for p in range(4) for i in range(3) for j in range(i)]
     assert studies.spread(x.flatten(0, 1), 3) == pytest.approx(float(sum(pairs)) / len(pairs), rel=1e-6)
     assert studies.spread(x[:, :1].expand(-1, 3, -1).flatten(0, 1), 3) == 0
+
+
+LOG = {"step": 2, "samples": 20, "per_s": 10.0}
+MEASURED = {"asked": {"n_prompts": 6, "images": 2, "seed": 0, "n": 12}, "numbers": {
+    "alignment": 0, "colours": 1, "Frechet": 2.5, "feature spread": 1e-3}}
+
+
+@pytest.mark.parametrize("name, content, sentence", [
+    *(("log.jsonl", json.dumps(LOG | wrong), f"log.jsonl.*{next(iter(wrong))}") for wrong in (
+        {"step": "2"}, {"step": None}, {"samples": []}, {"per_s": 0}, {"per_s": "x"}, {"per_s": True},
+        {"_true@0.02": {}}, {"_shuffled@0.05": None})),
+    ("log.jsonl", "[]", "no entries"), ("log.jsonl", '{"step": 3}', "lacks step 2: delete"),
+    ("log.jsonl", json.dumps(LOG) + '\n{"st', "line 2 isn't valid JSON"), ("log.jsonl", "3", "no object"),
+    ("log.jsonl", '{"step": 2, "per_s": NaN}', "line 1 isn't valid JSON"),
+    *(("model-000002/measured.json", json.dumps(wrong), "measured.json") for wrong in (
+        [], 3, MEASURED | {"numbers": 3}, MEASURED | {"numbers": {}}, MEASURED | {"numbers": None},
+        MEASURED | {"numbers": MEASURED["numbers"] | {"colours": "x"}}, {"asked": MEASURED["asked"]})),
+    ("model-000002/measured.json", "{", "measured.json isn't valid JSON"),
+    ("command.json", "{}", "command.json must hold a list"),
+    ("command.json", "[", "command.json isn't valid JSON"),
+    ("command.json", "[3]", "holds a run of other settings")])
+def test_what_a_study_reads_again(tmp_path, monkeypatch, name, content, sentence):
+    """Logs, measurements and settings of an earlier start that are broken: one sentence that names them."""
+    line = f"figure4 --quick --runs {tmp_path} --steps 2 --points 1".split()
+    args, study = evaluation.parse(line), studies.STUDIES["figure4"]
+    studies.fill_settings(args, study)
+    trainer = studies.Trainer(args, study, tmp_path)
+    monkeypatch.setattr(studies, "measure", lambda *_, **__: pytest.fail("it was measured again"))
+    monkeypatch.setattr(studies.subprocess, "Popen", lambda *_, **__: pytest.fail("it was trained again"))
+    (job, run), = list(trainer.jobs.items())[:1]
+    (run / "model-000002").mkdir(parents=True)
+    for file, text in (("log.jsonl", json.dumps(LOG)), ("model-000002/config.json", "{}"),
+                       ("model-000002/measured.json", json.dumps(MEASURED)),
+                       ("command.json", json.dumps(trainer.command(*job, run)))):
+        (run / file).write_text(text)
+    trainer.train(*job, run)
+    assert trainer.measure_point(run, 2) == {"step": 2, "samples": 20, "seconds": 2.0, **MEASURED["numbers"]}
+    (run / name).write_text(content)
+    with pytest.raises(ValueError, match=sentence):
+        trainer.train(*job, run)
+        trainer.measure_point(run, 2)
 
 
 def test_training_free_ablation_equals_images_made_by_hand(tiny_folder, tmp_path, monkeypatch, capsys):
