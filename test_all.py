@@ -11,6 +11,7 @@ import ast
 import copy
 import errno
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -29,10 +30,13 @@ import tarfile
 import unicodedata
 import zlib
 from collections import Counter
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
+from dataclasses import fields as dataclass_fields
 from fractions import Fraction
 from functools import partial, reduce
 from pathlib import Path
+from time import monotonic, sleep
 from types import SimpleNamespace
 from unittest.mock import Mock, create_autospec
 
@@ -40,9 +44,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from tokenizers import Tokenizer as Tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 from torch import nn
@@ -780,13 +784,19 @@ def test_read_headers_picks_files(tmp_path):
         save_weights({"x": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
         assert found() == ({} if name == ".net" else {"x": f"{name}.safetensors"})
     file = tmp_path / "net.bf16.safetensors"
-    assert read_headers(file) == {"x": Stored(file, "x", (1,))}
+    assert read_headers(file) == {"x": Stored(file, "x", (1,), "F32")}
+    for other in ("net.non_ema", "._net", "model.v2"):  # no weights beside plain ones
+        save_weights({"x": torch.ones(2)}, tmp_path / f"{other}.safetensors")
+        assert found() == {"x": "model.safetensors"}
     for index, name in (("net.safetensors.index.json", "net.fp16.safetensors"), (INDEX, WEIGHTS)):
         write_json(tmp_path / index, {"weight_map": {"x": name}})
         assert found() == {"x": name}
-    for content in ([], {}, {"weight_map": []}, {"weight_map": {"x": 1}}):
+    for content, sentence in (([], "must hold a JSON object"), ({}, "isn't an index"),
+                              ({"weight_map": []}, "weight_map must be a JSON object"),
+                              *(({"weight_map": {"x": name}}, "isn't the name of a file below")
+                                for name in (1, "", "../x", "/x", "a\0"))):
         write_json(tmp_path / INDEX, content)
-        refuses(r"model\.safetensors\.index\.json must hold a JSON object", read_headers, tmp_path)
+        refuses(rf"model\.safetensors\.index\.json.*{sentence}", read_headers, tmp_path)
 
 
 def test_nothing_is_read_before_everything_fits(tmp_path):
@@ -854,7 +864,7 @@ def hold_twice(folder):
 
 BROKEN = [
     # -- the model's tensors --
-    (BLIP3o, {WEIGHTS: None}, "holds no model.*model.safetensors nor shards"),
+    (BLIP3o, {WEIGHTS: None}, "holds no model: neither model.safetensors, nor shards"),
     (BLIP3o, cut, "model.safetensors is cut short or broken.*download it again"),
     (BLIP3o, lose_a_shard, f"lacks the shards model-00002-of-00002.safetensors that {INDEX}"),
     (BLIP3o, hold_twice, "model.norm.weight is both in .*a.safetensors and in .*b.safetensors"),
@@ -872,24 +882,25 @@ BROKEN = [
     (BLIP3o, {CONFIG: "{'a"}, "config.json isn't valid JSON"),
     (BLIP3o, {CONFIG: {"rms_norm_eps": ...}}, "config.json lacks rms_norm_eps"),
     (BLIP3o, {CONFIG: {"nano_blip3o.dit": None}, WEIGHTS: {"model.dit.model.layers.0.gate": None}},
-     r"the DiT in .* lacks 'layers\.0\.gate', from which its size"),
+     r"the DiT in .* lacks layers\.0\.gate, from which sizes"),
     (BLIP3o, {CONFIG: {"nano_blip3o.expands": True}},
      'config.json has unknown settings under "nano_blip3o": expands'),
     (BLIP3o, {CONFIG: {"nano_blip3o.dit.depth": 3}}, r"unknown.*: dit\.depth"),
     (BLIP3o, {CONFIG: {"nano_blip3o.format": 3}}, "format 3 .*update the code"),
     (BLIP3o, {CONFIG: {"hidden_act": "gelu"}}, "asks for hidden_act = gelu"),
-    (BLIP3o, {CONFIG: {"vision_config.hidden_act": "gelu"}}, r"for vision_config\.hidden_act = gelu: not"),
-    (BLIP3o, {CONFIG: {"use_sliding_window": True}}, "use_sliding_window = True"),
+    (BLIP3o, {CONFIG: {"vision_config.hidden_act": "gelu"}}, "vision_config asks for hidden_act = gelu"),
+    (BLIP3o, {CONFIG: {"use_sliding_window": True, "max_window_layers": 1}},
+     "windows of 4096 .*sliding_window"),
     (BLIP3o, {CONFIG: {"rope_scaling": {"type": "yarn"}}}, "yarn RoPE scaling"),
     # -- the pixel decoder --
     (PixelDecoder, {DECODER + "scheduler/scheduler_config.json": {"prediction_type": "v"}},
      "scheduler_config.json asks for prediction_type = v,"),
     (PixelDecoder, {VAE_CONFIG: {"shift_factor": 0.1159}}, "shift_factor = 0.1159"),
     (PixelDecoder, {VAE_CONFIG: {"scaling_factor": ...}}, "lacks scaling_factor"),
-    (PixelDecoder, {UNET_CONFIG: {"use_linear_projection": False}}, "use_linear_projection = False"),
+    (PixelDecoder, {UNET_CONFIG: {"use_linear_projection": False}}, "use_linear_projection = false"),
     (PixelDecoder, {UNET_CONFIG: {"down_block_types": ["DownBlock2D"]}}, "needs 2 entries"),
     (PixelDecoder, {UNET_CONFIG: {"up_block_types": ["UpBlock2D", "SkipUp"]}}, "UNet block types: SkipUp"),
-    (PixelDecoder, {UNET_CONFIG: {"cross_attention_dim": 13}},
+    (PixelDecoder, {UNET_CONFIG: {"cross_attention_dim": 13, "projection_class_embeddings_input_dim": 61}},
      r"don't fit UNet: UNet: .*mis-shaped \(.*to_k\.weight \(32, 16\), not \(32, 13\)"),
     (PixelDecoder, {DECODER + "unet/diffusion_pytorch_model.safetensors": None}, "unet holds no weights"),
     (PixelDecoder, {UNET_CONFIG: None}, r"unet/config\.json does not exist"),
@@ -897,10 +908,10 @@ BROKEN = [
     (EvaClip, {CLIP: {"blocks.0.extra": 1, "blocks.1.mlp.fc2.bias": 7, "blocks.1.norm1.bias": None}},
      r"EvaClip: EvaClip: 1 mis-shaped \(blocks.1.mlp.fc2.bias \(7,\), not \(16,\)\); "
      r"EvaClip: 1 missing \(blocks.1.norm1.bias\); EvaClip: 1 unexpected \(blocks.0.extra\)"),
-    (EvaClip, shutil.rmtree, "holds 0 EVA-CLIP towers"),
-    (EvaClip, {CLIP: {"cls_token": None}}, "holds 0 EVA-CLIP towers"),
+    (EvaClip, shutil.rmtree, "holds no EVA-CLIP: there is no such folder; --eva takes"),
+    (EvaClip, {CLIP: {"cls_token": None}}, "holds 0 EVA-CLIP towers.*--eva takes"),
     (EvaClip, {CLIP: {"other.cls_token": 1}}, "holds 2 EVA-CLIP towers"),
-    (EvaClip, {CLIP: {"pos_embed": None}}, "lack pos_embed"),
+    (EvaClip, {CLIP: {"pos_embed": None}}, "lacks pos_embed"),
     (EvaClip, {CONFIG: None}, "no config.json names the heads"),
 ]
 
@@ -915,6 +926,354 @@ def test_broken_folders_are_named_in_one_sentence(cls, change, sentence, tiny_fo
         cls.from_pretrained(folder)
     said = str(error.value)
     assert (str(folder) in said or "UNet" in said) and "\n" not in said
+
+
+def copied(folder, tmp_path, change):
+    """A copy of a model folder with a change: `edit`'s, or a function of the folder."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    change(copy) if callable(change) else edit(copy, change)
+    return copy
+
+
+def whole(folder, **options):
+    """All parts of a model folder, read."""
+    parts = BLIP3o.from_pretrained(folder, **options), PixelDecoder.from_pretrained(folder, **options)
+    checkpoint.folder_parts(folder)
+    model.read_sampling(read_json(folder / CONFIG), folder / CONFIG)
+    return *parts, EvaClip.from_pretrained(folder, **options)
+
+
+def in_config(**entries):
+    """A change of config.json."""
+    return {CONFIG: {name.replace("__", "."): value for name, value in entries.items()}}
+
+
+def replace_weights(*names):
+    """Instead of the weights these files lie in the folder."""
+    def change(folder):
+        (folder / WEIGHTS).unlink()
+        for name in names:
+            (folder / name).write_bytes(b"{}")
+    return change
+
+
+def store_as(dtype, key="model.layers.0.mlp.up_proj.weight", also=()):
+    """One matrix is stored as `dtype`, with scales beside it."""
+    def change(folder):
+        tensors = load_file(folder / WEIGHTS)
+        tensors[key] = tensors[key].to(dtype)
+        save_file(tensors | {name: torch.ones(2) for name in also}, folder / WEIGHTS)
+    return change
+
+
+def pipe_for_weights(folder):
+    (folder / WEIGHTS).unlink()
+    os.mkfifo(folder / WEIGHTS)
+
+
+SCHEDULE = DECODER + "scheduler/scheduler_config.json"
+REFUSED = [
+    # -- settings that this code doesn't implement, by name --
+    *((in_config(**{name: value}), f"{name} = ") for name, value in (
+        ("partial_rotary_factor", 0.5), ("is_causal", False), ("hidden_act", "relu"), ("hidden_act", None))),
+    (in_config(model_type="gemma3_text"), 'model_type "gemma3_text"; implemented are qwen2_5_vl'),
+    (in_config(model_type=...), "model_type null"), (in_config(model_type=["llama"]), "model_type .*llama"),
+    (in_config(text_config={"model_type": "qwen3"}), 'model_type "qwen3"'),
+    (in_config(vision_config__model_type="qwen3_vl"), "vision_config asks for model_type = qwen3_vl"),
+    (in_config(vision_config__in_channels=4), "in_channels = 4"),
+    (in_config(vision_config__rope_parameters={"rope_theta": 5.0}), "asks for rope_parameters"),
+    (in_config(vision_config__num_attention_heads=4), "two numbers, num_heads and num_attention_heads"),
+    (in_config(layer_types=["full_attention", "linear_attention"]), "linear_attention in layer_types"),
+    (in_config(layer_types=["full_attention", "sliding_attention"]), "sliding windows"),
+    (in_config(rope_scaling={"full_attention": {"rope_theta": 1.0}}), "names full_attention: RoPE that"),
+    (in_config(rope_scaling={"rope_type": "llama3", "factor": 2.0}), "rope_scaling lacks low_freq_factor"),
+    (in_config(rope_scaling={"rope_type": "default", "partial_rotary_factor": 0.25}), "partial_rotary"),
+    (in_config(gen_pooling="early_query_8"), "gen_pooling = early_query_8"),
+    (in_config(nano_blip3o__clip__width=17), "width = 17 of EVA-CLIP, but its tensors"),
+    *(({SCHEDULE: {name: value}}, f"{name} = ") for name, value in (
+        ("final_sigmas_type", "sigma_min"), ("use_beta_sigmas", True), ("use_exponential_sigmas", True),
+        ("use_karras_sigmas", True), ("timestep_type", "continuous"), ("_class_name", "DDIMScheduler"),
+        ("rescale_betas_zero_snr", True), ("trained_betas", [0.1]), ("interpolation_type", "log_linear"))),
+    ({SCHEDULE: {"timestep_spacing": ...}}, "scheduler_config.json lacks timestep_spacing"),
+    ({SCHEDULE: {"beta_start": ...}}, "scheduler_config.json lacks beta_start"),
+    *(({UNET_CONFIG: {name: value}}, f"{name} = ") for name, value in (
+        ("only_cross_attention", [False, True]), ("class_embed_type", "timestep"), ("conv_in_kernel", 1),
+        ("time_embedding_type", "fourier"), ("dual_cross_attention", True), ("mid_block_type", None),
+        ("mid_block_scale_factor", 2), ("timestep_post_act", "silu"), ("encoder_hid_dim", 8))),
+    ({UNET_CONFIG: {"_class_name": "UNet2DModel"}}, "_class_name = UNet2DModel"),
+    ({VAE_CONFIG: {"_class_name": "AutoencoderTiny"}}, "_class_name = AutoencoderTiny"),
+    ({VAE_CONFIG: {"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]}}, "down_block_"),
+    ({VAE_CONFIG: {"mid_block_add_attention": False}}, "mid_block_add_attention"),
+    # -- types and sizes --
+    *(({CONFIG: content}, f"config.json.*{sentence}") for content, sentence in (
+        ("[" * 3000, "nested too deeply"), ("[]", "must hold a JSON object"), ("", "valid JSON"),
+        ('{"a": NaN}', "NaN is no number"), ('{"nano_blip3o": 1}', "nano_blip3o must be a JSON object"))),
+    *((in_config(**{name: value}), f"config.json.*{sentence}") for name, value, sentence in (
+        ("num_hidden_layers", "4", "whole number"), ("hidden_size", None, "whole number"),
+        ("hidden_size", True, "whole number"), ("hidden_size", -1, "above 0"), ("hidden_size", 0, "above 0"),
+        ("vocab_size", 10 ** 30, "at most"), ("rms_norm_eps", "1e-6", "must be a number"),
+        ("rope_theta", 0, "above 0"), ("rope_scaling", [1], "JSON object"), ("vision_config", "x", "object"),
+        ("text_config", 3, "object"), ("tie_word_embeddings", "yes", "true or false"),
+        ("eos_token_id", [1, "x"], "whole number"), ("image_token_id", 1.5, "whole number"),
+        ("layer_types", "full_attention", "list"), ("use_sliding_window", 2, "true or false"),
+        ("max_position_embeddings", "many", "whole number"), ("head_dim", 3, "must be even"),
+        ("nano_blip3o__format", "2", "whole number"), ("nano_blip3o__dit", [1], "JSON object"),
+        ("nano_blip3o__dit__n_layers", None, "whole number"), ("nano_blip3o__dit__rope", 2, "text"),
+        ("nano_blip3o__dit__norm_eps", -1, "above 0"), ("nano_blip3o__grid", "8", "whole number"),
+        ("nano_blip3o__latents", "no", "true or false"), ("nano_blip3o__shift", 0, "above 0"),
+        ("nano_blip3o__clip", 3, "JSON object"), ("nano_blip3o__clip__heads", "2", "whole number"),
+        ("nano_blip3o__sampling", [1], "JSON object"), ("nano_blip3o__sampling__cfg", None, "a number"),
+        ("nano_blip3o__sampling__steps", 0, "at least 1"), ("nano_blip3o__sampling__eta", 1, "unknown.*eta"),
+        ("nano_blip3o__sampling__upsample", 1, "true or false"),
+        ("vision_config__fullatt_block_indexes", 1, "a list"), ("vision_config__depth", [2], "whole number"),
+        ("vision_config__num_heads", 3, "vision_config.*multiple of 4 x num_heads"),
+        ("vision_config__window_size", 20, "multiple of patch_size"))),
+    (in_config(num_hidden_layers=10 ** 9), r"name 1000000000 layers model\.layers\.\*, its weights hold 2"),
+    (in_config(vision_config__depth=10 ** 9), r"layers visual\.blocks\.\*, its weights hold 2"),
+    (in_config(nano_blip3o__dit__n_layers=1), r"name 1 layers model\.dit\.model\.layers\.\*, its .* hold 2"),
+    (in_config(hidden_size=2 ** 31 - 8, nano_blip3o__dit__cond_dim=2 ** 31 - 8,
+               vision_config__out_hidden_size=2 ** 31 - 8, num_attention_heads=2), "(?i)size|don't fit"),
+    *(({UNET_CONFIG: {name: value}}, sentence) for name, value, sentence in (
+        ("layers_per_block", 10 ** 9, r"layers down_blocks\.0\.resnets\.\*"),
+        ("sample_size", "x", "whole number"),
+        ("transformer_layers_per_block", 10 ** 9, r"attentions\.0\.transformer_blocks"),
+        ("block_out_channels", 16, "needs 1 entries"), ("block_out_channels", ["16", 32], "whole number"),
+        ("norm_num_groups", None, "whole number"), ("norm_num_groups", 7, "multiples of norm_num_groups"),
+        ("attention_head_dim", [3, 3], "multiples of attention_head_dim 3"),
+        ("down_block_types", 1, "a text"), ("addition_time_embed_dim", 9, "multiples of sines"),
+        ("out_channels", 8, "out_channels"),
+        ("projection_class_embeddings_input_dim", 3, "projection_class_embeddings_input_dim must be"))),
+    *(({VAE_CONFIG: {name: value}}, sentence) for name, value, sentence in (
+        ("layers_per_block", 10 ** 9, r"encoder\.down_blocks\.0\.resnets"), ("scaling_factor", 0, "above 0"),
+        ("block_out_channels", {}, "block_out_channels"), ("in_channels", 4, "RGB"),
+        ("latent_channels", 8, "fit"))),
+    *(({SCHEDULE: {name: value}}, f"{name}.*{sentence}") for name, value, sentence in (
+        ("num_train_timesteps", 10 ** 12, "at most"), ("beta_end", 2, "below 1"),
+        ("steps_offset", -1, "least 0"), ("beta_start", None, "must be a number"))),
+    ({"generation_config.json": "[]"}, "generation_config.json must hold"),
+    ({"generation_config.json": '{"eos_token_id": "x"}'}, "generation_config.json: eos_token_id must be"),
+    (lambda folder: (folder / "generation_config.json").mkdir(), "is a folder"),
+    ({CONFIG: {"n_query": 0}, WEIGHTS: {"model.latent_queries": None}}, "needs queries"),
+    ({WEIGHTS: {"model.latent_queries": (4, 32)}}, r"latent_queries has the shape \(4, 32\), not 3"),
+    ({CONFIG: {"nano_blip3o.dit": None}, WEIGHTS: {"model.dit.model.layers.0.gate": (2, 2)}},
+     "not 1 positive"),
+    ({CLIP: {"blocks.999999999.norm1.weight": 16}}, "says layers = 2 of EVA-CLIP, but its tensors"),
+    ({CLIP: {"blocks.999999999.norm1.weight": 16}, CONFIG: {"nano_blip3o.clip.layers": 3}}, "1 unexpected"),
+    ({CLIP: {"pos_embed": (1, 0, 16)}}, "not 3 positive sizes"),
+    # -- what lies there instead --
+    (lambda folder: shutil.rmtree(folder / DECODER / "vae"), "holds no AutoencoderKL"),
+    (pipe_for_weights, "is a pipe or device"),
+    (lambda folder: (folder / WEIGHTS).rename(folder / "x") and (folder / WEIGHTS).mkdir(), "is a folder"),
+    (replace_weights("pytorch_model.bin"), "holds no model: .*pytorch_model.bin is a PyTorch.*convert"),
+    (replace_weights("model-q4.gguf", "x.onnx"), "model-q4.gguf is a llama.cpp.*x.onnx is an ONNX"),
+    (replace_weights("adapter_model.safetensors", "adapter_config.json"), "holds an adapter .*merge"),
+    ({"adapter_config.json": "{}"}, "holds an adapter .*merge"),
+    (in_config(quantization_config={"quant_method": "fp8"}), "weights are quantised .fp8.: take the orig"),
+    (in_config(quantization_config={"load_in_4bit": True}), "quantised .quantization_con"),
+    (in_config(text_config={"quantization_config": {"quant_method": "awq"}}), "quantised .awq"),
+    (store_as(torch.float8_e4m3fn), "are quantised .model.layers.0.mlp.up_proj.weight, F8_E4M3"),
+    (store_as(torch.int8), "are quantised .*I8"), (store_as(torch.int32), "mistyped .*up_proj.weight I32"),
+    *((store_as(torch.float16, also=[f"model.layers.0.mlp.up_proj.{name}"]), "are quantised") for name in (
+        "weight_scale_inv", "qweight", "SCB", "weight.absmax", "weight.quant_state.bitsandbytes__nf4")),
+]
+
+
+@pytest.mark.parametrize("change, sentence", REFUSED)
+def test_what_a_folder_asks_for_is_done_or_refused(change, sentence, tiny_folder, tmp_path):
+    """Settings that aren't implemented, wrong types, sizes that no file has, weights of other kinds: one
+    sentence, which names file and field, before anything is built."""
+    folder = copied(tiny_folder, tmp_path, change)
+    with pytest.raises(ValueError, match=f"(?s){sentence}") as error:
+        whole(folder)
+    assert "\n" not in str(error.value)
+
+
+def store_rotary_tables(folder):
+    tables = {"model.layers.0.self_attn.rotary_emb.inv_freq": 4, "model.rotary_emb.cos_cached": 9,
+              "visual.rotary_pos_emb.inv_freq": 2, "model.embeddings.position_ids": 5}
+    edit(folder, {WEIGHTS: tables})
+
+
+def old_attention(folder, shape=(), part=DECODER + "vae/diffusion_pytorch_model.safetensors"):
+    """The VAE's attention under the names that diffusers had before 2023."""
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = {}
+    for name, tensor in load_file(folder / part).items():
+        old = [name.replace(f"0.{new}.", f"0.{old}.") for new, old in names.items() if f"0.{new}." in name]
+        matrix = old and tensor.ndim == 2
+        tensors[old[0] if old else name] = tensor.reshape(*tensor.shape, *shape) if matrix else tensor
+    assert any("proj_attn" in name for name in tensors)
+    save_file(tensors, folder / part)
+
+
+def litter(folder):
+    """Files that are no weights, beside those that are."""
+    for name in ("._model.safetensors", "diffusion-decoder/vae/._x.safetensors", "model.non_ema.safetensors",
+                 "diffusion-decoder/unet/diffusion_pytorch_model.non_ema.safetensors", "training_args.bin"):
+        (folder / name).write_bytes(b"junk")
+    (folder / ".ipynb_checkpoints").mkdir()
+    (folder / ".ipynb_checkpoints" / "model.safetensors").write_bytes(b"junk")
+
+
+@pytest.mark.parametrize("change", [
+    store_rotary_tables, old_attention, partial(old_attention, shape=(1, 1)), litter,
+    in_config(text_config={"image_token_id": None}), in_config(text_config=None, layer_types=None),
+    in_config(use_sliding_window=True), in_config(use_sliding_window=True, max_window_layers=0,
+                                                  sliding_window=32768),
+    in_config(rope_parameters={"rope_type": "yarn"}), in_config(hidden_act="swish", some_setting=[1]),
+    in_config(model_type="blip3o_qwen_inference", mm_projector_type="mlp2x_gelu"),
+    {UNET_CONFIG: {"layers_per_block": [1, 1], "only_cross_attention": [False, False], "dropout": 0.0,
+                   "transformer_layers_per_block": 1, "num_attention_heads": None, "num_train": 3}},
+    {"generation_config.json": '\ufeff{"eos_token_id": null}'}],
+    ids=lambda change: str(getattr(change, "__name__", change))[:40])
+def test_what_changes_nothing_is_read(change, tiny_folder, tmp_path):
+    """What many published folders hold, and settings without effect, change no number."""
+    expected = whole(Path(tiny_folder))
+    for part, reference in zip(whole(copied(tiny_folder, tmp_path, change)), expected):
+        assert same_weights(part, reference)
+        assert getattr(part, "config", None) == getattr(reference, "config", None)
+
+
+def test_head_beside_tied_embeddings(tiny_folder, tmp_path):
+    """A stored head counts unless it is the embeddings' copy; on "meta" nothing is compared."""
+    rows = load_file(Path(tiny_folder) / WEIGHTS)["model.embed_tokens.weight"]
+    for i, (head, tied) in enumerate(((rows, True), (rows.half().float(), False), (rows + 1, False))):
+        folder = copied(tiny_folder, tmp_path / str(i), {})
+        save_file(load_file(folder / WEIGHTS) | {"lm_head.weight": head.clone()}, folder / WEIGHTS)
+        net = BLIP3o.from_pretrained(folder)
+        assert net.config.text.tie_word_embeddings == tied
+        assert tied or torch.equal(net.llm.lm_head.weight, head)
+        assert torch.equal(net.llm.head(torch.eye(32)), (rows if tied else head).T)
+        net.save_pretrained(folder)
+        again = BLIP3o.from_pretrained(folder)
+        assert again.config == net.config and same_weights(again, net)
+    assert BLIP3o.from_pretrained(folder, "meta").config.text.tie_word_embeddings is False
+
+
+@pytest.mark.parametrize("config, generation, ids", [
+    (7, None, 7), (7, 7, 7), (7, [9, 7], [7, 9]), ([7, 8], 9, [7, 8, 9]), ([7, 8], [8], [7, 8]),
+    (..., 9, None)])
+def test_stop_tokens_are_those_of_both_files(config, generation, ids, tiny_folder, tmp_path):
+    """An answer ends at each eos_token_id of config.json and generation_config.json."""
+    text = json.dumps({"eos_token_id": generation})
+    folder = copied(tiny_folder, tmp_path, in_config(eos_token_id=config) | {"generation_config.json": text})
+    got = BLIP3o.from_pretrained(folder).config.eos_token_id
+    assert got == ([BLIP3oConfig(TEXT).eos_token_id, 9] if ids is None else ids)
+
+
+def test_sampling_settings(tiny_folder):
+    """A folder's own numbers come back typed; a folder without any is silent."""
+    assert model.read_sampling(read_json(Path(tiny_folder) / CONFIG), "x") == TINY_SAMPLING
+    assert model.read_sampling({}, "x") == model.read_sampling({"nano_blip3o": None}, "x") == {}
+    got = model.read_sampling({"nano_blip3o": {"sampling": {"cfg": 2, "upsample": True}}}, "x")
+    assert got == {"cfg": 2.0, "upsample": True} and type(got["cfg"]) is float
+
+
+def test_no_number_that_is_none_is_exported(tmp_path):
+    """NaN and infinity, or what would overflow in half precision, are named, and the old file stays."""
+    file = tmp_path / WEIGHTS
+    save_weights({"x": torch.ones(2), "n": torch.arange(3)}, file)
+    before = contents(tmp_path)
+    for value, dtype in ((math.nan, None), (math.inf, None), (1e6, torch.float16)):
+        refuses("y holds numbers that are .* infinite", save_weights,
+                {"x": torch.ones(2), "y": torch.tensor([1, value])}, file, dtype)
+    net = tiny_model()
+    net.llm.norm.weight.data[0] = math.nan
+    refuses(r"model\.norm\.weight holds", net.save_pretrained, tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_where_a_model_can_be_saved(tmp_path):
+    """Found out before the work: a new folder is made, and left as it was; files, shards, devices refuse."""
+    checkpoint.check_writable(tmp_path / "a" / "b")
+    assert contents(tmp_path / "a" / "b") == {}
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/x"), tmp_path / ("x" * 300)):
+        refuses("nothing can be saved in", checkpoint.check_writable, folder)
+    shards = tmp_path / "shards"
+    write_shards({"x": torch.ones(1), "y": torch.ones(1)}, tmp_path / "shards")
+    refuses("in shards: save to another", checkpoint.check_writable, shards)
+    refuses("in shards: save to another", save_weights, {"x": torch.ones(1)}, shards / WEIGHTS)
+    (tmp_path / "a" / CONFIG).write_text('{"nano_blip3o": 1}')
+    refuses("nano_blip3o must be", checkpoint.check_writable, tmp_path / "a")
+
+
+def test_model_types_that_are_written(tmp_path):
+    """Qwen2.5-VL with a generator is BLIP3-o; a Llama stays one."""
+    tiny_model(dit=None, n_query=0).save_pretrained(tmp_path)
+    assert read_json(tmp_path / CONFIG)["model_type"] == "qwen2_5_vl"
+    net = tiny_model()
+    net.save_pretrained(tmp_path)
+    assert read_json(tmp_path / CONFIG)["model_type"] == "blip3o_qwen"
+    text = replace(TEXT, qkv_bias=False, mrope_section=None)
+    write_json(tmp_path / "llama" / CONFIG, {"model_type": "llama"})
+    tiny_model(text=text, vision=None).save_pretrained(tmp_path / "llama")
+    assert read_json(tmp_path / "llama" / CONFIG)["model_type"] == "llama"
+    assert BLIP3o.from_pretrained(tmp_path / "llama").config.text == text
+
+
+def vary_json(value, rng):
+    """The JSON value with one node, somewhere, replaced or removed."""
+    if isinstance(value, (dict, list)) and value and rng.random() < 0.9:
+        keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+        key = keys[rng.integers(len(keys))]
+        if rng.random() < 0.15:
+            del value[key]
+        else:
+            value[key] = vary_json(value[key], rng)
+        return value
+    pool = [None, True, False, 0, -1, 1, 2, 3, 7, 1.5, 1e308, -1e-300, 10 ** 9, 2 ** 31, 2 ** 63, 10 ** 40,
+            "", "x", "4", "\ud800", [], {}, [[]], [1, 2], [None], {"a": 1}, math.nan, math.inf, value,
+            [value], {"x": value}, str(value)]
+    return pool[rng.integers(len(pool))]
+
+
+def vary_bytes(content, rng):
+    """Cut, or with some bytes changed, or nested deeply."""
+    kind, at = rng.integers(3), int(rng.integers(len(content) + 1))
+    if kind == 0:
+        return content[:at]
+    if kind == 1:
+        return content[:at] + b'{"a":[' * int(rng.integers(1, 5000)) + content[at:]
+    changed = bytearray(content)
+    for _ in range(rng.integers(1, 4)):
+        changed[rng.integers(min(len(changed), 400))] = rng.integers(256)
+    return bytes(changed)
+
+
+def vary_file(file, rng):
+    """Change one file of a folder: JSON, or weights in their header."""
+    content = file.read_bytes()
+    if rng.random() < 0.25:
+        return file.write_bytes(vary_bytes(content, rng))
+    if file.suffix == ".json":
+        return file.write_text(json.dumps(vary_json(json.loads(content), rng)))
+    length = int.from_bytes(content[:8], "little")
+    header = vary_json(json.loads(content[8:8 + length]), rng)
+    header = json.dumps(header).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length:])
+
+
+@pytest.mark.slow
+def test_fuzzed_folders_are_sentences(fuzz, tiny_folder, tmp_path):
+    """Whatever one file of a folder says, its parts are read or refused, soon."""
+    folder = tmp_path / "folder"
+    shutil.copytree(tiny_folder, folder)
+    write_json(folder / "generation_config.json", {"eos_token_id": [1, 2]})
+    files = [file for file in sorted(folder.rglob("*")) if file.suffix in (".json", ".safetensors")
+             and not file.name.startswith("tokenizer")]
+    originals = {file: file.read_bytes() for file in files}
+    for rng in fuzz:
+        file = files[rng.integers(len(files))]
+        vary_file(file, rng)
+        began = monotonic()
+        try:
+            whole(folder, device=("cpu", "meta")[rng.integers(2)])
+        except ValueError as error:
+            assert str(folder) in str(error)
+        assert monotonic() - began < 30
+        file.write_bytes(originals[file])
 
 
 # ---- model.py ---------------------------------------------------------------------------------------------
@@ -1022,6 +1381,86 @@ def test_llama_matches_transformers(side, tmp_path):
     assert gap(ours.logits(ids, mask)[mask], theirs[mask]) < 1e-5
     ours.config.text.rope_scaling = None
     assert gap(ours.logits(ids, mask)[mask], theirs[mask]) > 1e-3  # the scaling is not idle
+
+
+# What transformers' classes compute and this code either computes, too (None), or refuses by this name.
+OF_TRANSFORMERS = [
+    *(("Llama", changes, sentence) for changes, sentence in (
+        ({}, None), (dict(head_dim=16), None), (dict(tie_word_embeddings=True), None),
+        (dict(num_key_value_heads=None), None), (dict(hidden_act="swish"), None),
+        (dict(pretraining_tp=2), None), (dict(sliding_window=8), None), (dict(mlp_bias=True), "mlp_bias"),
+        (dict(hidden_act="gelu"), "hidden_act"), (dict(attention_bias=True), "attention_bias"),
+        (dict(partial_rotary_factor=0.5), "partial_rotary_factor"), (dict(is_causal=False), "is_causal"),
+        (dict(rope_parameters=dict(rope_type="default", rope_theta=500.0)), None),
+        *((dict(rope_parameters=dict(rope_type=kind, factor=2.0, rope_theta=1e4)), kind)
+          for kind in ("linear", "dynamic")))),
+    *(("Mistral", changes, sentence) for changes, sentence in (
+        (dict(sliding_window=8), "sliding_window"), (dict(sliding_window=None), None), ({}, None),
+        (dict(sliding_window=64), None), (dict(sliding_window=None, head_dim=16), None))),
+    *(("Qwen2", changes, sentence) for changes, sentence in (
+        ({}, None), (dict(head_dim=16), None), (dict(hidden_act="gelu"), "hidden_act"),
+        (dict(sliding_window=8, max_window_layers=0), None),
+        (dict(layer_types=["full_attention"] * 3), None),
+        *((dict(use_sliding_window=True, sliding_window=window, max_window_layers=layers), sentence)
+          for window, layers, sentence in ((8, 1, "sliding_window"), (8, 3, None), (64, 0, None))),
+        (dict(use_sliding_window=True, sliding_window=8,
+              layer_types=["full_attention", "sliding_attention", "full_attention"]), "layer_types"))),
+    *((name, {}, "model_type") for name in (
+        "SmolLM3", "Granite", "Gemma", "Gemma2", "Olmo", "Olmo2", "Phi", "Phi3", "Qwen3", "Cohere",
+        "StableLm", "Starcoder2", "Falcon", "GPTNeoX", "Glm", "Helium", "Ernie4_5", "Exaone4", "Nemotron",
+        "Arcee", "Mixtral", "Apertus", "SeedOss"))]
+
+
+@pytest.mark.reference
+@torch.no_grad()
+@pytest.mark.parametrize("name, changes, sentence", OF_TRANSFORMERS)
+def test_models_of_transformers_are_equal_or_refused(name, changes, sentence, tmp_path):
+    """No setting is ignored: a folder that transformers saved computes its logits here, or is refused."""
+    hf = pytest.importorskip("transformers")
+    settings = dict(vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+                    eos_token_id=7, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+                    bos_token_id=1, pad_token_id=0)
+    settings |= {"Qwen3": dict(head_dim=8), "SmolLM3": dict(no_rope_layer_interval=2)}.get(name, {})
+    config = getattr(hf, f"{name}Config")(**settings | changes)
+    reference = randomise(getattr(hf, f"{name}ForCausalLM")(config), 1)
+    reference.save_pretrained(tmp_path)
+    if sentence:
+        return refuses(sentence, BLIP3o.from_pretrained, tmp_path)
+    ids, _ = padded([40, 40])
+    assert gap(BLIP3o.from_pretrained(tmp_path).logits(ids), reference(input_ids=ids).logits) < 1e-5
+
+
+@pytest.mark.reference
+def test_every_field_of_the_references_has_its_place():
+    """Each field that transformers' and diffusers' classes read is consumed, harmless, or fixed to the value
+    that their own default has, unless it must be written out."""
+    hf, diffusers = pytest.importorskip("transformers"), pytest.importorskip("diffusers")
+    from transformers import CONFIG_MAPPING
+    for name in ("qwen2_5_vl", "qwen2_5_vl_text", "qwen2", "llama", "mistral"):
+        family, own = model.FAMILIES[name], CONFIG_MAPPING[name]()
+        fields = own.to_dict().keys() - {"_name_or_path", "output_attentions"}
+        assert fields <= model.CONSUMED | family.fixed.keys() | model.HARMLESS.keys()
+        text = own.get_text_config()
+        for field, values in family.fixed.items():
+            assert getattr(text, field, values[0]) in values
+        for field, value in family.defaults.items():
+            assert getattr(text, field, text.rope_parameters.get(field)) == value
+    own = hf.Qwen2_5_VLConfig().vision_config
+    known = {*asdict(VISION), *model.VISION_FIXED, *model.HARMLESS}
+    assert own.to_dict().keys() - {"_name_or_path", "output_attentions"} <= known
+    assert all(getattr(own, field, values[0]) in values for field, values in model.VISION_FIXED.items())
+    for cls, ours, fixed in (
+            (diffusers.UNet2DConditionModel, clip_decoder.UNetConfig, clip_decoder.UNET_FIXED),
+            (diffusers.AutoencoderKL, VAEConfig, clip_decoder.VAE_FIXED),
+            (diffusers.EulerDiscreteScheduler, clip_decoder.ScheduleConfig, clip_decoder.SCHEDULE_FIXED)):
+        read = {name: p.default for name, p in inspect.signature(cls.__init__).parameters.items()}
+        del read["self"]
+        fields = {f.name for f in dataclass_fields(ours)}
+        assert read.keys() <= fields | fixed.keys() | clip_decoder.HARMLESS.keys()
+        assert not fields & fixed.keys() and fixed.keys() - read.keys() <= {"_class_name"}
+        for field in fixed.keys() & read.keys() - clip_decoder.NEEDED:
+            default = read[field][0] if isinstance(read[field], tuple) else read[field]
+            assert default in fixed[field]
 
 
 @torch.no_grad()
@@ -1493,7 +1932,7 @@ def test_shards_read_tars_folders_and_globs_alike(members, tmp_path):
         source = data.open_source(str(path), size=16)
         images = {item["caption"]: item["image"] for item in map(source.__getitem__, range(len(source)))}
         assert set(images) == set(CAPTIONS) and len(source) == 5
-        assert source.left_out == {"no caption": 1, "no image": 1, "link": 0}
+        assert source.left_out == {"no caption": 1, "no image": 1}
         for text, colour in CAPTIONS.items():
             assert images[text].shape == (16, 16, 3) and images[text].dtype == np.uint8
             assert np.abs(images[text][8, 8].astype(int) - colour).max() < 4     # JPEG's chroma
@@ -1560,7 +1999,7 @@ def test_load_image_says_in_one_sentence_what_is_broken(tmp_path):
             try:
                 assert data.load_image(io.BytesIO(cut.tobytes())).mode == "RGB"
             except data.BadSample as error:
-                broken += "this member can't be read as an image" in str(error)
+                broken += "the image can't be read as an image" in str(error)
     assert broken > 200
     (tmp_path / "x.png").write_text("text")
     for path in (tmp_path / "x.png", tmp_path / "none.png"):
@@ -1594,7 +2033,7 @@ def test_samples_replace_broken_items(members, tmp_path):
         skipped_names += names
     assert len(skipped_names) >= 4
     only = data.open_source(str(write_tar(tmp_path / "bad.tar", bad)))
-    with pytest.raises(ValueError, match="100 samples in a row can't be read; the last: .*bad.tar"):
+    with pytest.raises(ValueError, match="100 samples in a row can't be read .*; the last: .*bad.tar"):
         data.Samples(only, data.CaptionTask())[0]
 
 
@@ -2061,6 +2500,468 @@ def test_samples_and_tokenizers_can_be_pickled(members, tmp_path):
     assert again.encode("a <|im_end|> b") == tokenizer.encode("a <|im_end|> b")
 
 
+# ---- What people bring ------------------------------------------------------------------------------------
+PNG = image_bytes(plain_image("red", (8, 8)))
+
+
+def write_files(folder, files):
+    """Write {name: bytes, text, or the members of a tar} below a folder."""
+    for name, content in files.items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, dict):
+            write_tar(file, content)
+        else:
+            file.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def pairs(*keys):
+    """Files of captioned images: key.png and key.txt, which says the key's last word."""
+    return {f"{key}{suffix}": PNG if suffix == ".png" else key.rpartition("/")[2]
+            for key in keys for suffix in (".png", ".txt")}
+
+
+LLAVA = [{"id": "1", "image": "a.png", "caption": "one"}, {"id": 2, "image": ["a.png"], "caption": "zwei"},
+         {"id": "ü", "image": "a.png", "caption": "three, [3]}\" \\"}]
+BOUGHT = {  # name: (files, --data below the folder, the captions or a sentence)
+    "junk": ({**pairs("a", "b/c", ".hid/x", ".ipynb_checkpoints/a", "__MACOSX/y", "@eaDir/a"),
+              "._a.png": b"junk", "._a.txt": b"junk", "b/._c.png": "j", "b/._c.txt": "j"}, "", ["a", "c"]),
+    "junk in a tar": ({"x.tar": {**pairs("a", "./b", "x/.y/c", "__MACOSX/d"), "._a.png": "", "._a.txt": ""}},
+                      "/x.tar", ["a", "b"]),
+    "a tar below a hidden folder": ({"x.tar": pairs("me/.cache/a", "me/.cache/b")}, "/x.tar", ["a", "b"]),
+    "junk matched by a pattern": ({"a.tar": pairs("a"), "._a.tar": "junk", ".b.tar": "junk",
+                                   "__MACOSX/a.tar": "junk"}, "/**/*.tar", ["a"]),
+    "a hidden folder by its name": ({".cache/a.tar": pairs("a")}, "/.cache/*.tar", ["a"]),
+    "a hidden pattern": ({".a.tar": pairs("a")}, "/.*.tar", ["a"]),
+    "byte order marks": ({"a.png": PNG, "a.txt": b"\xef\xbb\xbfbom", "b.png": PNG,
+                          "b.json": b'\xef\xbb\xbf{"caption": "bom 2"}'}, "", ["bom", "bom 2"]),
+    "capitals": ({"a.PNG": PNG, "a.TXT": "A", "b.JPeG": PNG, "b.Json": '{"caption": "B"}'}, "", ["A", "B"]),
+    "capital shards": ({"a.TAR": pairs("a"), "b.JSONL": '{"image": "b.png", "caption": "b"}', "b.png": PNG},
+                       "/a.TAR,{}/b.JSONL", ["a", "b"]),
+    "brackets": ({"x[1]/a.tar": pairs("a")}, "/x[1]/a.tar", ["a"]),
+    "a pattern below brackets": ({"x[1]/a.tar": pairs("a"), "x1/b.tar": pairs("b")}, "/x[1]/*.tar", ["a"]),
+    "commas": ({"x, y,z/a.tar": pairs("a"), "b.tar": pairs("b")}, "/x, y,z/a.tar,{}/b.tar", ["a", "b"]),
+    "commas and fractions": ({"x,y.tar": pairs("a"), "b=.5.tar": pairs("b")},
+                             "/x,y.tar=0.5,{}/b=.5.tar=1/2", ["a", "b"]),
+    "equals": ({"x=1e-99999999999.tar": pairs("a")}, "/x=1e-99999999999.tar", ["a"]),
+    "braces in a name": ({"x{1,2}.tar": pairs("a")}, "/x{1,2}.tar", ["a"]),
+    "braces": ({f"{i:03d}.tar": pairs(str(i)) for i in range(12)}, "/{{008..010}}.tar", ["8", "9", "10"]),
+    "braces with steps, backwards": ({f"{i}.tar": pairs(str(i)) for i in range(12)}, "/{{11..7..2}}.tar",
+                                     ["11", "9", "7"]),
+    "braces with commas": ({"a/x.tar": pairs("a"), "b/x.tar": pairs("b")}, "/{{b,a}}/*.tar", ["b", "a"]),
+    "braces within braces": ({f"{s}.tar": pairs(s) for s in ("a", "b1", "b2")}, "/{{a,b{{1,2}}}}.tar",
+                             ["a", "b1", "b2"]),
+    "a space behind the comma": ({"a.tar": pairs("a"), "b.tar": pairs("b")}, "/a.tar, {}/b.tar", ["a", "b"]),
+    "dots in folders": ({"x.tar": pairs("v1.0/a.b", "v2.0/a.b")}, "/x.tar", ["a.b", "a.b"]),
+    "a folder of tars": ({"1.tar": pairs("a"), "deep/2.tar": pairs("b"), "._1.tar": "junk"}, "", ["a", "b"]),
+    "tars beside images": ({**pairs("x"), "1.tar": pairs("a")}, "", ["x", "a"]),
+    "LLaVA's list": ({"x.json": json.dumps(LLAVA), "a.png": PNG}, "/x.json", [e["caption"] for e in LLAVA]),
+    "the same, pretty": ({"x.JSON": b"\xef\xbb\xbf" + json.dumps(LLAVA, indent=1, ensure_ascii=False)
+                          .replace("\n", "\r\n").encode(), "a.png": PNG}, "/x.JSON",
+                         [e["caption"] for e in LLAVA]),
+    "a list called jsonl": ({"x.jsonl": json.dumps(LLAVA), "a.png": PNG}, "/x.jsonl",
+                            [e["caption"] for e in LLAVA]),
+    "JSONL called json, CRLF": ({"x.json": "\r\n\r\n".join(map(json.dumps, LLAVA)), "a.png": PNG}, "/x.json",
+                                [e["caption"] for e in LLAVA]),
+    "nothing": ({"x/y": ""}, "/*.zip", "no file matches"), "a gap": ({}, "/,,", "no shard|empty part"),
+    "endless braces": ({}, "/{{0..999999999}}{{0..9}}.tar", "stand for more than"),
+    "no fraction": ({"a.tar": pairs("a")}, "/a.tar=1e-99999999999", "no shard or folder"),
+    "no fraction, either": ({"a.tar": pairs("a")}, "/a.tar=1/0", "no shard or folder"),
+    "NUL": ({}, "/a\0.tar", "no shard or folder"),
+    "gzip": ({"x.tar.gz": b"\x1f\x8b\x08"}, "/x.tar.gz", "x.tar.gz .* compressed with gzip"),
+    "gzip called tar": ({"x.tar": b"\x1f\x8b\x08"}, "", "x.tar .* compressed with gzip"),
+    "zip": ({"x.zip": b"PK\3\4"}, "/x.zip", "a zip archive"),
+    "parquet": ({"x.parquet": b"PAR1"}, "/x.parquet", "a Parquet table"),
+    "Arrow": ({"x.arrow": b"ARROW1\0\0"}, "/x.arrow", "an Arrow table"),
+    "a table": ({"x.csv": "image,caption\na.png,b\n"}, "/x.csv", "a table"),
+    "JSON called tar": ({"x.tar": "[{}]"}, "/x.tar", "it is JSON"),
+    "one object": ({"x.json": '{\n "a": []\n}'}, "/x.json", "x.json must hold a JSON list of records"),
+    "a cut list": ({"x.json": '[{"caption": "a"}, {"capt'}, "/x.json", "x.json isn't a JSON list.*at byte"),
+    "UTF-16": ({"x.jsonl": '{"a": 1}'.encode("utf-16")}, "/x.jsonl", "text in UTF-16"),
+    "an image": ({"x.png": PNG}, "/x.png", "it is an image: give its folder"),
+    "an error message": ({"x.tar": "<html>404"}, "/x.tar", "a web page"),
+    "empty": ({"x.tar": ""}, "/x.tar", "it is empty"),
+    "other images": ({"a.gif": "x", "a.txt": "x", "b.HEIC": "x", "c.jfif": "x", "d.gif": "x"}, "",
+                     "no image with a caption .*left out: 2 .gif, 1 .heic, 1 .jfif"),
+    "other images in a tar": ({"x.tar": {"a.bmp": "x", "a.txt": "x", "b.png": PNG}}, "/x.tar",
+                              "left out: 1 no caption, 1 .bmp"),
+    "rows elsewhere": ({"x.parquet": "x", "y.parquet": "x"}, "", "left out: 2 .parquet"),
+}
+
+
+@pytest.mark.parametrize("name", BOUGHT)
+def test_data_that_people_bring_works_or_is_named(name, tmp_path, monkeypatch):
+    """Files as they lie on people's disks, and how they are given: the captions, or one sentence."""
+    files, spec, expected = BOUGHT[name]
+    write_files(tmp_path, files)
+    marks = "{{" in spec or "{}" in spec
+    spec = f"{tmp_path}{spec.format(tmp_path) if marks else spec}"
+    if isinstance(expected, str):
+        refuses(expected, data.open_source, spec)
+        return
+    source = data.open_source(spec, 8)
+    assert [source[i]["caption"] for i in range(len(source))] == expected
+    assert all(source[i]["image"].shape == (8, 8, 3) for i in range(len(source)))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if ",{}" not in BOUGHT[name][1] and ", {}" not in BOUGHT[name][1]:
+        assert len(data.open_source(spec.replace(str(tmp_path), "~"))) == len(expected)
+
+
+TALK = '"conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Ho."}]'
+DEEP = "[" * 3000 + "]" * 3000
+RECORDS = {  # a line of JSONL: its caption, its turns, or the cause why it is none
+    '{"image": "a.png", "caption": "x"}': "x", '{"image": ["a.png"], "caption": "x", "id": [1]}': "x",
+    '{"image": "sub/../a.png", "caption": "x"}': "x", '{"image": "./a.png", "caption": " x\\n"}\r': "x",
+    '{"image": "a.png", "caption": null, "captions": [null, "x"], "short_caption": null}': "x",
+    '{"image": "a.png", "caption": "x", "similarity": NaN, "width": -Infinity, "more": {"a": [1e999]}}': "x",
+    '{"image": "a.png", "caption": "", ' + TALK + "}": [("Hi?", "Ho.")],
+    '{"image": null, "caption": null, ' + TALK + "}": [("Hi?", "Ho.")], "{" + TALK + "}": [("Hi?", "Ho.")],
+    '{"image": [], ' + TALK + "}": [("Hi?", "Ho.")],
+    '{"image": ["a.png", "a.png"], "caption": "x"}': "several images", '{"caption": "x"}': "no image",
+    '{"image": "", "caption": "x"}': "no image", '{"image": null, "caption": "x"}': "no image",
+    '{"image": "/etc/passwd", "caption": "x"}': "outside the folder",
+    '{"image": "../a.png", "caption": "x"}': "outside the folder",
+    '{"image": "sub/../../a.png", "caption": "x"}': "outside the folder",
+    '{"image": "a\\u0000.png", "caption": "x"}': "outside the folder",
+    '{"image": ".", "caption": "x"}': "outside the folder",
+    '{"image": "sub", "caption": "x"}': "no image", '{"image": "none.png", "caption": "x"}': "no image",
+    '{"image": "pipe.png", "caption": "x"}': "no image",
+    '{"image": "empty.png", "caption": "x"}': "empty image",
+    '{"image": "ps.jpg", "caption": "x"}': "not an image", '{"image": "a.png"}': "no caption",
+    '{"image": "a.png", "caption": "x\\u0000y"}': "not UTF-8",
+    '{"image": "a.png", "caption": "\\ud800"}': "not UTF-8",
+    '{"image": "a.png", "caption": "' + "x" * 540_000 + '"}': "caption too long",
+    '{"image": "a.png", "captions": ["x", "' + "\u00fc" * 9000 + '"]}': "caption too long",
+    "{" + TALK.replace("Ho.", "Ho." * 30_000) + "}": "conversation too long",
+    '{"image": "a.png", "caption": "x", "more": "' + "x" * 2 ** 24 + '"}': "record too large",
+    **{f'{{"image": {value}, "caption": "x"}}': "broken JSON" for value in ("1", "{}", "NaN", "[1]")},
+    **{f'{{"image": "a.png", "caption": {value}}}': "broken JSON" for value in
+       ("1", "{}", '["x"]', "NaN", "false", DEEP, "1" * 5000)},
+    **{f'{{"image": "a.png", "caption": "x", "captions": {value}}}': "broken JSON" for value in
+       ('"x"', "{}", "[1]", "[[]]", "0")},
+    **{f'{{"image": "a.png", "caption": "x", "conversations": {value}}}': "broken JSON" for value in
+       ('"x"', "{}", "[1]", "[null]", '[{"from": "human"}]', '[{"from": "human", "value": null}]',
+        '[{"from": 1, "value": "x"}]', '[{"from": "human", "value": ["x"]}]', "1")},
+    '{"image": "a.png", "conversations": [{"from": "gpt", "value": "x"}]}': "broken conversation",
+    "null": "broken JSON", "1": "broken JSON", '"x"': "broken JSON", DEEP: "broken JSON", "{": "broken JSON",
+    "\ufeff{}": "no caption", "[]": "broken JSON"}
+
+
+def test_records_of_any_type_are_read_or_counted_by_cause(tmp_path):
+    """Whatever stands in a line of JSONL: a caption, a conversation, or a BadSample with its cause; the same
+    lines as a tar's .json never crash either."""
+    write_files(tmp_path, {"a.png": PNG, "empty.png": "", "sub/x": "", "ps.jpg": "%!PS-Adobe-3.0\n"})
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "x.jsonl").write_text("\n".join(RECORDS), "utf-8")
+    tar = write_tar(tmp_path / "x.tar", {f"{i}{suffix}": PNG if suffix == ".png" else line
+                                         for i, line in enumerate(RECORDS) for suffix in (".png", ".json")})
+    source, packed = data.open_source(str(tmp_path / "x.jsonl"), 8), data.open_source(str(tar), 8)
+    assert len(source) == len(packed) == len(RECORDS)
+    for i, (line, expected) in enumerate(RECORDS.items()):
+        try:
+            item = source[i]
+            assert expected == (item["turns"] if "turns" in item else item["caption"])
+            assert ("image" in item) == ("a.png" in line)
+        except data.BadSample as error:
+            assert error.cause == expected and "\n" not in str(error), (line[:99], error)
+            assert len(str(error)) <= 500
+        with suppress(data.BadSample):
+            assert packed[i]["image"].shape == (8, 8, 3)
+
+
+def test_conversations_without_an_image(tmp_path):
+    """They are trained on in stage 0 and with --joint; where captions are needed, they are counted, and a
+    set of nothing else says why; a cache of features passes over them."""
+    (tmp_path / "x.jsonl").write_text("\n".join(["{" + TALK + "}"] * 4))
+    source = data.open_source(str(tmp_path / "x.jsonl"), 8)
+    for converse in 0.1, 1:
+        example = data.Samples(source, data.CaptionTask(converse=converse))[0]
+        assert example.turns == [("Hi?", "Ho.")] and example.turns_image is example.image is None
+    with pytest.raises(ValueError, match=r"\(100 no caption\).*only stage 0 and --joint") as error:
+        data.Samples(source, data.CaptionTask())[0]
+    assert not isinstance(error.value, data.BadSample)
+    with pytest.raises(data.BadSample, match="2 held-out samples in a row"):     # needn't end a run
+        data.Samples(source, data.CaptionTask(), held_out=True)[0]
+    marked = {"turns": [("<image>What?", "That.")]}
+    both = {"turns": [("Hi?", "Ho.")], "caption": "x", "captions": ["x"]}
+    for task, item in (data.CaptionTask(converse=1), marked), (data.CaptionTask(), both):
+        with pytest.raises(data.BadSample) as error:
+            task(item, np.random.default_rng(0))
+        assert error.value.cause == "no image"
+    assert data.CaptionTask(converse=0.01)(both, np.random.default_rng(0)).turns
+    assert data.ItemImages(source)[0][0] == "no image"
+
+
+def test_damaged_cache_files_are_made_again(tmp_path):
+    """A cache file that is cut, empty, another's or short of items is replaced at the next start; one that
+    breaks later is a sentence."""
+    source = data.open_source(str(write_captioned(tmp_path / "x.tar", "x", 4)), 8)
+    cache, whole = data.FeatureCache(tmp_path, "c"), None
+
+    def encode(pixels):
+        return {"mean": pixels.mean((2, 3))}
+    cache.fill(source, encode, 2, quiet=True)
+    whole, zeros = cache.file(0).read_bytes(), torch.zeros(4, 3)
+    for damage in (b"", whole[:-9], whole[:20], b"x" * 99, bytes(99), save({"mean": zeros}),
+                   save({"mean": zeros}, {"bad": "[1]"}),
+                   save({"mean": zeros}, {"bad": '{"0": 1}'}), save({}, {"bad": "{}"}),
+                   save({"mean": zeros[:3]}, {"bad": "{}"})):
+        cache.file(0).write_bytes(damage)
+        if b"bad" not in damage:
+            refuses("missing or damaged", data.FeatureCache(tmp_path, "c").__getitem__, 0)
+        cache.fill(source, encode, 2, quiet=True)
+        assert cache.file(0).read_bytes() == whole
+
+
+def tar_header(name="a.png", size=b"00000000010\0", kind=b"0", more=b"\0"):
+    """512 bytes with a valid checksum, whatever they claim. more: does GNU's map of holes go on?"""
+    header = bytearray(name.encode().ljust(512, b"\0"))
+    header[124:136], header[156:157], header[482:483] = size, kind, more
+    header[257:265], header[148:156] = b"ustar\00000", b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def pax(**fields):
+    """A PAX header of one's own making."""
+    body = b"".join(b"%d %s=%s\n" % (len(f) + len(v) + 5, f.encode(), v) for f, v in fields.items())
+    return tar_header("pax", b"%011o\0" % len(body), b"x") + body.ljust(512, b"\0")
+
+
+BLOCK = b"0123456789".ljust(512, b"\0")
+HOSTILE_TARS = {  # all but the first two would make tarfile hang, eat memory or lose what follows
+    "fine": (tar_header() + BLOCK, True), "signed checksum": (None, True),
+    "negative": (tar_header(size=b"\xff" * 11 + b"\x00") + BLOCK, False),
+    "negative octal": (tar_header(size=b"-0000001000\0") + BLOCK, False),
+    "huge": (tar_header(size=b"\x80" + b"\x7f" * 11) + BLOCK, False),
+    "beyond the end": (tar_header(size=b"00000002000\0") + BLOCK, False),
+    "no number": (tar_header(size=b"zzzzzzzzzzz\0") + BLOCK, False),
+    "negative PAX": (pax(size=b"-512") + tar_header() + BLOCK, False),
+    "huge PAX": (pax(size=b"9" * 60) + tar_header() + BLOCK, False),
+    "a long number": (tar_header("p", b"00000020000\0", b"x") + b"9" * 8192 + tar_header() + BLOCK, True),
+    "a long name of a gigabyte": (tar_header("n", b"10000000000\0", b"L") + BLOCK, False),
+    "5000 headers of names": (pax(path=b"a.png") * 5000 + tar_header() + BLOCK, True),
+    "a broken header behind": (tar_header() + BLOCK + b"x" * 512, False),
+    "half a header behind": (tar_header() + BLOCK + b"x" * 99, False),
+    "holes that go on": (tar_header(kind=b"S", more=b"\1") + b"\1" * 5120, True),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_TARS)
+def test_hostile_tars_cost_nothing(name, tmp_path):
+    """Sizes that are negative, huge or lead beyond the end, broken headers: read, or a sentence, at once."""
+    content, fine = HOSTILE_TARS[name]
+    if content is None:                  # as some old writers sum: bytes above 127 are negative
+        header = bytearray(tar_header("\u00fc.png"))
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(np.frombuffer(header, np.int8).tolist())
+        content = bytes(header) + BLOCK
+    (tmp_path / "x.tar").write_bytes(content + tar_header("a.txt") + BLOCK + bytes(1024))
+    before = monotonic()
+    if fine:
+        rows, _ = data.scan_shard(tmp_path / "x.tar")
+        assert all(at >= 0 and at + size <= len(content) + 1024 for row in rows
+                   for at, size in (row[0:2], row[2:4]))
+    else:
+        refuses("x.tar isn't a readable tar shard", data.scan_shard, tmp_path / "x.tar")
+    assert monotonic() - before < 5
+
+
+def test_broken_samples_have_their_full_name(tmp_path):
+    """Names of PAX and GNU headers, non-ASCII ones, ones with a line break: whole, in one line."""
+    names = ["short", "d" * 90 + "/" + "e" * 90, "f" * 150, "\u5b57" * 60, "x\ny", "z" * 3000]
+    for form in tarfile.GNU_FORMAT, tarfile.PAX_FORMAT:
+        with tarfile.open(tmp_path / f"{form}.tar", "w", format=form) as tar:
+            for name in names:
+                for suffix in ".jpg", ".txt":
+                    info = tarfile.TarInfo(name + suffix)
+                    info.size = 4
+                    tar.addfile(info, io.BytesIO(b"text"))
+        source = data.open_source(str(tmp_path / f"{form}.tar"))
+        expected = [f"{tmp_path / f'{form}.tar'}: {name}.jpg".replace("\n", "\ufffd") for name in names]
+        assert [source.name(i) for i in range(len(source))] == expected
+    members = {"a.png": b"x" * 9, "a.txt": "a"}
+    with tarfile.open(tmp_path / "s.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size, info.pax_headers = len(content), {"GNU.sparse.map": "0,9", "GNU.sparse.size": "99"}
+            tar.addfile(info, io.BytesIO(content.encode() if isinstance(content, str) else content))
+    refuses("left out: 1 sparse", data.open_source, str(tmp_path / "s.tar"))
+
+
+def tall(side):
+    """A PNG of 1 x side pixels."""
+    return image_bytes(plain_image("red", (1, side)))
+
+
+def noted(size):
+    """A PNG with a note and a profile of that many bytes."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("note", "x" * size, zip=True)
+    return image_bytes(plain_image("red"), pnginfo=info, icc_profile=bytes(size))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("content, cause", [
+    (partial(tall, 100_000), None), (partial(noted, 3 * 2 ** 20), None),
+    *((image_bytes(plain_image("red"), kind), None) for kind in ("GIF", "BMP", "TIFF", "PPM")),
+    (png_bomb(13_300), "too many pixels"),
+    (png_bomb(2 ** 31 - 1), "too many pixels"), 
+    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+    (b"%PDF-1.4", "not an image"), (b"8BPS\0\1", "not an image"), 
+    (partial(noted, 80 * 2 ** 20), "broken image")])
+def test_no_image_takes_the_machine(content, cause, tmp_path):
+    """Narrow ones, bombs and other languages' programs: the image, or its cause, within 1 GiB of memory."""
+    (tmp_path / "a.jpg").write_bytes(content() if callable(content) else content)
+    (tmp_path / "a.txt").write_text("a")
+    source, before = data.open_source(str(tmp_path), 64), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with nullcontext() if cause is None else pytest.raises(data.BadSample) as error:
+        assert (source[0]["image"] == (255, 0, 0)).all(-1).mean() > 0.9
+    assert cause is None or error.value.cause == cause
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2 ** 20
+
+
+def test_strips_and_boxes_change_no_pixel(monkeypatch):
+    """Images are converted in strips, and narrow ones cropped before scaling: as all at once."""
+    noise = noise_image(300, 40)
+    deep = Image.fromarray((np.arange(12000, dtype=np.uint16) * 5).reshape(300, 40))
+    images = [noise.convert(mode) for mode in ("RGBA", "LA", "P", "L", "CMYK", "1", "RGB")] + [deep]
+    images[0].putalpha(Image.fromarray(np.arange(12000).astype(np.uint8).reshape(300, 40)))
+    whole = [np.asarray(data.to_rgb(image)) for image in images]
+    rows = []
+    crop = Image.Image.crop
+    monkeypatch.setattr(Image.Image, "crop", lambda image, box: rows.append(box) or crop(image, box))
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "STRIP", 40 * 64)
+        assert all((np.asarray(data.to_rgb(image)) == pixels).all() for image, pixels in zip(images, whole))
+    assert len(rows) == 7 * 5
+    narrow = noise.resize((4, 300))
+    shown = np.asarray(data.crop_square(narrow, 4)).astype(int)
+    assert (shown == np.asarray(narrow)[148:152]).all()              # 75 times as high as wide: by a box
+    wide = np.asarray(data.crop_square(noise.resize((900, 10)), 20)).astype(int)
+    alike = noise.resize((900, 10)).resize((1800, 20), Image.BICUBIC).crop((890, 0, 910, 20))
+    assert np.abs(wide - np.asarray(alike)).max() <= 1
+
+
+# ---- Fuzz: any bytes are read, or refused in a sentence ---------------------------------------------------
+def mutated(content, rng):
+    """Bytes with some flipped, cut out, repeated or put in."""
+    content = bytearray(content)
+    for _ in range(rng.integers(1, 6)):
+        at, n = int(rng.integers(len(content) + 1)), int(rng.choice([1, 2, 8, 600]))
+        kind = rng.integers(5)
+        if kind == 0:
+            content[at:at + n] = rng.integers(0, 256, n, dtype=np.uint8).tobytes()
+        elif kind == 1:
+            del content[at:at + n]
+        elif kind == 2:
+            content[at:at] = content[at:at + n] * 2
+        elif kind == 3:
+            content[at:at + 1] = bytes(rng.choice([0, 32, 48, 55, 127, 128, 255], 1).astype(np.uint8))
+        else:
+            content[at:at] = bytes(rng.choice(list(b'{}[]",:\\=0-9{..}*~NaNe\n'), n).astype(np.uint8))
+    return bytes(content)
+
+
+def only_sentences(call, *args, seconds=5):
+    """call(*args), or None after a ValueError of one line; neither may take long."""
+    before = monotonic()
+    try:
+        return call(*args)
+    except ValueError as error:
+        assert "\n" not in str(error) and len(str(error)) < 2000
+    finally:
+        assert monotonic() - before < seconds
+
+
+def read_every(spec):
+    """Read all items, with what broken ones are called."""
+    source = data.open_source(str(spec), 8)
+    for i in range(len(source)):
+        if only_sentences(source.__getitem__, i) is None:
+            assert len(source.name(i).encode().splitlines()) == 1
+    return source
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_fuzzed_shards(fuzz, tmp_path):
+    """Tars of all forms with mutated headers, sizes and contents, cut or repeated."""
+    tars = []
+    for form in tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT:
+        file = io.BytesIO()
+        with tarfile.open(fileobj=file, mode="w", format=form) as tar:
+            files = {**pairs("a", "n" * 90, "d/b"), "c.json": '{"caption": "c"}', "c.png": PNG}
+            for name, content in files.items():
+                info = tarfile.TarInfo(name if form == tarfile.USTAR_FORMAT else "m/" * len(name) + name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content.encode() if isinstance(content, str) else content))
+        tars.append(file.getvalue().rstrip(b"\0").ljust(9728, b"\0"))
+    for rng in fuzz:
+        content = bytearray(tars[rng.integers(3)])
+        content = bytearray(mutated(content, rng)) if rng.random() < 0.3 else content
+        at = 512 * int(rng.integers(max(1, len(content) // 512)))
+        if rng.random() < 0.7 and len(content) >= at + 512:          # any field, with a checksum that fits
+            field = at + int(rng.choice([0, 99, 124, 135, 156, 157, 257, 345, 482]))
+            content[field:field + 2] = bytes(rng.choice(list(b"\x80\xff\x00 07-xgLKS9"), 2).astype(np.uint8))
+            content[at + 148:at + 156] = b" " * 8
+            content[at + 148:at + 156] = b"%06o\0 " % sum(content[at:at + 512])
+        (tmp_path / "x.tar").write_bytes(content)
+        only_sentences(read_every, tmp_path / "x.tar")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_fuzzed_records(fuzz, tmp_path):
+    """JSONL and JSON lists, mutated; and the index of them, too."""
+    write_files(tmp_path, {"a.png": PNG})
+    good = [line for line in RECORDS if len(line) < 2000 and "pipe" not in line]
+    for rng in fuzz:
+        picked = [good[k] for k in rng.integers(0, len(good), 6)]
+        as_list = rng.random() < 0.5
+        content = ("[" + ", ".join(picked) + "]" if as_list else "\n".join(picked)).encode("utf-8")
+        file = tmp_path / rng.choice(["x.jsonl", "x.json"])
+        file.write_bytes(mutated(content, rng) if rng.random() < 0.8 else content)
+        only_sentences(read_every, file)
+        for index in sorted(data.INDEX_FOLDER.glob("*.safetensors"), key=os.path.getmtime)[-1:]:
+            index.write_bytes(mutated(index.read_bytes(), rng))
+        only_sentences(read_every, file)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_fuzzed_images(fuzz):
+    """Mutated files of all formats: an RGB image, or a BadSample."""
+    noise = noise_image(24, 30)
+    exif = Image.Exif()
+    exif[274], exif[271] = 6, "maker"
+    kinds = [*((kind, noise) for kind in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM")),
+             ("PNG", noise.quantize(9)), ("PNG", noise.convert("LA")), ("JPEG", noise.convert("CMYK"))]
+    files = [image_bytes(image, kind, **({"exif": exif} if kind in ("JPEG", "PNG", "WEBP", "TIFF") else {}))
+             for kind, image in kinds]
+    for rng in fuzz:
+        content = io.BytesIO(mutated(files[rng.integers(len(files))], rng))
+        image = only_sentences(data.load_image, content, 16)
+        assert image is None or (image.mode, image.size) == ("RGB", (16, 16))
+
+
+@pytest.mark.slow
+def test_fuzzed_data_flags(fuzz, tmp_path, monkeypatch):
+    """--data made of names, marks and numbers in any order."""
+    write_files(tmp_path, {"a.tar": pairs("a"), "b=1.tar": pairs("b"), "x,y/c.tar": pairs("c"),
+                           "[d]/d.tar": pairs("d")})
+    monkeypatch.chdir(tmp_path)
+    words = ["a.tar", "b=1.tar", "x,y", "/c.tar", "[d]", "{", "}", "0..9", ",", "=", "=0.5", "=1/3", "*",
+             "?", "[", "]", "~", "..", "/", "e-9999999999", "1e9", "-", "\0", "\n", " ", "\u00fc", "\ud800",
+             "**", "a" * 300, "{a,b}"]
+    for rng in fuzz:
+        spec = "".join(rng.choice(words, rng.integers(1, 9)))
+        if "**" not in spec:
+            only_sentences(data.parse_sources, spec)
+            if not set("/~*?") & set(spec) and ".." not in spec.replace("0..9", ""):
+                only_sentences(data.open_source, spec, 8)
+
+
 # ---- Tokens and templates ---------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def tokenizer():
@@ -2180,6 +3081,179 @@ def test_prompt_ids_are_the_official_inference_form(tokenizer):
         shown = f"<|vision_start|><|image_pad|><|image_pad|><|vision_end|>\n{prompt}"
         text = text.replace(request, shown)
         assert data.prompt_ids(tokenizer, prompt, 2) == reference_ids(tokenizer, text)
+
+
+def relabelled(tokenizer, changes):
+    """The tokenizer with other names, {old: new}, of its added tokens, in Tokenizers' own class."""
+    content = json.loads(tokenizer.bpe.to_str())
+    for token in content["added_tokens"]:
+        token["content"] = changes.get(token["content"], token["content"])
+    vocab = content["model"]["vocab"]
+    content["model"]["vocab"] = {changes.get(name, name): i for name, i in vocab.items()}
+    return Tokenizers.from_str(json.dumps(content))
+
+
+LLAMA_TOKENS = {"<|im_start|>": "<|start_header_id|>", "<|im_end|>": "<|eot_id|>", "[IMG]": "<|eom_id|>",
+                "<|object_ref_start|>": "<|end_header_id|>", "<|endoftext|>": "<|begin_of_text|>"}
+
+
+def test_chat_ids_of_llama_3(tokenizer):
+    """Llama-3.2's own template, with its two dates; Llama 3's has none; other formats are refused."""
+    llama = data.Tokenizer(relabelled(tokenizer, LLAMA_TOKENS))
+    text = ("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: "
+            "December 2023\nToday Date: 26 Jul 2024\n\nYou are a helpful assistant.<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\nHi there<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n")
+    assert data.chat_ids(llama, [("Hi there", None)])[0] == reference_ids(llama, text)
+    ids, targets = data.chat_ids(llama, [("Hi there", "Hello you")])
+    assert ids == reference_ids(llama, text + "Hello you<|eot_id|>")
+    assert [i for i, said in zip(ids, targets) if said] == reference_ids(llama, "Hello you<|eot_id|>")
+    assert data.prompt_ids(llama, "a <|eot_id|>").count(llama.special["<|eot_id|>"]) == 2
+    older = data.Tokenizer(relabelled(tokenizer, LLAMA_TOKENS | {"[IMG]": "<|reserved|>"}))
+    text = text.replace("Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n", "")
+    assert data.chat_ids(older, [("Hi there", None)])[0] == reference_ids(older, text)
+    plain = data.Tokenizer(relabelled(tokenizer, {name: f"<{i}>" for i, name in enumerate(data.SPECIAL)}))
+    refuses("ChatML or in Llama-3's format", data.chat_ids, plain, [("Hi", None)])
+    refuses("takes no images", data.chat_ids, plain.__class__(relabelled(tokenizer, {
+        "<|vision_start|>": "<v>"})), [("Hi", None)], [[4]])
+
+
+def unspecial(content):
+    """Not one added token is special."""
+    for token in content["added_tokens"]:
+        token["special"] = False
+
+
+def stripping(content):
+    """Added tokens match with the spaces around them, and within words."""
+    for token in content["added_tokens"]:
+        token.update(special=False, lstrip=True, rstrip=True, normalized=True)
+
+
+def compatible(content):
+    """A normalizer makes control tokens of full-width characters, and the tokens match after it."""
+    stripping(content)
+    content["normalizer"] = {"type": "NFKC"}
+
+
+def cut_short(content):
+    """Texts are cut and padded, as the file says: callers decide about that."""
+    content["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    content["padding"] = {"strategy": {"Fixed": 50}, "direction": "Right", "pad_to_multiple_of": None,
+                          "pad_id": 0, "pad_type_id": 0, "pad_token": "!"}
+
+
+@pytest.mark.parametrize("change", [unspecial, stripping, compatible, cut_short])
+def test_control_tokens_are_inert_whatever_a_tokenizer_says(tokenizer, change, tmp_path):
+    """No text becomes a control token, and other text is tokenized as ever."""
+    content = json.loads(tokenizer.bpe.to_str())
+    change(content)
+    (tmp_path / "tokenizer.json").write_text("\ufeff" + json.dumps(content), "utf-8")
+    changed = pickle.loads(pickle.dumps(data.Tokenizer.from_pretrained(tmp_path)))
+    control = {i for i in changed.special.values() if i is not None}
+    for name in data.SPECIAL:
+        wide = "".join(chr(ord(c) + 0xfee0) if c in "<|>" else c for c in name)
+        for text in (name, f"a {name}{name} b", f"x{name}y", wide, f"{name[0]}{name}{name[1:]}"):
+            assert control.isdisjoint(changed.encode(text)), text
+        assert changed.encode(f"a {name} b")[0] == tokenizer.encode("a")[0]
+    assert changed.encode("two red circles on grey") == tokenizer.encode("two red circles on grey")
+    text = "a <tool_call> b"
+    assert change is compatible or changed.decode(changed.encode(text)).replace(" ", "") == "a<tool_call>b"
+
+
+BAD_TOKENIZERS = [
+    "", "{", "[]", "1", "null", "{}", "\x00", '{"model": NaN}', "[" * 3000, '{"version": "9"}',
+    '{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": [["a", "b"]]}}',
+    '{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}',
+    '{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 99999999999}, "merges": []}}',
+    '{"version": "1.0", "model": {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": 5}}',
+    '{"version": "1.0", "normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}, "model": '
+    '{"type": "BPE", "vocab": {"a": 0}, "merges": []}}',
+    '{"version": "1.0", "normalizer": {"type": "Replace", "pattern": {"Regex": "(("}, "content": ""}, '
+    '"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}',
+]
+
+
+@pytest.mark.parametrize("content", BAD_TOKENIZERS)
+def test_bad_tokenizers_are_a_sentence(content, tmp_path):
+    """Whatever is in tokenizer.json: a sentence, also where the library panics."""
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+        data.chat_ids(data.Tokenizer.from_pretrained(tmp_path), [("a", None)])
+
+
+def mutate(value, rng):
+    """A JSON value in which one place, at any depth, is removed, doubled or something else."""
+    if isinstance(value, dict) and value and rng.random() < 0.9:
+        key = list(value)[rng.integers(len(value))]
+        if rng.random() < 0.1:
+            return {k: v for k, v in value.items() if k != key}
+        return {**value, key: mutate(value[key], rng)}
+    if isinstance(value, list) and value and rng.random() < 0.9:
+        i = int(rng.integers(len(value)))
+        return value[:i] + [mutate(value[i], rng)] * int(rng.integers(3)) + value[i + 1:]
+    odd = [None, True, -1, 0, 10 ** 30, 1e300, 0.5, "", "a", "<|im_end|>", "\ud800", [], {}, [[]], [value]]
+    return odd[rng.integers(len(odd))]
+
+
+@pytest.mark.slow
+def test_tokenizer_files_fuzzed(tokenizer, tmp_path, fuzz):
+    """Mutated tokenizer.json: a sentence, or a tokenizer that reads and writes, control tokens inert."""
+    content = json.loads(tokenizer.bpe.to_str())
+    for rng in fuzz:
+        changed = mutate(content, rng) if rng.random() < 0.8 else content
+        text = json.dumps(changed)
+        if rng.random() < 0.2:
+            text = text[:rng.integers(len(text))]
+        (tmp_path / "tokenizer.json").write_text(text)
+        try:
+            t = data.Tokenizer.from_pretrained(tmp_path)
+            ids = t.encode("a <|im_end|> [IMG] naïve 🙂" + "\n" * int(rng.integers(3)))
+            assert t.names.keys().isdisjoint(ids) and isinstance(t.decode(ids), str)
+            data.chat_ids(t, [("two red <|im_end|> circles", "yes")], [[2]])
+        except ValueError as error:
+            assert str(error)
+
+
+PIXEL_LIMITS = [                                  # files -> what is read of them, or why not
+    ({}, {}),
+    ({"preprocessor_config.json": {"min_pixels": 100, "max_pixels": 200}},
+     {"min_pixels": 100, "max_pixels": 200}),
+    ({"preprocessor_config.json": {"max_pixels": 200, "min_pixels": None}}, {"max_pixels": 200}),
+    ({"preprocessor_config.json": {"size": {"shortest_edge": 100, "longest_edge": 200}}},
+     {"min_pixels": 100, "max_pixels": 200}),
+    ({"preprocessor_config.json": {"size": {"shortest_edge": 100, "longest_edge": 200}, "max_pixels": 150}},
+     {"min_pixels": 100, "max_pixels": 150}),
+    ({"processor_config.json": {"image_processor": {"min_pixels": 9}}, "preprocessor_config.json": {
+        "min_pixels": 100}}, {"min_pixels": 9}),
+    ({"processor_config.json": {"processor_class": "X"}, "preprocessor_config.json": {"min_pixels": 100}},
+     {"min_pixels": 100}),
+    ({"preprocessor_config.json": {"image_mean": [0.48145466, 0.4578275, 0.40821073], "patch_size": 14,
+                                   "rescale_factor": 0.00392156862745098, "do_resize": True}}, {}),
+    ({"preprocessor_config.json": {"image_mean": [0.5, 0.5, 0.5]}}, "image_mean"),
+    ({"preprocessor_config.json": {"do_normalize": False}}, "do_normalize"),
+    ({"preprocessor_config.json": {"patch_size": 16}}, "patch_size = 16"),
+    ({"preprocessor_config.json": {"merge_size": 1}}, "merge_size"),
+    ({"preprocessor_config.json": {"resample": 0}}, "resample"),
+    ({"preprocessor_config.json": {"size": {"height": 224, "width": 224}}}, "height"),
+    ({"preprocessor_config.json": {"size": 224}}, "size must be a JSON object"),
+    ({"preprocessor_config.json": {"min_pixels": "100"}}, "min_pixels must be a whole number"),
+    ({"preprocessor_config.json": {"min_pixels": 0}}, "min_pixels = 0"),
+    ({"preprocessor_config.json": {"min_pixels": 5, "max_pixels": 4}}, "min_pixels 5 above max_pixels 4"),
+    ({"preprocessor_config.json": []}, "must hold a JSON object"),
+    ({"processor_config.json": {"image_processor": 3}}, "image_processor must be a JSON object"),
+]
+
+
+@pytest.mark.parametrize("files, limits", PIXEL_LIMITS)
+def test_pixel_limits_are_honoured_or_refused(files, limits, tmp_path):
+    """What the files of a folder say of its preprocessing is read, or refused by name."""
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    if isinstance(limits, str):
+        refuses(limits, data.read_pixel_limits, tmp_path)
+    else:
+        assert data.read_pixel_limits(tmp_path) == limits
 
 
 def test_pad_fills_on_the_right():
@@ -2603,12 +3677,11 @@ def test_run_stopped_by_a_signal_goes_on_exactly(tiny, vae_run, monkeypatch, tmp
     assert [row["step"] for row in read_steps(tmp_path)] == [1, 2, 3, 4, 5, 6]
     assert run_training(*VAE_RUN, "--out", tmp_path) == 0            # finished: nothing more to do
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-000004", "step-000006"]
-    (tmp_path / "latest").unlink()                                   # no `latest`: the run starts anew
     assert run_training(*VAE_RUN[:2], "--steps", 2, "--batch", 8, "--out", tmp_path) == 0
-    assert (tmp_path / "latest").read_text() == "step-000002"
+    assert "6 steps are done, more than --steps 2: there is nothing to train" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name, call", [("save_file", 5), ("publish", 2), ("atomic_write", 2)])
+@pytest.mark.parametrize("name, call", [("save_file", 5), ("publish", 2), ("atomic_write", 3)])
 def test_run_that_crashed_while_saving_goes_on_exactly(tiny, vae_run, monkeypatch, tmp_path, name, call):
     """An exception in the middle of the second state, before it is renamed, or before `latest` moves: the
     first one counts, and what is left of the second is written over."""
@@ -2858,7 +3931,7 @@ def test_zero_changes_no_weight(tiny, two_processes, tmp_path):
     (tmp_path / "on" / "latest").write_text("step-000002")
     assert run_training(*STAGE_1, "--out", tmp_path / "on") == 0
     assert state_gap(tmp_path / "on", two_processes / "plain") < 1e-4
-    assert [row["step"] for row in read_steps(tmp_path / "on")][4:] == [3, 4]
+    assert [row["step"] for row in read_steps(tmp_path / "on")] == [1, 2, 3, 4]
 
 
 @pytest.mark.slow
@@ -2880,8 +3953,8 @@ def test_batches_cover_the_same_positions_however_split(monkeypatch):
                 plans = []
                 for rank in range(ranks):
                     monkeypatch.setattr(train, "rank", lambda r=rank: r)
-                    loader = train.batches(range(999), SimpleNamespace(collate=None), start, args, CPU)
-                    plans.append(list(loader.batch_sampler))
+                    loader = train.batches(range(999), SimpleNamespace(collate=list), start, args, CPU)
+                    plans.append([loader.dataset[first] for first in loader.sampler])
                 assert {len(plan) for plan in plans} == {(5 - start) * accumulate}
                 for s in range(start, 5):
                     at = (s - start) * accumulate
@@ -2889,6 +3962,364 @@ def test_batches_cover_the_same_positions_however_split(monkeypatch):
                     assert {len(positions) for positions in micro} == {24 // ranks // accumulate}
                     together = sorted(p for positions in micro for p in positions)
                     assert together == list(range(24 * s, 24 * (s + 1)))
+
+
+# ---- A run's state, damaged, lost, locked -----------------------------------------------------------------
+def cut_file(name):
+    """A damage: only the first half of a file is there."""
+    def cut(folder):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:len(content) // 2])
+    return cut
+
+
+def rewrite(name, change):
+    """A damage: the tensors of a file are `change`d."""
+    def write(folder):
+        save_file(dict(change(key, t) for key, t in load_file(folder / name).items()), folder / name)
+    return write
+
+
+def restate(**changes):
+    """A damage: fields of state.json are other ones; None: they are missing."""
+    def write(folder):
+        state = {**json.loads((folder / "state.json").read_text()), **changes}
+        text = json.dumps({key: value for key, value in state.items() if value is not None})
+        (folder / "state.json").write_text(text)
+    return write
+
+
+WEIGHT_FILES = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
+DAMAGES = [
+    *[lambda folder, name=name: (folder / name).unlink() for name in (*WEIGHT_FILES, "state.json")],
+    *[cut_file(name) for name in (*WEIGHT_FILES, "state.json")],
+    *[lambda folder, text=text: (folder / "state.json").write_text(text)
+      for text in ("", "[]", "null", '{"step": 4}', "[" * 3000, '{"step": NaN}')],
+    restate(step="4"), restate(step=-1), restate(step=4.5), restate(updates=None), restate(args={}),
+    restate(args=[]), restate(counts={"link": "x"}), restate(counts={"link": -1}),
+    restate(optimizer_files=2),
+    rewrite("model.safetensors", lambda key, t: (key + "x", t)),
+    rewrite("model.safetensors", lambda key, t: (key, t.flatten())),
+    rewrite("model.safetensors", lambda key, t: (key, t * math.nan)),
+    rewrite("ema.safetensors", lambda key, t: (key, t.half())),
+    rewrite("ema.safetensors", lambda key, t: (key, t + math.inf)),
+    rewrite("optimizer.safetensors", lambda key, t: (key, t.flatten()[:1])),
+    rewrite("optimizer.safetensors", lambda key, t: ("x" + key, t)),
+    lambda folder: shutil.rmtree(folder), lambda folder: shutil.copy(__file__, folder / "model.safetensors"),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=map(str, range(len(DAMAGES))))
+def test_damaged_states_fall_back_to_the_one_before(tiny, vae_run, tmp_path, capsys, damage):
+    """The newest state is damaged in one of many ways: the run goes on from the one before, says so, and
+    ends with the same bits. If both are, the run is refused, and nothing is deleted."""
+    out = Path(shutil.copytree(vae_run, tmp_path / "run"))
+    damage(out / "step-000006")
+    assert run_training(*VAE_RUN, "--out", out) == 0
+    said = capsys.readouterr()
+    assert "from step 4" in said.out and same_state(out, vae_run)
+    assert re.fullmatch(r"train.py: .* (is damaged: .*; going on from .*4|names no state.*)\n", said.err)
+    assert [row["step"] for row in read_steps(out)] == [1, 2, 3, 4, 5, 6]
+    for folder in out.glob("step-*"):
+        damage(folder)
+    left = sorted(p.name for p in out.glob("step-*"))
+    assert run_training(*VAE_RUN, "--out", out) == 2
+    assert re.fullmatch("train.py: .*start anew\n", capsys.readouterr().err)
+    assert sorted(p.name for p in out.glob("step-*")) == left
+
+
+@pytest.mark.parametrize("latest", [None, "", "step-9", "step-000009", "..", "step-abc", "\0",
+                                    "step-000004/..", b"\xff\xfe", "notes"])
+def test_lost_latest_is_the_newest_state(tiny, vae_run, tmp_path, capsys, latest):
+    """`latest` is missing, or names no state: the newest one counts; the run doesn't start anew."""
+    out = Path(shutil.copytree(vae_run, tmp_path / "run"))
+    (out / "notes").mkdir()
+    (out / "latest").unlink()
+    if latest is not None:
+        (out / "latest").write_bytes(latest if isinstance(latest, bytes) else latest.encode())
+    assert run_training(*VAE_RUN, "--steps", 7, "--out", out) == 0
+    said = capsys.readouterr()
+    assert "from step 6" in said.out and "changed since: --steps 6 -> 7" in said.out
+    assert "names no state" in said.err
+    assert sorted(p.name for p in out.glob("step-*")) == ["step-000006", "step-000007"]
+
+
+def test_states_beyond_a_million_steps_and_stray_names(tiny, vae_run, tmp_path):
+    """States are pruned by number, never the one just written, and no folder that isn't a state."""
+    out, stray = tmp_path / "run", ("step-abc", "step-000500.bak", "step-", "step-٠٠٠٠٠١", "step-0000001")
+    shutil.copytree(vae_run, out)
+    for name in stray:
+        (out / name).mkdir()
+    for old, new in ("step-000004", 999_997), ("step-000006", 999_999):
+        (out / old).rename(out / f"step-{new}")
+        restate(step=new)(out / f"step-{new}")
+    (out / "latest").write_text("step-999999")
+    assert run_training(*VAE_RUN, "--steps", 1_000_003, "--save-every", 1, "--out", out) == 0
+    assert (out / "latest").read_text() == "step-1000003"
+    assert {p.name for p in out.glob("step-*")} == {"step-1000002", "step-1000003", *stray}
+    assert run_training(*VAE_RUN, "--steps", 1_000_004, "--save-every", 1, "--resume", "--out", out) == 0
+    assert [row["step"] for row in read_steps(out)][-5:] == [*range(10 ** 6, 10 ** 6 + 5)]
+
+
+def test_a_run_is_one_process(tiny, vae_run, tmp_path, capsys):
+    """Two processes in one --out: the second is refused; a killed one leaves the folder free."""
+    out = Path(shutil.copytree(vae_run, tmp_path / "run"))
+    code = f"import sys, time; sys.path.insert(0, {str(HERE)!r})\nimport train; from pathlib import Path\n" \
+           f"with train.claimed(Path({str(out)!r})):\n    print('here', flush=True); time.sleep(99)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline()
+        before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+        assert run_training(*VAE_RUN, "--steps", 8, "--out", out) == 2
+        assert f"another process trains in {out}" in capsys.readouterr().err
+        assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+        other.kill()
+    assert run_training(*VAE_RUN, "--steps", 8, "--out", out) == 0
+
+
+@pytest.mark.parametrize("tail", [
+    '{"step": 6, "l1": 0.', "\0\0\0", "[]", '{"step": "x"}', "[" * 3000, "\udcff", "null\n\n",
+    '{"step": 9, "lr": 1}\n{"step": 2, "lr": 7}'])
+def test_log_agrees_with_the_state(tiny, vae_run, tmp_path, tail):
+    """Torn and foreign lines and those of steps that are undone go when a run goes on: no step twice."""
+    out = Path(shutil.copytree(vae_run, tmp_path / "run"))
+    (out / "latest").write_text("step-000004")
+    with open(out / "log.jsonl", "ab") as log:
+        log.write(tail.encode(errors="surrogateescape"))
+    assert run_training(*VAE_RUN, "--out", out) == 0
+    assert [row["step"] for row in read_steps(out)] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in read_log(out) if "lr" not in row] == [2, 4, 6]
+    before = (vae_run / "log.jsonl").read_text().splitlines()
+    kept = [line for line in before if json.loads(line)["step"] <= 4]
+    assert len(set(kept) - set((out / "log.jsonl").read_text().splitlines())) == (1 if "7}" in tail else 0)
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    ("--lr 0.01", "changed since: --lr 0.002 -> 0.01"), ("--ema 0.5", "changed since: --ema 0.999 -> 0.5"),
+    ("--steps 7 --accumulate 2", "changed since: --steps 6 -> 7, --accumulate 1 -> 2"),
+    ("--bf16", "changed since: --bf16 False -> True"), ("--zero", "changed since: --zero False -> True"),
+    ("--no-compile", None), ("--workers 1", None), ("--wandb x --quiet", None), ("--save TMP/m", None),
+    ("--seed 1", 2), ("--batch 4", 2), ("--optimizer muon", 2), ("--world objects=1", 2),
+    ("--init TMP/n", 2),
+    ("--init TINY", 2), ("--init TINY --fresh", None)])
+def test_resumed_runs_say_what_has_changed(tiny, vae_run, monkeypatch, tmp_path, capsys, flags, sentence):
+    """A run that goes on with another flag is refused, or says so, or the flag has no part in the result."""
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: None))
+    out = shutil.copytree(vae_run, tmp_path / "run")
+    flags = flags.replace("TMP", str(tmp_path)).replace("TINY", str(tiny)).split()
+    code = run_training(*VAE_RUN, *flags, "--out", out)
+    said = capsys.readouterr()
+    assert code == (2 if sentence == 2 else 0), said
+    if isinstance(sentence, str):
+        assert sentence + "\n" in said.out
+    assert ("changed since" in said.out) == isinstance(sentence, str)
+
+
+def test_each_flag_has_its_place():
+    """The one table of flags: each has a rule for resuming, stages that exist, needs that are known."""
+    parser, flags = train.make_parser()
+    assert {action.dest for action in parser._actions} - {"help"} == set(flags) == set(train.FLAGS)
+    for flag in flags.values():
+        assert flag.resume in (train.SAME, train.NEW, train.FREE)
+        assert flag.stages and set(flag.stages) <= set(train.STAGES) and set(flag.needs) <= set(train.NEEDS)
+    same = {name for name, flag in flags.items() if flag.resume == train.SAME}
+    assert same >= {"stage", "data", "seed", "batch", "fresh", "drop", "paper"} and "lr" not in same
+
+
+def test_last_states_and_exports_that_fail_end_with_a_sentence(tiny, vae_run, monkeypatch, tmp_path, capsys):
+    """If the last state or export can't be written, a run's code is 2; once it can, the same line writes
+    it, without a further step."""
+    line = (*VAE_RUN, "--save", tmp_path / "model", "--out", tmp_path / "run")
+    for kind, name in (train, "save_file"), (pretrain.VaeStage, "export"):
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, name, Mock(side_effect=BROKEN_DISK[0]))
+            assert run_training(*line) == 2
+        said = capsys.readouterr()
+        assert "No space left" in said.err and "the run ended at step 6" in said.err
+        assert said.out.count("could not be written") == 3, said.out
+    shutil.rmtree(tmp_path / "model")
+    monkeypatch.setattr(pretrain.VaeStage, "forward", None)
+    assert run_training(*line) == 0 and (tmp_path / "model" / "diffusion-decoder" / "vae").is_dir()
+    monkeypatch.setattr(pretrain.VaeStage, "export", Mock(side_effect=BROKEN_DISK[0]))
+    assert run_training(*line) == 2
+
+
+def test_weights_that_nobody_can_use_are_never_kept(tiny, tmp_path, capsys):
+    """--lr 1e30 ends a run with a sentence: the state before it stays, and so does the exported model."""
+    line = ("--stage", "vae", "--batch", 8, "--save", tmp_path / "model", "--out", tmp_path / "run")
+    assert run_training(*line, "--steps", 2) == 0
+    file = tmp_path / "model" / "diffusion-decoder" / "vae" / "diffusion_pytorch_model.safetensors"
+    before = file.read_bytes()
+    for lr in "1e30", "1e300":
+        assert run_training(*line, "--steps", 40, "--save-every", 3, "--lr", lr) == 2
+        err = capsys.readouterr().err
+        assert re.search(r"has grown to .* after step 3: lower --lr|no finite gradient", err), err
+        assert (tmp_path / "run" / "latest").read_text() == "step-000002" and file.read_bytes() == before
+
+
+def test_a_step_that_takes_too_long_is_given_up(tiny, vae_run, monkeypatch, tmp_path, capsys):
+    """A signal in a long step: after a moment the step is given up, the state is that before it."""
+    monkeypatch.setattr(train, "GRACE", 0.2)
+
+    def wait(losses):
+        os.kill(os.getpid(), signal.SIGTERM)
+        sleep(30)
+    with monkeypatch.context() as patch:
+        disturb(patch, pretrain.VaeStage, [4], wait)
+        begin = monotonic()
+        assert run_training(*VAE_RUN, "--out", tmp_path) == 0 and monotonic() - begin < 20
+    assert (tmp_path / "latest").read_text() == "step-000003"
+    assert run_training(*VAE_RUN, "--out", tmp_path) == 0 and same_state(tmp_path, vae_run)
+
+
+@pytest.mark.parametrize("name", ["build_stage", "open_samples", "held_out_batch", "load_state", "announce"])
+def test_signals_before_the_first_step_end_a_run(tiny, vae_run, monkeypatch, tmp_path, capsys, name):
+    """While a run is still being set up, a signal ends it at once, with code 0, and nothing is lost."""
+    out = shutil.copytree(vae_run, tmp_path / "run")
+
+    def wait(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        sleep(30)
+    monkeypatch.setattr(train, name, wait)
+    assert run_training(*VAE_RUN, "--steps", 9, "--out", out) == 0
+    assert "stopped before the first step" in capsys.readouterr().out and same_state(out, vae_run)
+
+
+GROUP = """
+import os, signal, threading
+from miniature import pretrain
+def stop(self, batch, forward=pretrain.VaeStage.forward, calls=[]):
+    calls.append(1)
+    if len(calls) == 3:
+        os.killpg(0, signal.SIGTERM)
+    return forward(self, batch)
+pretrain.VaeStage.forward = stop
+sys.exit(train.main())
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_to_all_processes_spares_the_workers(tiny, vae_run, tmp_path):
+    """A signal to the process group, as a scheduler sends it: the workers live until the state is saved."""
+    script = write_script(tmp_path / "group.py", tiny, GROUP)
+    flags = [*VAE_RUN, "--log-every", 1, "--quiet", "--device", "cpu", "--workers", 2, "--out",
+             tmp_path / "run"]
+    done = subprocess.run([sys.executable, script, *map(str, flags)], capture_output=True, text=True,
+                          timeout=300, start_new_session=True)
+    assert done.returncode == 0 and "goes on from" in done.stdout, done.stderr
+    assert done.stderr.splitlines() == [
+        "train.py: stopping, and saving, after this step; a second signal stops at once"]
+    assert run_training(*VAE_RUN, "--out", tmp_path / "run") == 0 and same_state(tmp_path / "run", vae_run)
+
+
+@pytest.mark.parametrize("variables, sentence", [
+    ("WORLD_SIZE=0", "WORLD_SIZE: 0 isn't"), ("WORLD_SIZE=x", "WORLD_SIZE: 'x'"), ("WORLD_SIZE=-1", "-1"),
+    ("WORLD_SIZE=2 RANK=2", "RANK 2 and WORLD_SIZE 2"), ("RANK=a", "RANK: 'a'"),
+    ("LOCAL_RANK=1.5", "LOCAL_RANK"), ("WORLD_SIZE=nan", "WORLD_SIZE"), ("WORLD_SIZE=", "WORLD_SIZE"),
+    ("LOCAL_WORLD_SIZE=0", "LOCAL_WORLD_SIZE")])
+def test_environments_that_cannot_be_meant(tiny, monkeypatch, tmp_path, capsys, variables, sentence):
+    """What torchrun would set, set to nonsense."""
+    for variable in variables.split(" "):
+        monkeypatch.setenv(*variable.split("="))
+    assert run_training(*VAE_RUN, "--out", tmp_path) == 2
+    err = capsys.readouterr().err
+    assert sentence in err and len(err.splitlines()) == 1
+
+
+def test_plans_of_any_length_cost_nothing(tiny, tmp_path):
+    """A billion steps: no list of them is made."""
+    args = SimpleNamespace(batch=10 ** 6, accumulate=1, steps=10 ** 9, workers=0)
+    loader = train.batches(range(10), SimpleNamespace(collate=len), 10 ** 9 - 5, args, CPU)
+    assert len(loader) == 5 and next(iter(loader.sampler)) == 10 ** 15 - 5 * 10 ** 6
+
+
+def write_conversations(folder, turns, n=120, image=True, **more):
+    """A JSONL file of n conversations, with images beside it."""
+    folder.mkdir(exist_ok=True)
+    Image.new("RGB", (40, 40), "red").save(folder / "x.png")
+    record = {"conversations": [{"from": ("human", "gpt")[i % 2], "value": text}
+                                for i, text in enumerate(turns)], **more}
+    record |= {"image": "x.png"} if image else {}
+    (folder / "data.jsonl").write_text("\n".join([json.dumps(record)] * n))
+    return folder / "data.jsonl"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_mistakes_in_samples_are_one_sentence_from_workers_too(tiny, tmp_path, capsys, workers):
+    """Stage 1 needs captions: said in one sentence, whichever process has found out."""
+    spec = write_conversations(tmp_path / "data", ["hello", "hi"])
+    flags = ("--steps", 2, "--batch", 4, "--data", spec, "--workers", workers, "--out", tmp_path / "run")
+    assert run_training("--stage", "1", *flags) == 2
+    said = capsys.readouterr()
+    assert len(said.err.splitlines()) == 1 and "caption" in said.err and "Traceback" not in said.err
+    assert said.out.count("there will be no probes") == 1            # and that didn't end the run
+
+
+def test_conversations_without_images_are_trained_on(tiny, tmp_path):
+    """Batches of nothing but text train the language model of stage 0."""
+    spec = write_conversations(tmp_path / "data", ["What is red?", "A colour."], image=False)
+    line = ("--stage", "0", "--steps", 2, "--batch", 4, "--data", spec, "--out", tmp_path / "r")
+    assert run_training(*line) == 0
+    assert all(math.isfinite(row["text"]) and row["grad"] > 0 for row in read_steps(tmp_path / "r"))
+
+
+@pytest.mark.parametrize("line", [("0",), ("1",), ("1", "--joint", 0.5)], ids=str)
+def test_texts_without_end_are_counted_not_read(tiny, monkeypatch, tmp_path, line):
+    """A text of more than MAX_TOKENS tokens is a broken sample with a cause of its own."""
+    monkeypatch.setattr(train, "MAX_TOKENS", 50)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for i in range(20):
+        Image.new("RGB", (40, 40), "red").save(folder / f"{i:02d}.png")
+        (folder / f"{i:02d}.txt").write_text("red circle " * {3: 1000, 4: 25}.get(i % 5, 4))
+    flags = ("--steps", 5, "--batch", 4, "--max-bad", 1, "--data", folder, "--out", tmp_path / "run")
+    assert run_training("--stage", *line, *flags) == 0
+    assert set(read_steps(tmp_path / "run")[-1]["skipped"]) == {"too many tokens"}
+
+
+FUZZ_VALUES = ["", "0", "1", "-1", "2", "0.5", "nan", "inf", "-inf", "1e9", "1e309", "9" * 30, "x", "é", " ",
+               "\0", "--", "dim=32", "dim=0", "n_heads=3,dim=33", "rope=2d", "objects=2", "=", ",", "adamw",
+               "words=0.5,edit=0.5", "clip-mse", "vae-fm", "cpu", "TINY", "TINY/config.json", "/dev/null",
+               "\udcff", "10" * 9]
+
+
+@pytest.mark.slow
+def test_fuzz_command_lines(tiny, fuzz):
+    """Random flags with odd values: understood, or one sentence."""
+    flags, understood = [f"--{name.replace('_', '-')}" for name in train.FLAGS], 0
+    for rng in fuzz:
+        line = ["--stage", str(rng.choice(train.STAGES)), "--device", "cpu"]
+        for flag in rng.choice(flags, int(rng.integers(0, 4))):
+            value = str(rng.choice(FUZZ_VALUES)).replace("TINY", str(tiny))
+            line += [str(flag), value] if rng.random() < 0.9 else [str(flag)]
+        try:
+            understood += train.arguments(line).steps > 0
+        except ValueError as error:
+            assert str(error) and len(str(error)) < 1000
+    assert understood
+
+
+@pytest.mark.slow
+def test_fuzz_states(tiny, vae_run, fuzz, tmp_path):
+    """Bytes of a state changed at random: the state is taken, or another one is, or one sentence says why
+    not."""
+    stage, args = build(*VAE_RUN, "--out", tmp_path / "run")
+    optimizer, ema = train.make_optimizer(stage, args), train.EMA(stage.trained, args.ema)
+    for rng in fuzz:
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        out = Path(shutil.copytree(vae_run, tmp_path / "run"))
+        files = [file for file in sorted(out.rglob("*")) if file.is_file() and file.stat().st_size]
+        for file in rng.choice(files, int(rng.integers(1, 4))):
+            content = bytearray(file.read_bytes())
+            for _ in range(int(rng.integers(1, 9))):                 # headers more often than numbers
+                at = int(rng.integers(len(content)) if rng.random() < 0.3 else rng.integers(0, 2000))
+                content[at % len(content):at % len(content) + int(rng.integers(0, 3))] = rng.bytes(1)
+            file.write_bytes(content)
+        try:
+            assert train.load_state(out, ema, optimizer, args).step in range(10 ** 9)
+            train.trim_log(out / "log.jsonl", 6)
+            read_log(out)
+        except ValueError as error:
+            assert str(error)
 
 
 # ---- Data that travels to other processes -----------------------------------------------------------------
@@ -3188,7 +4619,8 @@ def test_log_shows_means_since_its_last_line(tiny, tmp_path):
 def test_noise_belongs_to_the_sample(tiny, stage):
     """What is drawn for a sample is the same whatever else is in the batch and whatever torch's generator
     says, and another sample's is other; the loss takes all that was drawn, and draws nothing more."""
-    stage, args = build("--stage", stage, "--drop", 0.5, "--init", tiny)     # nothing in there is zero
+    drop = ("--drop", 0.5) if stage in ("1", "2") else ()
+    stage, args = build("--stage", stage, *drop, "--init", tiny)     # nothing in there is zero
     samples = train.open_samples(args, stage, CPU)[0]
     drawn = [stage.collate([samples[i] for i in which]) for which in (range(16), [7, 5])]
     keys = [key for key in ("noise", "feature_noise", "t", "x0", "dropped") if key in drawn[0]]
@@ -3227,8 +4659,8 @@ def test_many_draws_of_an_image(tiny):
 
 def test_times_are_shifted(tiny):
     """--shift moves the times of fresh DiTs toward noise; a model that exists keeps its own."""
-    plain, shifted, kept = (training_batch(*build("--stage", "1", "--shift", shift, *flags))["t"]
-                            for shift, flags in ((1, ()), (3, ()), (3, ("--init", tiny))))
+    plain, shifted, kept = (training_batch(*build("--stage", "1", *flags))["t"]
+                            for flags in (("--shift", 1), ("--shift", 3), ("--init", tiny)))
     assert gap(shifted, plain / (plain + 3 * (1 - plain))) < 1e-6 and plain.max() - plain.min() > 0.3
     assert gap(kept, plain / (plain + 5 * (1 - plain))) < 1e-6
 
@@ -3429,7 +4861,8 @@ def replace_supervision(config):
 def test_targets_of_the_designs(tiny):
     """"mse" is the error of one linear map a query; "flow" of vae-fm is that of the VAE's scaled latents."""
     for design in "clip-mse", "vae-fm":
-        stage, args = build("--stage", "1", "--design", design, "--drop", 0.5)
+        drop = ("--drop", 0.5) if design == "vae-fm" else ()
+        stage, args = build("--stage", "1", "--design", design, *drop)
         batch = training_batch(stage, args)
         with torch.no_grad():
             cond = stage.condition(batch["prompts"])
@@ -3525,6 +4958,37 @@ def test_stages_run_from_the_command_line(monkeypatch, tmp_path):
     assert {Image.open(file).size for file in (tmp_path / "drawn").glob("*.png")} == {(64, 64)}
 
 
+def write_llama(folder, tokenizer):
+    """A folder as Llama-3.2's: its chat format, a vocabulary of the tokenizer's size, no vision tower."""
+    llama = data.Tokenizer(relabelled(tokenizer, LLAMA_TOKENS | {"<|image_pad|>": "<i>", "[/IMG]": "<a>",
+                                                                  "<image>": "<b>"}))
+    text = replace(TEXT, vocab_size=llama.n_text, qkv_bias=False, mrope_section=None)
+    randomise(BLIP3o(tiny_config(text=text, vision=None, dit=None, n_query=0))).save_pretrained(folder)
+    llama.save(folder)
+    changes = {"model_type": "llama", "eos_token_id": llama.bpe.token_to_id("<|eom_id|>")}
+    write_json(folder / "config.json", read_json(folder / "config.json") | changes)
+    return llama
+
+
+def test_a_language_model_without_chatml(tiny, tokenizer, tmp_path, capsys, monkeypatch):
+    """Its own template, no rows for [IMG]: it answers, and stage 1 adds what generation needs."""
+    llama = write_llama(tmp_path / "llama", tokenizer)
+    pipe = sample.Pipeline(tmp_path / "llama")
+    pipe.model.generate_text, calls = partial(lambda *args, **options: calls.append(args) or [[]]), []
+    pipe.answer(None, "Who?")
+    assert calls[0][0].tolist() == [data.chat_ids(llama, [("Who?", None)])[0]]
+    assert llama.special["<|eot_id|>"] in calls[0][8]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n@x.png what?\n/image a circle\n"))
+    assert sample.main(["--ckpt", str(tmp_path / "llama"), "--chat", "--max-new-tokens", "4"]) == 0
+    said = capsys.readouterr().err
+    assert "x.png" in said and "no diffusion-decoder" in said
+    assert run_training("--stage", "1", "--init", tmp_path / "llama", "--eva", train.NANO, "--steps", 2,
+                        "--batch", 2, "--save", tmp_path / "drawn", "--out", tmp_path / "run") == 0
+    assert BLIP3o.from_pretrained(tmp_path / "drawn", "meta").config.text.vocab_size == llama.vocab_size
+    pipe = sample.Pipeline(tmp_path / "drawn", eva=train.NANO)
+    assert pipe.images(["a red circle"], [0]).isfinite().all() and pipe.answer(None, "Who?") is not None
+
+
 @pytest.mark.slow
 @pytest.mark.reference
 def test_a_real_llama(tmp_path):
@@ -3593,7 +5057,8 @@ def test_estimates_grow_and_shrink_with_what_they_depend_on():
         args = train.arguments(["--stage", "1", "--paper", "--device", "cpu", *flags])
         names = ("trained", "frozen", "weights", "activations", "work")
         return dict(zip(names, estimate.estimate("nano", args)))
-    plain, many, zero = numbers(), numbers("--gpus", "8"), numbers("--gpus", "8", "--zero")
+    gpus = "--dry-run", "--gpus", "8"
+    plain, many, zero = numbers(), numbers(*gpus), numbers(*gpus, "--zero")
     assert many["weights"] == plain["weights"]
     assert many["weights"] - zero["weights"] == pytest.approx(plain["trained"] * 8 * 7 / 8)
     assert many["activations"] == pytest.approx(plain["activations"] / 8)
@@ -3643,45 +5108,90 @@ def test_curves_show_every_number_of_a_log(tmp_path, monkeypatch):
 # ---- Mistakes ---------------------------------------------------------------------------------------------
 RUN = "--stage vae --steps 2 --batch 4 --out TMP/out "
 # (command line, the sentence that it gets). TMP holds empty/, bare/ (a tokenizer), eva/ (a model without a
-# decoder), tiny/ (a whole one), data/ (one image), file, and run/ (of VAE_RUN).
+# decoder), tiny/ (a whole one), llm/ (a language model alone), shards/ (an index), data/ (one image), file,
+# and run/ (of VAE_RUN).
 MISTAKES = [
     (RUN + "--data TMP/none.tar", "there is no shard or folder at TMP/none.tar"),
     (RUN + "--data TMP/*.tar", "no file matches TMP/*.tar"),
     (RUN + "--data TMP/empty", "no image with a caption"),
     (RUN + "--init TMP/none", "no model folder at TMP/none (--init)"),
-    ("--stage 1 --init TMP/bare --out TMP/out", "EVA-CLIP"),
+    (RUN + "--init TMP/file", "no model folder at TMP/file (--init)"),
+    ("--stage 1 --eva TMP/file --out TMP/out", "no model folder at TMP/file (--eva)"),
+    ("--stage 1 --init TMP/bare --out TMP/out", "TMP/bare holds no EVA-CLIP: name a folder that does"),
+    ("--stage decoder --init TMP/bare --out TMP/out", "no EVA-CLIP: name a folder that does with --init"),
+    ("--stage 0 --init TMP/llm --out TMP/out", "TMP/llm has a language model, but no vision tower"),
     (RUN + "--batch 5 --accumulate 2", "--batch 5 must divide by processes (1) x --accumulate (2)"),
-    (RUN + "--steps 0", "--steps must be at least 1"), (RUN + "--save-every 0", "--save-every must be"),
-    (RUN + "--log-every 0", "--log-every must be"), (RUN + "--lr -1", "--lr must be positive"),
-    (RUN + "--drop 2", "--drop must lie between 0 and 1"),
-    (RUN + "--ema 1", "--ema must lie between 0 and below 1"),
-    (RUN + "--short-caption 1.5", "--short-caption must lie between 0 and 1, not 1.5"),
-    (RUN + "--paper", "--paper goes with stages 1 and 2"), (RUN + "--gpus 0", "--gpus must be"),
-    (RUN + "--joint 0.5", "--joint belongs to stages 1 and 2, not to stage vae"),
-    (RUN + "--design vae-fm", "--design belongs to stages 1 and 2"),
-    (RUN + "--queries 5", "--queries belongs to stages 1 and 2"),
-    ("--stage 1 --draws 0", "--draws must be at least 1"),
-    ("--stage 1 --joint 1", "--joint is a fraction: from 0 to below 1, not 1.0"),
     ("--stage 2 --reconstruct 0.6 --world edit=0.5", "together below 1"),
-    ("--stage 1 --dit width=3 --out TMP/out", "not 'width=3'"),
-    ("--stage 2 --init TMP/tiny --dit dim=48 --out TMP/out", "--queries are for a fresh generator"),
-    ("--stage 2 --init TMP/tiny --queries 5 --out TMP/out", "--dit and --queries are for a fresh generator"),
-    (RUN + "--world objects=5", "--world objects must lie between 1 and 4, the world's most, not 5"),
-    (RUN + "--world things=2", "--world takes objects, words, edit, upsample, query_supervision"),
-    (RUN + "--world words=1", "--world words and edit are fractions"),
-    (RUN + "--world edit=0.1", "--world edit belongs to stages 1 and 2"),
-    (RUN + "--world words=0.1 --data TMP/empty", "--world describes the synthetic world"),
-    (RUN + "--cache TMP/c", "the synthetic world is endless"),
-    (RUN + "--cache TMP/c --data TMP/data", "this stage has none"),
     ("--stage 1 --joint 0.5 --cache TMP/c --data TMP/data --out TMP/out", "it doesn't go with --joint"),
     ("--stage 1 --reconstruct 0.5 --cache TMP/c --data TMP/data --out TMP/out", "doesn't go with --joint"),
     ("--stage 1 --design vae-fm --eva TMP/eva --out TMP/out", "no diffusion-decoder (--eva names one)"),
+    (RUN + "--world words=0.1 --data TMP/empty", "--world describes the synthetic world"),
+    (RUN + "--wandb x", "--wandb needs the package wandb"),
+    (RUN + "--device mps", "--device mps, but torch finds no such device here"),
+    # what can't be written is found before any work
+    (RUN + "--out TMP/file", "nothing can be saved in TMP/file: File exists"),
+    (RUN + "--out TMP/file/below", "nothing can be saved in TMP/file/below"),
+    (RUN + "--save TMP/file", "nothing can be saved in TMP/file"),
+    (RUN + "--save TMP/file/{step}", "nothing can be saved in TMP/file"),
+    (RUN + "--save TMP/shards", "TMP/shards holds a checkpoint in shards"),
+    ("--stage 1 --data TMP/data --cache TMP/file --out TMP/out", "nothing can be saved in TMP/file"),
+    # resuming
     ("--stage vae --steps 6 --batch 4 --out TMP/run", "holds a run with --batch 8, not 4"),
     ("--stage vae --steps 6 --batch 8 --seed 1 --out TMP/run", "holds a run with --seed 0, not 1"),
-    ("--stage vae --batch 8 --short-caption 0.5 --out TMP/run", "with --short-caption None, not 0.5"),
+    ("--stage clip --batch 8 --out TMP/run", "holds a run with --stage vae, not clip"),
+    ("--stage vae --batch 8 --optimizer muon --out TMP/run", "holds a run with --optimizer adamw, not muon"),
     ("--stage vae --batch 8 --world words=0.5 --out TMP/run", "holds a run with --world"),
-    (RUN + "--out TMP/file", "exists"), (RUN + "--wandb x", "--wandb needs the package wandb"),
-    (RUN + "--device mps", "--device mps, but torch finds no such device here"),
+    ("--stage vae --batch 8 --init TMP/tiny --out TMP/run", "holds a run with --"),
+    (RUN + "--resume", "--resume: there is no run in TMP/out to go on with"),
+    # numbers
+    *[(f"{RUN}--{flag} {value}", f"argument --{flag}: {text}") for flag, value, text in [
+        ("steps", "0", "0 isn't at least 1"), ("steps", "1e9", "'1e9' is no whole number"),
+        ("steps", "-3", "-3 isn't"), ("steps", "9" * 400, ": 9999"),
+        ("batch", "0", "0 isn't"), ("save-every", "0", "0 isn't"), ("log-every", "x", "'x' is no whole"),
+        ("lr", "-1", "-1 isn't above 0"), ("lr", "nan", "'nan' is no number"), ("lr", "inf", "'inf' is no"),
+        ("lr", "0", "0 isn't above 0"), ("ema", "1", "1 isn't at least 0 and below"), ("ema", "2", "2"),
+        ("ema", "nan", "'nan' is no number"), ("ema", "-0.1", "-0.1 isn't"), ("seed", "-1", "-1 isn't"),
+        ("seed", "1.5", "'1.5' is no whole"), ("workers", "-1", "-1 isn't"), ("workers", "1e6", "'1e6'"),
+        ("accumulate", "0", "0 isn't"), ("max-bad", "nan", "'nan' is no number"), ("max-bad", "2", "2"),
+        ("gpus", "0", "0 isn't"), ("short-caption", "1.5", "1.5 isn't"), ("drop", "2", "2 isn't"),
+        ("draws", "0", "0 isn't"), ("joint", "1", "1 isn't"), ("joint", "-1", "-1 isn't"),
+        ("reconstruct", "1", "1 isn't"), ("queries", "-5", "-5 isn't"), ("queries", "0", "0 isn't"),
+        ("shift", "0", "0 isn't"), ("shift", "nan", "'nan' is no number"), ("shift", "1e300", "1e300 isn't"),
+        ("data", "", "it is empty"), ("init", "", "it is empty"), ("out", "", "it is empty")]],
+    *[(f"--stage 1 --dit {spec} --out TMP/out", text) for spec, text in [
+        ("width=3", "not 'width=3'"), ("dim", "not 'dim'"), ("dim=", "--dit dim must be a whole number"),
+        ("n_heads=0", "--dit n_heads must be a whole number at least 1"), ("dim=1e9", "not 'dim=1e9'"),
+        ("dim=99999999999", "--dit dim must be"), ("n_layers=100000", "--dit n_layers must be"),
+        ("rope=4d", 'rope must be "2d" or "3d"'), ("norm_eps=nan", "--dit norm_eps must be a number"),
+        ("rope_theta=0", "--dit rope_theta must be"), ("dim=33", "must be a multiple of n_heads"),
+        ("in_channels=4", "not 'in_channels=4'"), ("patch_size=3", "doesn't divide the 8 x 8 grid"),
+        ("dim=32,dim=64", "--dit has dim twice")]],
+    *[(RUN + f"--world {spec}", text) for spec, text in [
+        ("objects=5", "objects must lie between 1 and 4, the world's most, not 'objects=5'"),
+        ("objects=2.5", "not 'objects=2.5'"), ("things=2", "--world takes objects, words, edit, upsample"),
+        ("words=1", "--world words and edit are fractions"), ("words=nan", "fractions"), ("words=2", "not"),
+        ("objects", "not 'objects'"), ("objects=", "not 'objects='"), ("words=0.1,words=0.2", "words twice"),
+        ("edit=0.1", "--world edit belongs to stages 1 and 2"), ("upsample=1", "belongs to stages 1"),
+        ("upsample=2", "upsample is 0 or 1"), ("query_supervision=1", "supervision belongs to stage 0"),
+        ("query_supervision=inf", "query_supervision is a weight")]],
+    # flags without effect in this combination
+    *[(f"--stage {stage} --out TMP/out {flags}", text) for stage, flags, text in [
+        ("vae", "--paper", "--paper belongs to stages 1 and 2, not to stage vae"),
+        ("vae", "--joint 0.5", "--joint belongs to stages 1 and 2"), ("0", "--design vae-fm", "--design"),
+        ("clip", "--queries 5", "--queries belongs"), ("0", "--drop 0.2", "--drop belongs"),
+        ("decoder", "--shift 2", "--shift belongs"), ("decoder", "--draws 2", "--draws belongs"),
+        ("decoder", "--dit dim=32", "--dit belongs"), ("decoder", "--eva TMP/eva", "--eva belongs"),
+        ("vae", "--short-caption 0.5", "--short-caption belongs to stages clip, 0, 1 and 2"),
+        ("decoder", "--short-caption 0.5", "--short-caption belongs"),
+        ("0", "--compile", "--compile belongs"), ("decoder", "--checkpointing", "--checkpointing belongs"),
+        ("vae", "--cache TMP/c --data TMP/data", "--cache belongs to stages decoder, 1 and 2"),
+        ("1", "--cache TMP/c", "--cache goes with --data"), ("1", "--max-bad 0.5", "goes with --data"),
+        ("1", "--gpus 2", "--gpus goes with --dry-run"),
+        *[("1", f"--design clip-mse {flag}", "belongs to flow matching: --design clip-mse has none")
+          for flag in ("--draws 2", "--drop 0.2", "--shift 2", "--dit dim=32", "--compile")],
+        ("1", "--design clip-mse --queries 5", "a query for each of the 64 features, not --queries 5"),
+        *[("2", f"--init TMP/tiny {flag}", "is for a fresh generator, but that of --init is trained further")
+          for flag in ("--dit dim=48", "--queries 5", "--shift 2")]]],
 ]
 
 
@@ -3695,12 +5205,15 @@ def test_mistakes_are_one_sentence(tiny, vae_run, monkeypatch, tmp_path, capsys,
     shutil.copytree(tiny, tmp_path / "eva", ignore=shutil.ignore_patterns("diffusion-decoder"))
     shutil.copy(tiny / "tokenizer.json", tmp_path / "bare")
     os.symlink(tiny, tmp_path / "tiny")
-    (tmp_path / "data").mkdir()
+    BLIP3o.from_pretrained(tiny, parts={"llm"}).save_pretrained(tmp_path / "llm")
+    for name in "data", "shards":
+        (tmp_path / name).mkdir()
+    (tmp_path / "shards" / INDEX).write_text("{}")
     Image.new("RGB", (32, 32)).save(tmp_path / "data" / "x.png")
     (tmp_path / "data" / "x.txt").write_text("an image")
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert run_training(*line.replace("TMP", str(tmp_path)).split()) == 2
+    assert run_training(*line.replace("TMP", str(tmp_path)).split(" ")) == 2
     err = capsys.readouterr().err
     assert err.startswith("train.py: ") and len(err.splitlines()) == 1, err
     assert sentence.replace("TMP", str(tmp_path)) in err
@@ -3834,9 +5347,10 @@ def pipe(tiny_folder):
 
 
 @pytest.fixture
-def sample_main(tiny_folder, tmp_path):
+def sample_main(tiny_folder, tmp_path, monkeypatch):
     """sample.main on the tiny folder, images to tmp_path (a later --ckpt or --out counts)."""
-    return lambda *args: sample.main(["--ckpt", tiny_folder, "--out", str(tmp_path), *map(str, args)])
+    monkeypatch.setattr(sample, "OUT", str(tmp_path))
+    return lambda *args: sample.main(["--ckpt", tiny_folder, *map(str, args)])
 
 
 # ---- sample.py: images ------------------------------------------------------------------------------------
@@ -4005,6 +5519,41 @@ def test_sample_answers_stream_and_batch(pipe, image_file):
     assert len(pieces) > 5 and "🙂" in text and "\ufffd" not in text
 
 
+ANSWER_SETTINGS = [                               # generation_config.json -> refused, or sampling
+    ({}, (0, 1, 1)), ({"do_sample": False, "temperature": 0.7, "top_k": 3}, (0, 1, 1)),
+    ({"do_sample": True}, (1, 1, 1)), ({"do_sample": True, "top_k": 1, "temperature": 0.1}, (0, 1, 1)),
+    ({"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.05}, (0.6, 0.9, 1.05)),
+    ({"do_sample": None, "num_beams": None, "max_new_tokens": 5, "transformers_version": "5"}, (0, 1, 1)),
+    ({"num_beams": 1, "typical_p": 1.0, "suppress_tokens": [], "use_cache": False}, (0, 1, 1)),
+    ({"num_beams": 4}, "num_beams = 4"), ({"no_repeat_ngram_size": 3}, "no_repeat_ngram_size"),
+    ({"suppress_tokens": [1]}, "suppress_tokens"), ({"bad_words_ids": [[1]]}, "bad_words_ids"),
+    ({"min_p": 0.1}, "min_p"), ({"forced_eos_token_id": 3}, "forced_eos"),
+    ({"min_new_tokens": 2}, "min_new"),
+    ({"stop_strings": ["a"]}, "stop_strings"), ({"guidance_scale": 2}, "guidance_scale"),
+    ({"do_sample": "yes"}, "do_sample must be true or false"), ({"temperature": -1}, "temperature = -1"),
+    ({"top_p": 1.5}, "top_p"), ({"top_k": 2.5}, "top_k must be a whole number"),
+    ({"repetition_penalty": 0}, "repetition_penalty = 0"), ([], "must hold a JSON object"),
+]
+
+
+@pytest.mark.parametrize("content, expected", ANSWER_SETTINGS)
+def test_sample_honours_or_refuses_generation_config(content, expected, tiny_folder, tmp_path):
+    """Answers are sampled as the folder says, unless told otherwise; what isn't implemented is named."""
+    shutil.copytree(tiny_folder, tmp_path / "m")
+    (tmp_path / "m" / "generation_config.json").write_text(json.dumps(content))
+    if isinstance(expected, str):
+        refuses(expected, lambda: sample.Pipeline(tmp_path / "m").answer(None, "Who?"))
+        return
+    pipe, calls = sample.Pipeline(tmp_path / "m"), []
+    pipe.model.generate_text = lambda *args, **options: calls.append((args, options)) or [torch.ones(1)]
+    pipe.answer(None, "Who?", temperature=None)
+    (*_, temperature, top_p, penalty, _), options = calls[0]
+    greedy = temperature == 0 or options["top_k"] == 1
+    assert (0 if greedy else temperature, 1 if greedy else top_p, penalty) == expected
+    pipe.answer(None, "Who?", temperature=0.5)
+    assert calls[1][0][5:7] == (0.5, 1.0) and calls[1][1]["top_k"] == 0
+
+
 def test_sample_chat(sample_main, image_file, tmp_path, monkeypatch, capsys):
     """Turns see those before, or begin anew with a generated image; /edit takes the last one, /new none."""
     reply, generate = sample.Pipeline.reply, sample.Pipeline.images
@@ -4018,7 +5567,7 @@ def test_sample_chat(sample_main, image_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
     assert sample_main("--chat", "--max-new-tokens", 4) == 0
     out, err = capsys.readouterr()
-    mistakes = ("no image to edit yet", "the prompt is empty", "no command /dance", "cat.png.gif")
+    mistakes = ("no image to edit yet", "as in /image a red", "no command /dance", "cat.png.gif")
     assert all(part in err for part in mistakes) and str(tmp_path / "a-star-0.png") in out
     turns, images = zip(*(call.args[1:3] for call in reply.call_args_list))
     prompts, inputs = zip(*((call.args[1][0], call.kwargs["images"]) for call in generate.call_args_list))
@@ -4028,9 +5577,107 @@ def test_sample_chat(sample_main, image_file, tmp_path, monkeypatch, capsys):
     answers = [answer for _, answer in turns[2][:-1]]                       # to the first two questions
     assert turns[1][:-1] == [(hello, answers[0])] and out.startswith("\n".join(answers) + "\n")
     star, blue = (pixels_of(tmp_path / name) for name in ("a-star-0.png", "make-it-blue-1.png"))
-    assert prompts == ("a star", "make it blue", "grey", "") and inputs[0] is None
+    assert prompts == ("a star", "make it blue", "grey") and inputs[0] is None
     assert (np.asarray(inputs[1][0]) == star).all() and (np.asarray(inputs[2][0]) == pixels_of(cat)).all()
     assert (np.asarray(images[3][0][0]) == star).all() and (np.asarray(images[4][0][0]) == blue).all()
+
+
+class Talker:
+    """In place of a Pipeline: says what it was shown, or fails as `errors` says."""
+    device, dtype, model = torch.device("cpu"), torch.float32, SimpleNamespace(visual=1)
+
+    def __init__(self, errors=()):
+        self.errors = itertools.cycle([None, *errors])
+
+    def reply(self, turns, images, *_, **__):
+        error = next(self.errors)
+        if error:
+            raise error
+        assert len(turns) == len(images) and turns[-1][0].encode()
+        return str([[image.size for image in turn] for turn in images])
+
+
+CHAT_LINES = {  # a line, as bytes -> what is said about it; None: it is answered
+    b"@IMAGE what?": None, b'@"SPACED" and @IMAGE ?': None, b"a\0b \x1b[31m": None, b"@": None,
+    b"mail@x.org": None, b"\xef\xbb\xbfhello": None,
+    b"\xff\xfe": "UTF-8", b"/image \xc3": "UTF-8", b"@\xff.png": "UTF-8", b"@NONE.png": "No such file",
+    b"@/": "can't be read", b"@/dev/zero": "can't be read", b"@http://x.org/a.png": "web address",
+    b'@""': "can't be read", b"@a\0b": "can't be read", b"/image": "as in /image",
+    b"/image   \t": "as in /image", b"\xef\xbb\xbf/image": "as in /image",
+    b"/edit": "as in /edit", b"/": "no command", b"/new/": "no command", b"/etc/passwd": "no command",
+    b"x" * 300_000: "less than 100,000", b"@IMAGE " * 17: "at most 16 images"}
+
+
+@pytest.mark.parametrize("line", CHAT_LINES)
+def test_sample_chat_survives_any_line(line, sample_main, image_file, tmp_path, monkeypatch, capsys):
+    """It costs a line; the one after it is answered as if nothing had been."""
+    spaced = shutil.copy(image_file, tmp_path / "my cat.png")
+    image = shutil.copy(image_file, tmp_path / "cat.png")
+    monkeypatch.setattr(sample, "print_reply", lambda pipe, args, *talk: print(Talker().reply(*talk)))
+    sent = line.replace(b"IMAGE", str(image).encode()).replace(b"SPACED", str(spaced).encode())
+    sent = sent.replace(b"NONE", str(tmp_path / "none").encode()) + b"\n \nand now?"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(sent), "utf-8"))
+    assert sample_main("--chat") == 0
+    out, err = capsys.readouterr()
+    answers, said = out.splitlines(), err.partition("stops an answer\n")[2].replace("> ", "").splitlines()
+    if CHAT_LINES[line] is None:
+        assert not said and len(answers) == 2 and len(ast.literal_eval(answers[1])) == 2
+        assert sum(map(len, ast.literal_eval(answers[1]))) == line.count(b"IMAGE") + line.count(b"SPACED")
+    else:
+        assert len(said) == 1 and CHAT_LINES[line] in said[0] and answers == ["[[]]"], said
+
+
+def test_sample_chat_survives_failures(tiny_folder, sample_main, monkeypatch, capsys):
+    """Of the model, of memory; Ctrl-C stops an answer, and between answers the chat; no stdin ends it."""
+    talker = Talker([RuntimeError("CUDA error"), MemoryError("x"), OSError("disk"), KeyboardInterrupt(),
+                     KeyError("k")])
+    monkeypatch.setattr(sample, "print_reply", lambda pipe, args, *talk: print(talker.reply(*talk)))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n" * 7))
+    assert sample_main("--chat") == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == ["[[]]", "[[], []]"] and err.count("(stopped)") == 1 and "CUDA error" in err
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(readline=Mock(side_effect=KeyboardInterrupt)))
+    assert sample_main("--chat") == 130
+    monkeypatch.setattr(sys, "stdin", None)
+    assert sample_main("--chat") == 0
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(readline=lambda most: "x" * most))    # /dev/zero
+    assert sample_main("--chat") == 2 and "has no lines" in capsys.readouterr().err
+    monkeypatch.undo()
+    _, args = sample.parse(["--chat", "--max-new-tokens", "9"])
+    conversation = sample.Chat(sample.Pipeline(tiny_folder), args)
+    conversation.pipe.config["max_position_embeddings"] = 300
+    conversation.read("hello")
+    refuses("begin a /new conversation", conversation.read, "red " * 300)
+    assert len(conversation.turns) == 1
+
+
+@pytest.mark.slow
+def test_sample_chat_lines_fuzzed(fuzz, image_file, tmp_path, monkeypatch, capsys):
+    """Random lines: an answer, an image, or a sentence; turns and their images stay together."""
+    monkeypatch.setattr(sample, "print_reply", lambda pipe, args, *talk: pipe.reply(*talk))
+    monkeypatch.setattr(sample, "draw", lambda pipe, args: sample.settings and image_file)
+    image = shutil.copy(image_file, tmp_path / "a.png")
+    pieces = ["/", "/image", "/edit", "/new", "@", '@"', '"', f"@{image}", " ", "\t", "\0", "\udcff", "red",
+              "é", "\u2028", "<|im_end|>", "@/dev/null", "@.", "@*", "{}", "%s", "\ufeff"]
+    conversation = sample.Chat(Talker([RuntimeError("x")]), sample.parse(["--chat"])[1])
+    for rng in fuzz():
+        try:
+            line = "".join(rng.choice(pieces, rng.integers(0, 9)))
+            conversation.read(line * int(rng.choice([1, 1, 1, 9000])))
+        except (ValueError, RuntimeError) as error:
+            assert sample.sentence(error)
+        assert len(conversation.turns) == len(conversation.images)
+        if len(conversation.turns) > 20:
+            conversation.restart()
+
+
+def test_sample_answers_depend_on_the_seed(sample_main, image_file, capsys):
+    """With --temperature: the same again with the same seed, something else with another."""
+    def say(*args):
+        assert sample_main("--image", image_file, "--temperature", 2, "--max-new-tokens", 12, *args) == 0
+        return capsys.readouterr().out
+    torch.manual_seed(5)
+    assert say() == say("--seed", 0) != say("--seed", 1)
 
 
 # ---- sample.py: captions ----------------------------------------------------------------------------------
@@ -4109,6 +5756,77 @@ def test_sample_captions_are_training_data(captioning, tmp_path, capsys):
     assert run("whole", "--instruction", "Say it.") == 2 and "made with" in capsys.readouterr().err
 
 
+LOG_LINES = {  # a line of captions.jsonl: is it taken?
+    b'{"image": "../in/00.png", "caption": "a"}': True, b'{"image": "../in/00.png", "skipped": "x"}': True,
+    b'{"image": "../in/00.png", "skipped": "empty caption", "short_caption": "a"}': True,
+    b"": False, b"\r": False, b"[]": False, b"null": False, b"\xff": False, b"{": False, b"[" * 3000: False,
+    b'{"image": 3, "caption": "a"}': False, b'{"image": "../in/00.png"}': False, b'{"caption": "a"}': False,
+    b'{"image": "../in/00.png", "caption": null}': False, b'{"image": "a.png", "caption": ["a"]}': False,
+    b'{"image": "a.png", "caption": "\\ud800"}': False, b'{"image": "/etc/passwd", "skipped": ""}': False,
+    b'{"image": "../in/00.png", "skipped": NaN}': False, b'{"image": "a.png", "caption": 1e999}': False}
+
+
+@pytest.mark.parametrize("line", LOG_LINES)
+def test_sample_captions_read_their_log(line, captioning, tmp_path, capsys):
+    """A line that isn't theirs is named, and everything stays as it was."""
+    run, log = captioning[2], tmp_path / "out" / "captions.jsonl"
+    log.parent.mkdir()
+    log.write_bytes(b'{"image": "../in/01.jpg", "caption": "first"}\n' + line + b'\n{"image": "../in/0')
+    before = log.read_bytes()
+    assert run("out") == (0 if LOG_LINES[line] else 2)
+    err = capsys.readouterr().err
+    assert LOG_LINES[line] or (f"line 2 of {log}" in err and log.read_bytes() == before), err
+
+
+def test_sample_captions_of_any_folder(captioning, tmp_path, monkeypatch, capsys):
+    """Hidden files are left alone, others counted by suffix; names that aren't UTF-8; what vanishes
+    meanwhile is left out; settings that were changed; one process at a time; a pattern."""
+    names, asked, run = captioning
+    images, out = tmp_path / "in", tmp_path / "out"
+    for name in ("._00.png", ".ipynb_checkpoints/00.png", "a.HEIC", "b.gif", "c.gif", "d.txt", "e", "f.PNG"):
+        (images / name).parent.mkdir(exist_ok=True)
+        (images / name).write_bytes(b"x")
+    (images / "g.png").mkdir()
+    os.mkfifo(images / "h.png")
+    (images / "i.png").symlink_to("nowhere")
+    shutil.copy(images / "00.png", os.fsencode(images) + b"/\xff.png")
+    assert run("out") == 0
+    said = capsys.readouterr().err
+    for part in ("12 images", "2 not an image", "1 too narrow", "2 .gif", "1 .heic", "1 without suffix",
+                 "2 no image"):
+        assert part in said, said
+    assert ".txt" not in said and len((out / "captions.jsonl").read_bytes().splitlines()) == 17
+    (images / "10.png").unlink()
+    (out / "00002.tar").unlink()
+    assert run("out") == 0 and not asked.clear() and "10.png: No such file" in capsys.readouterr().err
+    assert len(captions_in(out / "*.tar")) == 11
+    with open(out / "captions.jsonl", "rb") as log:
+        sample.lock(log)
+        assert run("out") == 2 and "another process" in capsys.readouterr().err
+    for flag in (["--top-p", 0.5, "--temperature", 1], ["--max-pixels", 900], ["--repetition-penalty", 2]):
+        assert run("out", *flag) == 2 and "made with" in capsys.readouterr().err
+    for content in (b"[]", b"\xff", b"{", b'{"temperature": NaN}', b'{"temperature": "0"}', b'{"x": 1}'):
+        (out / "captions.json").write_bytes(content)
+        assert run("out") == 2 and str(out) in capsys.readouterr().err
+    assert run("new", "--caption", tmp_path / "i*" / "0[0-3].*") == 0
+    assert "4 images" in capsys.readouterr().err
+    assert run("empty", "--caption", images / "*.gif") == 2 and "but 2 .gif" in capsys.readouterr().err
+    assert not asked.clear() and not (tmp_path / "empty").exists()
+
+
+def test_sample_captions_sampled_however_often_killed(sample_main, tmp_path):
+    """With --temperature, too, an image's caption depends on the seed, not on where the run was cut."""
+    images, out = write_noise_images(tmp_path / "in", [f"{i:02d}.png" for i in range(5)]), tmp_path / "out"
+    command = ["--caption", images, "--max-new-tokens", 8, "--temperature", 1, "--out", out]
+    log = out / "captions.jsonl"
+    assert sample_main(*command) == 0
+    files, lines = files_in(out), log.read_bytes().splitlines(True)
+    log.write_bytes(b"".join(lines[:2]))
+    assert sample_main(*command) == 0 and files_in(out) == files
+    assert sample_main(*command, "--out", tmp_path / "other", "--seed", 9) == 0
+    assert files_in(tmp_path / "other")["captions.jsonl"] != files["captions.jsonl"]
+
+
 def test_sample_captions_of_a_model(sample_main, tmp_path):
     """What a model says doesn't depend on where its run was cut."""
     images, out = write_noise_images(tmp_path / "in", [f"{i:02d}.png" for i in range(40)]), tmp_path / "out"
@@ -4123,19 +5841,26 @@ def test_sample_captions_of_a_model(sample_main, tmp_path):
 
 # ---- sample.py: mistakes and machines ---------------------------------------------------------------------
 CASES = {  # command line: what the sentence names
-    "": "say what to do", "--prompt ' '": "prompt is empty", "--prompt a --n 0": "--n must be at least 1",
-    "--prompt a --steps 0": "--steps must be", "--prompt a --decoder-steps -3": "--decoder-steps must be",
-    "--prompt a --cfg -1": "--cfg can't", "--prompt a --decoder-cfg nan": "--decoder-cfg can't",
-    "--prompt a --seed -1": "seeds must", "--prompt a --n many": "invalid int", "--x 1": "unrecognized",
-    "--prompt a --reconstruct": "--reconstruct needs", "--prompt a --steps-strip --n 2": "--n is for",
-    "--prompt a --image IMAGE --reconstruct": "takes no --prompt", "--export onnx TMP/x": "not onnx",
-    "--prompt a --image IMAGE --draw --best-of 2": "--best-of is for", "--caption TMP/no": "no image",
+    "": "say what to do", "--prompt ' '": "prompt is empty", "--image ''": "--image is empty",
+    "--prompt a --n 0": "--n: 0 isn't", "--x 1": "unrecognized", "--prompt a --o x": "unrecognized",
+    "--prompt a --reconstruct": "--reconstruct needs", "--export onnx TMP/x": "not onnx",
+    "--prompt a --draw": "--draw needs", "--image IMAGE --draw": "--draw needs", "--draw": "say what to do",
+    "--caption TMP/no": "no image", "--caption 'TMP/*.gif'": "no image", "--caption TMP/out.gif": "no image",
     "--prompt a --offload --compile": "leave out --offload", "--prompt a --dtype float7": "no dtype",
-    "--image IMAGE --reconstruct --size 32": "--size is for", "--image TMP/none.png": "No such file",
-    "--image TMP/text.png": "can't be read as an image", "--prompt a --device toaster": "no device called",
+    "--image TMP/none.png": "No such file", "--image TMP": "can't be read as an image",
+    "--image TMP/text.png": "can't be read as an image", "--image https://x.org/a.png": "a web address",
+    "--prompt a --device toaster": "no device called", "--prompt a --device cuda:99": "no device 'cuda:99'",
     "--prompt a --device cuda": "no device 'cuda'", "--prompt a --device mps": "no device 'mps'",
-    "--caption TMP --prompt a": "--caption takes no --prompt",
-    "--prompt a --ckpt TMP/nowhere": "no model in", "--prompt a --out TMP/text.png": "exists"}
+    "--prompt a --device meta": "the device 'meta'", "--dry-run --device meta": "the device 'meta'",
+    "--prompt a --device vulkan": "the device 'vulkan'", "--prompt a --device cpu:x": "no device called",
+    "--prompt a --size 72": "between 16 and 64", "--prompt a --size 8": "between 16 and 64",
+    "--chat --size 30": "multiples of 4", "--prompt a --seed 999999999 --n 2": "above 999999999",
+    "--prompt a --seed 9999999 --best-of 101": "above 999999999", "--prompt a\udcff": "isn't UTF-8",
+    "--image IMAGE --min-pixels 9 --max-pixels 8": "is above", "--image IMAGE --temperature 1e-30": "say 0",
+    "--image IMAGE --max-new-tokens 40000": "shorten the answer", "--prompt": "expected one argument",
+    "--prompt a --ckpt TMP/nowhere": "no model in", "--prompt a --ckpt TMP/text.png": "no model in",
+    "--prompt a --out TMP/text.png": "is no folder", "--prompt a --out TMP/text.png/x": "Not a directory",
+    f"--prompt a --out TMP/{'x' * 300}": "too long", "--prompt a --eva TMP": "no diffusion-decoder"}
 SPOILT = {  # what the sentence names: what is done to a model folder (test_net_part.py has more)
     "it has no config.json": lambda folder: (folder / "config.json").unlink(),
     "no tokenizer.json": lambda folder: (folder / "tokenizer.json").unlink(),
@@ -4156,10 +5881,166 @@ def test_sample_mistakes_are_a_sentence(line, sentence, spoil, tiny_folder, imag
     (tmp_path / "text.png").write_text("not an image")
     spoil(folder := shutil.copytree(tiny_folder, tmp_path / "model"))
     words = [word.replace("IMAGE", image_file).replace("TMP", str(tmp_path)) for word in shlex.split(line)]
-    assert sample.main(["--ckpt", str(folder), "--out", str(tmp_path / "out"), *words]) == 2
+    monkeypatch.setattr(sample, "OUT", str(tmp_path / "out"))
+    assert sample.main(["--ckpt", str(folder), *words]) == 2
     out, err = capsys.readouterr()
     assert err.startswith("sample.py: ") and sentence in err and not out, err
     assert len(err.splitlines()) == 1 and len(err) < 900 and not (tmp_path / "out").exists()
+
+
+NUMBERS = {  # flag of a number: a command that reads it, values outside of its range, values in it
+    "n": ("--prompt a", "0 -1 10001 1.5 1e3", "1 10000"),
+    "seed": ("--prompt a", "-1 1000000000 0.5", "0 999999998"),
+    "best-of": ("--prompt a", "0 1001", "1 1000"),
+    "steps": ("--prompt a", "0 10001 1e9", "1 1000"), "decoder-steps": ("--prompt a", "0 -3 1001", "1 1000"),
+    "cfg": ("--prompt a", "-1 1001", "0 1 7.5 1e1"), "decoder-cfg": ("--prompt a", "-0.1 1e9", "0 3"),
+    "size": ("--prompt a", "0 7 1000000000 64x64", "8 1024 8192"),
+    "max-new-tokens": ("--chat", "0 -5 9999999999 1e3", "1 40000"),
+    "temperature": ("--chat", "-0.1 101", "0 0.001 1"),
+    "top-p": ("--chat --temperature 1", "0 -1 1.01", "1e-9 0.5 1"),
+    "repetition-penalty": ("--chat", "0 -1 1e-300 101", "0.5 1 1.3"),
+    "min-pixels": ("--chat", "0 -1 1000000000 9.5", "1 3136"),
+    "max-pixels": ("--chat", "0 1000000000", "1 12845056")}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_sample_numbers_have_ranges(name):
+    """Nothing that is no number, or outside of its range, gets past the command line; the flag is named."""
+    line, wrong, right = NUMBERS[name]
+    nonsense = ["", " ", "nan", "NaN", "inf", "-inf", "1e999", "0x10", "x", "1,5", "9" * 500]
+    for value in [*wrong.split(), *nonsense]:
+        refuses(f"--{name}: ", sample.parse, [*line.split(), f"--{name}={value}"])
+    for value in right.split():
+        _, args = sample.parse([*line.split(), f"--{name}={value}"])
+        assert getattr(args, name.replace("-", "_")) == float(value)
+    numbers = {name for name, value in vars(args).items() if type(value) in (int, float)}
+    assert {name.replace("_", "-") for name in numbers} <= NUMBERS.keys()
+
+
+IDLE = {  # command line: the flags that have no effect in it
+    "--prompt a --temperature 1": "--temperature", "--prompt a --top-p 0.5": "--top-p",
+    "--prompt a --instruction x": "--instruction", "--prompt a --max-new-tokens 5": "--max-new-tokens",
+    "--prompt a --repetition-penalty 1": "--repetition-penalty", "--prompt a --min-pixels 9": "--min-pixels",
+    "--prompt a --best-of 1 --max-pixels 9": "--max-pixels",
+    "--prompt a --image b --n 1": "--n",
+    "--prompt a --image b --seed 3 --temperature 0": "--seed", "--image b --cfg 1": "--cfg",
+    "--image b --top-p 1": "--top-p", "--image b --compile": "--compile", "--image b --eva c": "--eva",
+    "--image b --out c": "--out", "--image b --short-instruction c": "--short-instruction",
+    "--image b --size 64 --steps 3": "--size, --steps", "--image b --steps-strip": "--steps-strip",
+    "--image b --no-upsample": "--upsample", "--image b --draw --prompt a --upsample": "--upsample",
+    "--image b --draw --prompt a --best-of 2": "--best-of",
+    "--image b --draw --prompt a --reconstruct": "--reconstruct",
+    "--image b --reconstruct --prompt a": "--prompt", "--image b --reconstruct --size 32": "--size",
+    "--image b --reconstruct --steps 9": "--steps", "--image b --reconstruct --n 2": "--n",
+    "--prompt a --steps-strip --n 2": "--n", "--prompt a --steps-strip --best-of 2": "--best-of",
+    "--chat --prompt a": "--prompt", "--chat --n 2": "--n", "--chat --best-of 2": "--best-of",
+    "--chat --top-p 0.5": "--top-p", "--chat --image b --caption c": "--caption, --image",
+    "--caption c --prompt a": "--prompt", "--caption c --seed 1 --temperature 0": "--seed",
+    "--caption c --cfg 2": "--cfg",
+    "--caption c --eva b": "--eva", "--caption c --draw": "--draw", "--export diffusers c --out d": "--out",
+    "--export diffusers c --offload": "--offload", "--export diffusers c --chat": "--chat",
+    "--dry-run --prompt a": "--prompt", "--dry-run --out b": "--out", "--dry-run --offload": "--offload",
+    "--dry-run --chat": "--chat", "--dry-run --seed 0": "--seed"}
+
+
+@pytest.mark.parametrize("line", IDLE)
+def test_sample_flags_without_effect_are_refused(line):
+    """By name, even at their defaults: who gives a flag means it."""
+    refuses(f"no effect .*leave out {IDLE[line]}$", sample.parse, line.split())
+
+
+def test_sample_reads_the_flags_of_its_commands(tiny_folder, monkeypatch):
+    """The table READS beside the code: what a command takes from args is in it, and nothing else is."""
+    names = set(vars(sample.parse(["--dry-run"])[1]))
+    assert set().union(*sample.READS.values()) == names
+    assert sample.READS.keys() == {*sample.COMMANDS, "dry-run"}
+    for line in (HERE / "README.md").read_text("utf-8").splitlines():       # what is promised is taken
+        if line.startswith("python sample.py"):
+            sample.parse(shlex.split(line, comments=True)[2:])
+    assert sample.parse(["--chat", "--temperature", "1", "--top-p", "0.5", "--seed", "3", "--size", "9"])
+    assert sample.parse(["--prompt", "a", "--best-of", "2", "--max-pixels", "9"])[0] == "draw"
+    refuses("no effect on the images of .* --decoder-steps", sample.check_model,
+            SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(latents=True), dit=1)),
+            sample.parse(["--prompt", "a", "--decoder-steps", "3"])[1])
+    refuses("no effect on the images of .* --steps, --cfg", sample.check_model,
+            SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(latents=False), dit=None)),
+            sample.parse(["--prompt", "a", "--cfg", "3", "--steps", "2"])[1])
+
+
+HOSTILE = ("", " ", "0", "1", "-1", "nan", "inf", "1e400", "9" * 400, "cpu", "meta", "cuda:99", "a\0b",
+           "\udcff", "../..", "/", "~", "*", "[", "{0..9}", ":-)" * 50, "a b", "-", "--", "--prompt", "=",
+           "0.5", "2", "64", "diffusers")
+
+
+@pytest.mark.slow
+def test_sample_command_lines_fuzzed(fuzz):
+    """Random flags with random values: a command, or a sentence."""
+    names = [name.replace("_", "-") for name in vars(sample.parse(["--dry-run"])[1])]
+    commands = set()
+    for rng in fuzz():
+        words = []
+        for name in rng.choice(names, rng.integers(1, 5), replace=False):
+            values = [str(value) for value in rng.choice(HOSTILE, rng.integers(0, 3))]
+            words += [f"--{name}={values[0]}", *values[1:]] if values and rng.random() < 0.5 else [
+                f"--{name}", *values]
+        try:
+            commands.add(sample.parse(words)[0])
+        except ValueError as error:
+            assert 5 < len(sample.sentence(error)) < 1500, words
+    assert len(commands) > 4
+
+
+@pytest.mark.parametrize("line", ["--prompt a", "--prompt a --steps-strip", "--image IMAGE --reconstruct",
+                                  "--chat", "--caption IMAGE", "--export diffusers"])
+def test_sample_finds_unwritable_folders_first(line, sample_main, image_file, tmp_path, monkeypatch, capsys):
+    """A file, a name that is too long, a link to nowhere, a full disk: before the work; nothing is left."""
+    for name in sample.COMMANDS:
+        monkeypatch.setitem(sample.COMMANDS, name, Mock(side_effect=AssertionError("worked")))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "at all")
+    words = [word.replace("IMAGE", image_file) for word in line.split()]
+    words += [] if "export" in line else ["--out"]
+    for name in ("file", "file/x", "y" * 300, "new/" + "y" * 300, "link"):
+        assert sample_main(*words, tmp_path / name) == 2 and not (tmp_path / "new").exists()
+        err = capsys.readouterr().err
+        assert len(err.splitlines()) == 1 and str(tmp_path / name) in err
+    full = OSError(errno.ENOSPC, "No space left on device", "x")
+    monkeypatch.setattr(sample.tempfile, "TemporaryFile", Mock(side_effect=full))
+    assert sample_main(*words, tmp_path / "a" / "b") == 2 and "No space left" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == ["file", "link"]
+
+
+def test_sample_names_and_notes_of_files(pipe, sample_main, image_file, tmp_path, capsys):
+    """Whatever the prompt, a file lies in the folder, whole; its note tells other settings apart."""
+    prompts = ("../../x", "/etc/passwd", "CON", "a\0\x1b[31m\n", "🙂🙂", "x" * 10_000, "𐌰" * 200,
+               "..", "\\ : * ?")
+    for prompt in prompts:
+        name = f"{sample.slug(prompt)}-0-to-99"
+        path = sample.save_image(torch.rand(3, 8, 8), tmp_path, name, {"a": prompt})
+        assert path.parent == tmp_path and path.is_file() and len(path.name.encode()) < 230
+        assert json.loads(sample.made_from(path)) == {"a": prompt}
+    assert [path.suffix for path in tmp_path.iterdir()] == [".png"] * len(prompts)      # nothing temporary
+    os.mkfifo(tmp_path / "a-0.png")
+    (tmp_path / "a-0-2.png").mkdir()
+    (tmp_path / "a-0-3.png").symlink_to("nowhere")
+    assert sample.save_image(torch.rand(3, 8, 8), tmp_path, "a-0", {}).name == "a-0-4.png"
+    refuses("no numbers", sample.save_image, torch.full((3, 8, 8), math.nan), tmp_path, "b", {})
+    lines = ([], ["--steps", 2], ["--dtype", "bf16"], ["--best-of", 2, "--min-pixels", 99], ["--best-of", 2])
+    notes = []
+    for line in lines:
+        capsys.readouterr()
+        assert sample_main("--prompt", "red", "--out", tmp_path / "notes", *line) == 0
+        notes.append(json.loads(sample.made_from(capsys.readouterr().out.strip())))
+    assert len({json.dumps(note) for note in notes}) == 5 and notes[2]["dtype"] == "bfloat16"
+    assert {"prompt", "seed", "ckpt", "device", *sample.OFFICIAL} <= notes[0].keys()
+
+
+def test_sample_warns_of_sizes_that_a_decoder_was_not_trained_at(sample_main, capsys):
+    for size, warned in ((None, False), (32, False), (64, True), (16, True)):
+        assert sample_main("--prompt", "a", "--steps", 1, *(["--size", size] if size else [])) == 0
+        out, err = capsys.readouterr()
+        assert pixels_of(out.strip()).shape == (size or 32, size or 32, 3)
+        assert ("trained on images of 32 x 32" in err) == warned
 
 
 def test_sample_ends_a_process(sample_main, tmp_path, monkeypatch, capsys):
