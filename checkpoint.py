@@ -100,8 +100,9 @@ def run_command(program, command):
 
 
 def sentence(error):
-    """What an exception says, for a person."""
-    text = "\n".join(line.rstrip() for line in str(error).splitlines() if line.strip())
+    """What an exception says, for a person; of long lines the beginning."""
+    lines = [line.rstrip() for line in str(error).splitlines() if line.strip()]
+    text = "\n".join(line if len(line) <= 1000 else f"{line[:1000]} ..." for line in lines)
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"                 # without Python's "[Errno 2]"
     if isinstance(error, torch.OutOfMemoryError):
@@ -118,7 +119,8 @@ def sentence(error):
 def open_file(path, buffering=-1):
     """A regular file, open for reading bytes.
 
-    Raises ValueError for a folder, and for a pipe or a device, which might never end; OSError as open.
+    Raises ValueError for a folder, for a pipe or a device, which might never end, and for a pointer that
+    git-lfs leaves where the file itself has not been downloaded; OSError as open.
     """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     handle = os.open(path, flags)                                    # a pipe without a writer would block
@@ -126,7 +128,16 @@ def open_file(path, buffering=-1):
     if not stat.S_ISREG(mode):
         os.close(handle)
         raise ValueError(f"{path} is a {'folder' if stat.S_ISDIR(mode) else 'pipe or device'}, not a file")
+    pointer = os.read(handle, len(GIT_LFS)) == GIT_LFS
+    os.lseek(handle, 0, os.SEEK_SET)
+    if pointer:
+        os.close(handle)
+        raise ValueError(f"{path} is only git-lfs's pointer to a file: run `git lfs pull` where it was "
+                         "cloned, or download it again")
     return os.fdopen(handle, "rb", buffering)
+
+
+GIT_LFS = b"version https://git-lfs.github.com/spec/"
 
 
 def read_file(path):
@@ -238,9 +249,6 @@ def require_settings(raw, fixed, where, needed=()):
             method = raw[name].get("quant_method") if isinstance(raw[name], dict) else None
             raise ValueError(f"{where} says that the weights are quantised ({method or name}): "
                              f"{UNQUANTISED}")
-    absent = [name for name in needed if name not in raw]
-    if absent:
-        raise ValueError(f"{where} lacks {', '.join(absent)}")
     other = []
     for name in fixed.keys() & raw.keys():
         value, choices = raw[name], fixed[name]
@@ -249,6 +257,9 @@ def require_settings(raw, fixed, where, needed=()):
             other.append(f"{name} = {value if isinstance(value, str) else json.dumps(value)}"[:80])
     if other:
         raise ValueError(f"{where} asks for {', '.join(sorted(other))}, which is not implemented")
+    absent = [name for name in needed if name not in raw]  # last: files of other classes lack much
+    if absent:
+        raise ValueError(f"{where} lacks {', '.join(absent)}")
 
 
 def one_of(value, choices):
@@ -376,8 +387,9 @@ def read_headers(folder):
     stored = {}
     for file in weight_files(Path(folder)):
         open_file(file).close()  # refuses pipes and folders
-        if file.suffix in FOREIGN:
-            raise ValueError(f"{file} is {FOREIGN[file.suffix]}, which isn't read: take a .safetensors file")
+        if file.suffix != ".safetensors":
+            raise ValueError(f"{file} is {FOREIGN.get(file.suffix, 'no file of weights')}, which isn't "
+                             "read: take a .safetensors file, or the folder that holds it")
         try:
             with safe_open(file, framework="pt") as f:
                 slices = {key: f.get_slice(key) for key in list(f.keys()) if not BUFFERS.search(key)}
@@ -408,7 +420,14 @@ def weight_files(folder):
     indexes = [f for f in indexes if variant(f) == best]
     if indexes:
         return shards_of(folder / INDEX if folder / INDEX in indexes else indexes[-1])
-    return [folder / WEIGHTS] if folder / WEIGHTS in files else files
+    if folder / WEIGHTS in files:
+        return [folder / WEIGHTS]
+    for file in files:  # shards without an index tell by their names how many they are
+        count = re.search(r"-of-(\d+)", file.name)
+        if count and sum(count[0] in other.name for other in files) < int(count[1]):
+            raise ValueError(f"{folder} doesn't hold all {int(count[1])} shards like {file.name}: download "
+                             "the others")
+    return files
 
 
 def variant(file):
@@ -555,7 +574,7 @@ def load_strict(build, tensors, source, device="cpu", dtype=torch.float32, layer
     if not tensors:
         raise ValueError(no_weights(source))
     odd = [t for name, t in tensors.items() if isinstance(t, Stored) and
-           (SCALES.search(name) or t.dtype in ("I8", "U8") or t.dtype.startswith(("F8", "F4", "F6")))]
+           (SCALES.search(name) or t.dtype in ("I8", "U8") or t.dtype[0] == "F" and t.dtype not in FLOATS)]
     if odd:
         raise ValueError(f"the weights in {source} are quantised ({odd[0].key}, {odd[0].dtype}): "
                          f"{UNQUANTISED}")

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from checkpoint import (
+    FLOATS,
     Interval,
     from_json,
     load_strict,
@@ -180,12 +181,12 @@ EVA_EXTRAS = ("norm.", "head.", "text.", "logit_scale", "mask_token")
 
 def fuse_biases(tensors, device, dtype):
     """{name: Stored} -> the same, but q_bias and v_bias of original EVA-CLIP files as one tensor, qkv.bias:
-    [q | 0 | v], as EVA-CLIP has no key bias."""
+    [q | 0 | v], as EVA-CLIP has no key bias. What doesn't fit stays, for load_strict to report."""
     fused = dict(tensors)
     for stem in [name.removesuffix("q_bias") for name in tensors if name.endswith("attn.q_bias")]:
-        if stem + "v_bias" in fused:  # else load_strict reports what is missing
-            q = read_tensor(fused.pop(stem + "q_bias"), device, dtype)
-            v = read_tensor(fused.pop(stem + "v_bias"), device, dtype)
+        q, v = fused[stem + "q_bias"], fused.get(stem + "v_bias")
+        if v and (q.shape, q.dtype) == (v.shape, v.dtype) and len(q.shape) == 1 and q.dtype in FLOATS:
+            q, v = (read_tensor(fused.pop(stem + name), device, dtype) for name in ("q_bias", "v_bias"))
             fused[stem + "qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
     return fused
 
@@ -208,10 +209,13 @@ def eva_config(folder, tensors):
     if "heads" not in ours and width % 112:
         raise ValueError(f"width {width} is no multiple of EVA-CLIP's 112 a head, and no config.json "
                          f"names the heads in {folder}")
-    pooling = str(config.get("gen_pooling", "early_pool2d_4"))
+    pooling = str(config.get("gen_pooling") or "early_pool2d_4")
     stride = re.fullmatch(r"early_pool2d_([1-9]\d{0,2})", pooling)
     if stride is None:
         raise ValueError(f"{path} asks for gen_pooling = {pooling[:60]}; only early_pool2d_N is implemented")
+    if "n_query" not in ours and grid % int(stride[1]):
+        raise ValueError(f"{where} makes {grid} x {grid} tokens, which gen_pooling = {pooling} can't pool "
+                         f"evenly: {path or 'a config.json'} must name another one")
     defaults = {"heads": width // 112, "n_query": (grid // int(stride[1])) ** 2}
     named = {name: ours[name] for name in defaults if name in ours}
     return from_json(EvaConfig, defaults | named | found, f"{path}: nano_blip3o.clip" if named else where)

@@ -1164,6 +1164,11 @@ class ChatFormat(NamedTuple):
     after: str = ""
     system_prefix: str = ""          # what the template writes before a system message
 
+    @property
+    def control(self):
+        """Its control tokens."""
+        return {name for name in (self.begin, self.start, self.role_end, self.end) if name}
+
 
 CHATML = ChatFormat(None, "<|im_start|>", None, "\n", "<|im_end|>", "\n")
 LLAMA_3 = ChatFormat("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "\n\n", "<|eot_id|>")
@@ -1188,9 +1193,9 @@ class Tokenizer:
     """Text <-> ids by a `tokenizer.json`, of Qwen2's form or another, at any vocabulary size.
 
     Text typed by a user never becomes a control token: `<|im_end|>` in a prompt is tokenized as plain
-    characters, whatever tokenizer.json says of it.
+    characters, whatever tokenizer.json says of it; so is everything that it calls special.
 
-    special   {control token: id, None if there is none}
+    special   {control token: id, None if there is none}, without what stands for unknown characters
     n_text    the number of tokens without BLIP3-o's three; vocab_size: with them
     format    the ChatFormat, None if it is none that is known here
     pad_id    what fills rows up; any id does, for it is masked
@@ -1202,9 +1207,13 @@ class Tokenizer:
         self.bpe.no_truncation()                                     # callers decide, as in transformers
         self.bpe.no_padding()
         ids = bpe.get_vocab()
-        self.format = next((f for mark, f in (("<|im_start|>", CHATML), ("<|eom_id|>", LLAMA_3_1),
-                                              ("<|start_header_id|>", LLAMA_3)) if mark in ids), None)
-        names = [*SPECIAL, *(name for name in self.format or () if name and name in ids)]
+        self.format = next((f for f, mark in ((CHATML, "<|im_start|>"), (LLAMA_3_1, "<|eom_id|>"),
+                                              (LLAMA_3, "<|eot_id|>")) if f.control | {mark} <= ids.keys()), None)
+        with library_errors("this tokenizer can't read text"):
+            unknown = bpe.encode("\ufdd0", add_special_tokens=False).ids
+        own = {token.content for i, token in bpe.get_added_tokens_decoder().items()
+               if token.special and token.content and i not in unknown}
+        names = list(dict.fromkeys((*SPECIAL, *sorted(own | (self.format.control if self.format else set())))))
         self.special = {name: ids.get(name) for name in names}
         if self.special["[IMG]"] is None:  # a plain language model's: BLIP3-o adds three
             n = max(ids.values(), default=-1) + 1
@@ -1223,7 +1232,8 @@ class Tokenizer:
         """Reads folder/tokenizer.json; ValueError if it isn't there or isn't a tokenizer."""
         file = Path(folder) / "tokenizer.json"
         if not file.exists():
-            raise ValueError(f"there is no tokenizer.json in {folder}")
+            raise ValueError(f"there is no tokenizer.json in {folder}: take the model's, or make one of its "
+                             "other files (transformers: AutoTokenizer.from_pretrained, save_pretrained)")
         content = read_file(file)
         parse_json(content, file)                                    # the library may crash on odd JSON
         with library_errors(f"{file} isn't a tokenizer"):
@@ -1273,8 +1283,9 @@ def chat_ids(tokenizer, turns, image_tokens=(), system=SYSTEM):
     """
     f, encode, control = tokenizer.format, tokenizer.encode, tokenizer.control
     if f is None:
-        raise ValueError(f"tokenizer.json has neither {CHATML.start} nor {LLAMA_3.start}: conversations and "
-                         "prompts are written in ChatML or in Llama-3's format only")
+        raise ValueError("tokenizer.json has the control tokens neither of ChatML (<|im_start|> <|im_end|>) "
+                         "nor of Llama-3's format (<|start_header_id|> ...): conversations and prompts are "
+                         "written in these only")
 
     def opening(role, text):
         if f.role_end is None:
@@ -1411,11 +1422,12 @@ def read_pixel_limits(folder, patch=14, merge=2):
            if value is not None}
     require_settings(raw, {**PIXEL_SETTINGS, "patch_size": (patch,), "merge_size": (merge,)}, file)
     size = typed(raw.get("size", {}), dict, None, f"{file}: size")
-    limits = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
-    limits |= {name: raw[name] for name in limits if name in raw}    # these win, as in transformers
-    limits = {name: typed(value, int, COUNT, f"{file}: {name}")
-              for name, value in limits.items() if value is not None}
-    if set(size) - {"shortest_edge", "longest_edge"}:
+    names = {"min_pixels": "min_pixels", "shortest_edge": "min_pixels", "max_pixels": "max_pixels",
+             "longest_edge": "max_pixels"}                           # under "size", in the order of versions
+    limits = {names[name]: size[name] for name in names if size.get(name) is not None}
+    limits |= {name: raw[name] for name in names.values() if name in raw}  # these win, as in transformers
+    limits = {name: typed(value, int, COUNT, f"{file}: {name}") for name, value in limits.items()}
+    if size.keys() - names:
         raise ValueError(f"{file} has the size {size}: only shortest_edge and longest_edge are implemented")
     if limits.get("min_pixels", 0) > limits.get("max_pixels", math.inf):
         raise ValueError(f"{file} has min_pixels {limits['min_pixels']} above max_pixels "

@@ -843,7 +843,8 @@ class BLIP3o(nn.Module):
             name, part = our_name(key), component(key)
             # Some tied checkpoints store the head too, a copy of the embeddings.
             extra = name is None or key == "lm_head.weight" and config.text.tie_word_embeddings
-            if not extra and (part in parts or part == "other"):  # load_strict reports unknown keys
+            # load_strict reports the keys that config.json doesn't know.
+            if not extra and (part in parts or part not in config.parts):
                 tensors[name] = tensor
         layers = {"visual": ("visual.blocks.", config.vision and config.vision.depth),
                   "llm": ("llm.layers.", config.text.num_hidden_layers),
