@@ -13,6 +13,7 @@ Whatever a person brings, a flag, a JSON file or a folder, is checked here by on
 mistake is a ValueError of one sentence, which `run_command` prints.
 """
 import argparse
+import itertools
 import json
 import math
 import os
@@ -30,6 +31,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -252,8 +254,8 @@ def require_settings(raw, fixed, where, needed=()):
     other = []
     for name in fixed.keys() & raw.keys():
         value, choices = raw[name], fixed[name]
-        items = value if isinstance(value, list) and value else [value]
-        if not one_of(value, choices) and not all(one_of(item, choices) for item in items):
+        throughout = isinstance(value, list) and value and all(is_one_of(item, choices) for item in value)
+        if not throughout and not is_one_of(value, choices):
             other.append(f"{name} = {value if isinstance(value, str) else json.dumps(value)}"[:80])
     if other:
         raise ValueError(f"{where} asks for {', '.join(sorted(other))}, which is not implemented")
@@ -262,18 +264,16 @@ def require_settings(raw, fixed, where, needed=()):
         raise ValueError(f"{where} lacks {', '.join(absent)}")
 
 
-def one_of(value, choices):
-    """Is a JSON value one of the choices?"""
-    return any(same_setting(value, choice) for choice in choices)
-
-
-def same_setting(a, b):
-    """Are two JSON values the same setting? Numbers may differ in their last digits."""
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(same_setting, a, b))
-    if type(a) in (int, float) and type(b) in (int, float):
-        return math.isclose(a, b, rel_tol=1e-6)
-    return type(a) is type(b) and a == b
+def is_one_of(value, choices):
+    """Is a JSON value one of the choices? Numbers may differ in their last digits."""
+    if isinstance(value, list):
+        return any(isinstance(choice, list) and len(choice) == len(value)
+                   and all(is_one_of(item, [other]) for item, other in zip(value, choice))
+                   for choice in choices)
+    if type(value) in (int, float):
+        return any(type(choice) in (int, float) and math.isclose(value, choice, rel_tol=1e-6)
+                   for choice in choices)
+    return any(type(value) is type(choice) and value == choice for choice in choices)
 
 
 UNQUANTISED = "take the original model, whose weights are bf16, fp16 or fp32"
@@ -563,13 +563,15 @@ def folder_parts(folder):
 
 # ---- strict loading ---------------------------------------------------------------------------------------
 
-def load_strict(build, tensors, source, device="cpu", dtype=torch.float32, layers=None):
+MOST_TENSORS = 20_000  # of one model; the largest known here has 2,000
+
+
+def load_strict(build, tensors, source, device="cpu", dtype=torch.float32):
     """build() with weights from tensors {parameter name: Stored or Tensor}, in eval mode.
 
     The module is built on "meta" and the tensors are assigned, so that they exist once. Raises ValueError
     before anything is read, unless names and shapes match exactly; `source` names their origin in its
-    message. layers {prefix: number}: those that the settings name; unless there are as many tensors
-    `prefix`N.*, nothing is even built. On device "meta" nothing is read.
+    message. A module of more than MOST_TENSORS isn't built. On device "meta" nothing is read.
     """
     if not tensors:
         raise ValueError(no_weights(source))
@@ -578,17 +580,20 @@ def load_strict(build, tensors, source, device="cpu", dtype=torch.float32, layer
     if odd:
         raise ValueError(f"the weights in {source} are quantised ({odd[0].key}, {odd[0].dtype}): "
                          f"{UNQUANTISED}")
-    for prefix, count in (layers or {}).items():
-        stored = stored_layers(tensors, prefix)
-        if stored != count:
-            seen = "" if stored else f" ({', '.join(sorted(tensors)[:3])}, ...)"
-            raise ValueError(f"the settings of {source} name {count} layers {official_name(prefix)}*, its "
-                             f"weights hold {stored}{seen}")
+    registered = itertools.count(1)
+
+    def limit(*_):
+        if next(registered) > MOST_TENSORS:
+            raise ValueError(f"the settings of {source} make a model of more than {MOST_TENSORS} tensors, "
+                             f"its weights hold {len(tensors)}")
+    hook = register_module_parameter_registration_hook(limit)
     try:
         with torch.device("meta"):
             module = build()
     except (RuntimeError, OverflowError) as error:  # sizes whose product is no number of bytes
         raise ValueError(f"no model has the sizes that the settings of {source} name: {error}") from None
+    finally:
+        hook.remove()
     problems = misfits(module, tensors)
     if problems:
         raise ValueError(f"the weights in {source} don't fit {type(module).__name__}: {problems}")

@@ -160,8 +160,7 @@ class EvaClip(nn.Module):
         tensors = {key[len(prefix):]: tensor for key, tensor in stored.items() if key.startswith(prefix)}
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(EVA_EXTRAS)}
         config = eva_config(folder, tensors)
-        return load_strict(lambda: cls(config), fuse_biases(tensors, device, dtype), tower, device, dtype,
-                           {"blocks.": config.layers})
+        return load_strict(lambda: cls(config), fuse_biases(tensors, device, dtype), tower, device, dtype)
 
     def save_pretrained(self, folder, dtype=None):
         """Write gen_vision_tower/model.safetensors and the sizes into config.json, whose other keys stay."""
@@ -344,7 +343,8 @@ def read_config(path, cls, fixed):
         raw["attention_head_dim"] = raw["num_attention_heads"]
     levels = raw["block_out_channels"]
     levels = len(levels) if isinstance(levels, list) else 1
-    return from_json(cls, {f.name: as_levels(raw[f.name], f.default, levels) for f in fields(cls)}, path)
+    values = {f.name: as_levels(raw[f.name], f.default, levels) for f in fields(cls)}
+    return from_json(cls, values, path, most=2 ** 16)  # lists of so many layers still fit into memory
 
 
 def as_levels(value, default, levels):
@@ -510,11 +510,8 @@ class VAE(nn.Module):
         """Load from a model folder, its diffusion-decoder, or the VAE's own folder (diffusers layout)."""
         folder = part_folder(folder, "vae")
         config = read_config(folder / "config.json", VAEConfig, VAE_FIXED)
-        levels, n = len(config.block_out_channels), config.layers_per_block
-        layers = {"encoder.down_blocks.": levels, "encoder.down_blocks.0.resnets.": n,
-                  "decoder.up_blocks.": levels, "decoder.up_blocks.0.resnets.": n + 1}
         tensors = linear_attention(read_headers(folder))
-        return load_strict(lambda: cls(config), tensors, folder, device, dtype, layers)
+        return load_strict(lambda: cls(config), tensors, folder, device, dtype)
 
     def save_pretrained(self, folder, dtype=None):
         """Write config.json and weights into `folder` (the VAE's own), so that diffusers loads them."""
@@ -600,11 +597,6 @@ UNET_FIXED = {
     "mid_block_only_cross_attention": (None, False), "cross_attention_norm": (None,)}
 # Fields whose default in diffusers is another value than ours: they must be written out.
 NEEDED = {"use_linear_projection", "addition_embed_type", "beta_schedule", "timestep_spacing"}
-HARMLESS = {
-    "force_upcast": "the VAE always runs in fp32", "upcast_attention": "rounding in half precision only",
-    "dropout": "acts in training only", "num_attention_heads": "if given, it is read as attention_head_dim",
-    "addition_embed_type_num_heads": "of another addition_embed_type",
-    "sigma_min": "of karras, exponential and beta sigmas", "sigma_max": "the same"}
 
 
 def written(fixed, config):
@@ -737,16 +729,7 @@ class UNet(nn.Module):
         """Load from a model folder, its diffusion-decoder, or the UNet's own folder (diffusers layout)."""
         folder = part_folder(folder, "unet")
         config = read_config(folder / "config.json", UNetConfig, UNET_FIXED)
-        last = len(config.block_out_channels) - 1
-        layers = {"down_blocks.": last + 1, "up_blocks.": last + 1,
-                  "down_blocks.0.resnets.": config.layers_per_block}
-        for i, depth in enumerate(config.transformer_layers_per_block):
-            blocks = {f"down_blocks.{i}": config.down_block_types[i],
-                      f"up_blocks.{last - i}": config.up_block_types[last - i]}
-            layers |= {f"{block}.attentions.0.transformer_blocks.": depth
-                       for block, kind in blocks.items() if kind.startswith("CrossAttn")}
-        layers["mid_block.attentions.0.transformer_blocks."] = config.transformer_layers_per_block[last]
-        return load_strict(lambda: cls(config), read_headers(folder), folder, device, dtype, layers)
+        return load_strict(lambda: cls(config), read_headers(folder), folder, device, dtype)
 
     def save_pretrained(self, folder, dtype=None):
         """Write config.json and weights into `folder` (the UNet's own), so that diffusers loads them."""

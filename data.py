@@ -14,7 +14,7 @@ import os
 import re
 import sys
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
@@ -39,6 +39,7 @@ from checkpoint import (
     read_file,
     read_json,
     require_settings,
+    section,
     sentence,
     typed,
 )
@@ -54,10 +55,10 @@ MATCH = 'Does this image show "{}"? Answer yes or no.'
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json")      # of files with one JSON object for each sample
-OTHER_SUFFIXES = (".gif", ".avif", ".heic", ".heif", ".bmp", ".jfif", ".tif", ".tiff", ".jxl", ".jp2",
-                  ".svg", ".ppm", ".parquet", ".arrow", ".csv", ".tsv", ".gz", ".tgz", ".zip", ".zst")
+OTHER_SUFFIXES = tuple(".gif .avif .heic .heif .bmp .jfif .tif .tiff .jxl .jp2 .svg .ppm .parquet .arrow "
+                       ".csv .tsv .jsonl .ndjson .gz .tgz .zip .zst".split())
 # Reasons for skipping, counted while indexing: the suffixes are of files that might have been meant.
-LEFT_OUT = ("no caption", "no image", "link", "sparse", "hidden", *OTHER_SUFFIXES)
+LEFT_OUT = ("no caption", "no image", "link", "sparse", "hidden", "behind the end", *OTHER_SUFFIXES)
 INDEX_FOLDER = Path("runs/index")                     # where the index of the shards is kept
 INDEX_VERSION = 2                                     # of its files, and of what is in them
 MAX_UNREADABLE = 100                                  # broken samples in a row that end a run
@@ -194,27 +195,22 @@ def load_image(file, square=None):
     Raises BadSample with one sentence if the file isn't an image of FORMATS, is broken, or has more than
     MAX_PIXELS.
     """
-    if isinstance(file, (str, Path)):
-        try:
-            opened = open_file(file)
-        except (OSError, ValueError) as error:
-            raise BadSample("no image", f"{file} can't be read as an image: {sentence(error)}") from None
-        with opened:
-            return load_opened(opened, file, square)
-    return load_opened(file, "the image", square)
-
-
-def load_opened(file, name, square):
-    """`load_image` of a binary file object, called `name` in errors."""
+    is_path = isinstance(file, (str, Path))
+    name = file if is_path else "the image"
     try:
-        image = Image.open(file, formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise Image.DecompressionBombError(f"it has {image.width} x {image.height} pixels; "
-                                               f"{MAX_PIXELS // 2 ** 20} million are the most")
-        ImageOps.exif_transpose(image, in_place=True)
-        image.load()
-        image = to_rgb(image)
-        return image if square is None else crop_square(image, square)
+        opened = open_file(file) if is_path else nullcontext(file)
+    except (OSError, ValueError) as error:
+        raise BadSample("no image", f"{name} can't be read as an image: {sentence(error)}") from None
+    try:
+        with opened as content:
+            image = Image.open(content, formats=FORMATS)
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError(f"it has {image.width} x {image.height} pixels; "
+                                                   f"{MAX_PIXELS // 2 ** 20} million are the most")
+            ImageOps.exif_transpose(image, in_place=True)
+            image.load()
+            image = to_rgb(image)
+            return image if square is None else crop_square(image, square)
     except Exception as error:  # broken bytes make PIL raise half a dozen kinds
         causes = {UnidentifiedImageError: "not an image", Image.DecompressionBombError: "too many pixels"}
         cause = causes.get(type(error), "broken image")
@@ -241,6 +237,9 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
+ADDRESS = re.compile(r"(?i)([a-z][a-z0-9+.-]*://|pipe:|data:)")      # what can't be opened as a file
+
+
 @dataclass
 class Record:
     """What is read of a key.json; other fields may hold anything."""
@@ -248,6 +247,7 @@ class Record:
     captions: list[str | None] | None = None
     short_caption: str | None = None
     conversations: list[dict] | None = None
+    found = ()                                   # the names of all its fields
 
 
 @dataclass
@@ -260,8 +260,10 @@ def read_record(content, cls):
     """The JSON object in bytes (None: an empty one) as a Record or a Line; BadSample "broken JSON"."""
     try:
         # No parse_json: img2dataset writes NaN into fields that aren't read here.
-        record = {} if content is None else json.loads(content.decode("utf-8-sig"))
-        return from_json(cls, typed(record, dict, None, "the record"), "the record")
+        raw = {} if content is None else json.loads(content.decode("utf-8-sig"))
+        record = from_json(cls, typed(raw, dict, None, "the record"), "the record")
+        record.found = list(raw)
+        return record
     except (ValueError, RecursionError) as error:                    # a UnicodeError is a ValueError
         raise BadSample("broken JSON", f"this isn't JSON with captions: {error}") from None
 
@@ -272,6 +274,8 @@ def image_path(line, folder):
     names = line.image if isinstance(line.image, list) else [line.image] if line.image else []
     if len(names) > 1:
         raise BadSample("several images", f"the record has {len(names)} images; only one can be trained on")
+    if names and ADDRESS.match(names[0]):
+        raise BadSample("no image", f"the image is an address, {names[0]}: download it first")
     try:
         return path_below(folder, names[0], "image") if names else None
     except ValueError as error:
@@ -306,14 +310,17 @@ def read_texts(text, record):
         raise BadSample("conversation too long", f"it has more than {MAX_CONVERSATION} bytes of text")
     turns = list(zip(words[::2], words[1::2]))
     if roles != ["human", "gpt"] * len(turns) or not all(user and assistant for user, assistant in turns):
-        raise BadSample("broken conversation",
-                        "a conversation must alternate between human and gpt, and end with gpt")
+        raise BadSample("broken conversation", "a conversation must alternate between human and gpt, and "
+                        f"end with gpt; this one has {', '.join(roles[:9])}")
     texts = {"turns": turns} if turns else {}
     distinct = list(dict.fromkeys(filter(None, captions)))
     if distinct:
         texts |= {"caption": distinct[0], "captions": distinct}
     if not texts:
-        raise BadSample("empty caption" if captions else "no caption", "there is no caption")
+        if captions or not record.found:
+            raise BadSample("empty caption" if captions else "no caption", "there is no caption")
+        raise BadSample("no caption", f"the record has {', '.join(record.found[:9])}, but no caption, "
+                        "captions, short_caption or conversations")
     return texts
 
 
@@ -321,41 +328,30 @@ def read_texts(text, record):
 
 # Index row: offset and size of image, .txt and .json; offset -1 if absent.
 ABSENT = (-1, 0)
-JUNK = ("__MACOSX", "@eaDir")           # folders that systems make; others begin with a dot
+JUNK = ("__MACOSX", "@eaDir", "lost+found")           # folders that systems make; others begin with a dot
 
 # What files begin with that are given as shards and aren't any.
-FOREIGN = (
-    (b"\x1f\x8b", "compressed with gzip: unpack it (gunzip)"),
-    (b"BZh", "compressed with bzip2: unpack it (bunzip2)"),
-    (b"\xfd7zXZ", "compressed with xz: unpack it (unxz)"),
-    (b"\x28\xb5\x2f\xfd", "compressed with Zstandard: unpack it (unzstd)"),
-    (b"PK\x03\x04", "a zip archive: unpack it, and give the folder"),
-    (b"7z\xbc\xaf", "a 7z archive: unpack it, and give the folder"),
-    (b"Rar!", "a rar archive: unpack it, and give the folder"),
-    (b"PAR1", "a Parquet table: write its rows into tar shards or JSONL"),
-    (b"ARROW1", "an Arrow table: write its rows into tar shards or JSONL"),
-    (b"\xff\xff\xff\xff", "an Arrow table: write its rows into tar shards or JSONL"),
-    (b"\x89HDF", "an HDF5 file: write its entries into tar shards or JSONL"),
-    (b"\x93NUMPY", "a NumPy array: write its entries into tar shards or JSONL"),
-    (b"SQLite format 3", "a database: write its rows into tar shards or JSONL"),
-    (b"\xff\xfe", "text in UTF-16: save it as UTF-8"), (b"\xfe\xff", "text in UTF-16: save it as UTF-8"),
-    (b"\xff\xd8\xff", "an image: give its folder, or a JSONL file that names it"),
-    (b"\x89PNG", "an image: give its folder, or a JSONL file that names it"),
-    (b"{", "JSON: call it .jsonl if each line is an object"), (b"[", "JSON: call it .json"),
-    (b"version https://git-lfs", "a pointer of Git LFS, not the file itself: fetch it (git lfs pull)"),
-    (b"<", "a web page or XML, perhaps an error message in place of a download"),
-)
+FOREIGN = {
+    "compressed with gzip: unpack it (gunzip)": (b"\x1f\x8b",),
+    "compressed: unpack it": (b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf", b"Rar!"),
+    "a zip archive: unpack it, and give the folder": (b"PK\x03\x04",),
+    "a Parquet table: write its rows into tar shards or JSONL": (b"PAR1",),
+    "an Arrow table: write its rows into tar shards or JSONL": (b"ARROW1", b"\xff\xff\xff\xff"),
+    "text in UTF-16: save it as UTF-8": (b"\xff\xfe", b"\xfe\xff"),
+    "an image: give its folder, or a JSONL file that names it": (b"\xff\xd8\xff", b"\x89PNG"),
+    "JSON: call it .jsonl if each line is an object, .json if it is a list": (b"{", b"["),
+    "a pointer of Git LFS, not the file itself: fetch it (git lfs pull)": (b"version https://git-lfs",),
+    "a web page or XML, perhaps an error message in place of a download": (b"<",),
+}
 
 
 def foreign(path):
     """What a file is that can't be read as a shard, and what to do with it; None if that isn't known."""
     with open_file(path) as file:
         start = file.read(4096)
-    if not start:
-        return "empty"
     if path.suffix.lower() in (".csv", ".tsv"):
         return "a table: write its rows into tar shards or JSONL"
-    return next((what for magic, what in FOREIGN if start.lstrip().startswith(magic)), None)
+    return next((what for what, magic in FOREIGN.items() if start.lstrip().startswith(magic)), None)
 
 
 def holds_records(path):
@@ -387,31 +383,17 @@ def scan_records(path):
     """Rows of a JSONL file or a JSON list, whichever it is: a line or an entry is the sample's .json."""
     with open_file(path) as file:
         start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-        if start[:1] == b"[":
-            try:
-                places = list(list_entries(file))
-            except ValueError as error:
-                if path.suffix.lower() == ".json":
-                    raise ValueError(f"{path} isn't a JSON list of records: {error}") from None
-                places = list(lines(file))                           # a JSONL file's first line is broken
-        else:
-            what = foreign(path)
-            if start[:1] != b"{" and what not in (None, "empty"):
-                raise ValueError(f"{path} holds no JSON: it is {what}")
-            if path.suffix.lower() == ".json" and not is_object(start.partition(b"\n")[0]):
-                raise ValueError(f"{path} must hold a JSON list of records, or one record in each line")
-            places = list(lines(file))
-    return [(*ABSENT, *ABSENT, *place) for place in places], [0] * len(LEFT_OUT)
-
-
-def is_object(line):
-    """Does a line begin with a whole JSON object, or go on beyond what was read?"""
-    with suppress(RecursionError):
+        line, newline, _ = start.partition(b"\n")
+        what = foreign(path)
+        if start[:1] not in (b"{", b"[") and what:
+            raise ValueError(f"{path} holds no JSON: it is {what}")
+        if start[:1] == b"{" and newline and path.suffix.lower() == ".json" and line.strip()[-1:] != b"}":
+            raise ValueError(f"{path} must hold a JSON list of records, or one record in each line")
         try:
-            return isinstance(json.JSONDecoder().raw_decode(line.decode("latin-1"))[0], dict)
-        except ValueError:
-            return len(line) > 4000
-    return True
+            places = list(list_entries(file) if start[:1] == b"[" else lines(file))
+        except ValueError as error:
+            raise ValueError(f"{path} isn't a JSON list of records: {error}") from None
+    return [(*ABSENT, *ABSENT, *place) for place in places], [0] * len(LEFT_OUT)
 
 
 def lines(file):
@@ -449,10 +431,9 @@ def list_entries(file):
         if text[at:at + 1] != "]":
             try:
                 _, end = decode(text, at)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{error.msg} at byte {start + error.pos}") from None
-            except RecursionError:
-                raise ValueError(f"it is nested too deeply at byte {start + at}") from None
+            except (json.JSONDecodeError, RecursionError) as error:
+                pos = getattr(error, "pos", at)
+                raise ValueError(f"{getattr(error, 'msg', 'too deep')} at byte {start + pos}") from None
             yield start + at, end - at
             at = SPACE.match(text, end).end()
         at += 1
@@ -464,16 +445,9 @@ def list_entries(file):
         raise ValueError(f"it goes on behind the list's end, at byte {start + at}")
 
 
-class Member(NamedTuple):
-    """A member of a tar. kind: "file", "sparse" (a file with holes), or "link" for what holds no bytes."""
-    name: str
-    kind: str
-    at: int                                      # where its bytes begin
-    size: int
-
-
 def tar_members(file, at=0):
-    """Yield the Members of an open tar (POSIX, GNU or PAX), from the header at byte `at` on.
+    """Yield (name, kind, (offset, size) of its bytes) of each member of an open tar (POSIX, GNU or PAX) from
+    the header at byte `at` on. kind: "file", "sparse" (a file with holes), or "link", which has no bytes.
 
     Not by tarfile, which takes a broken header for the end and follows a negative size backwards for ever.
     Raises ValueError for a header that is broken or claims more bytes than there are.
@@ -499,14 +473,15 @@ def tar_members(file, at=0):
         while kind == b"S" and block[more:more + 1].strip(b"\0"):    # GNU's map of holes goes on
             block, more, at = file.read(512), 504, at + 512
         if not 0 <= size <= (min(2 ** 20, length - at) if kind in b"LKxXg" else length - at):
-            raise ValueError(f"the header at byte {at - 512} claims {size} bytes; {length - at} follow")
+            raise ValueError(f"the header at byte {at - 512} claims {size} bytes, and {max(0, length - at)} "
+                             "follow: is the file complete?")
         if kind in b"LKxXg":
             extended |= extension(kind, file.read(size))
         else:
             sparse = kind == b"S" or any(key.startswith(b"GNU.sparse.") for key in extended)
             name = extended.get(b"GNU.sparse.name", extended.get(b"path", name))
             kind = "link" if kind not in b"07\0S" else "sparse" if sparse else "file"
-            yield Member(name.decode("utf-8", "surrogateescape"), kind, at, size)
+            yield name.decode("utf-8", "surrogateescape"), kind, (at, size)
             extended = {}
         at += -(-size // 512) * 512
 
@@ -537,33 +512,43 @@ def extension(kind, content):
     return fields
 
 
-def member_name(file, offset):
+def member_name(path, offset):
     """The full name of the member of a tar whose bytes begin at `offset`: long names stand in front of its
     header."""
-    for start in range(max(0, offset - 2 ** 16), offset, 512):
-        with suppress(ValueError, StopIteration):
-            member = next(tar_members(file, start))
-            if member.at == offset:
-                return member.name
+    with suppress(OSError, ValueError), open_file(path) as file:
+        for start in range(max(0, offset - 2 ** 16), offset, 512):
+            with suppress(ValueError, StopIteration):
+                name, _, (at, _) = next(tar_members(file, start))
+                if at == offset:
+                    return name
     return f"the member at byte {offset}"
 
 
 def scan_tar(path):
-    """Rows of a tar shard: images with texts of the same stem. Links are left out: they may lead outside."""
+    """Rows of a tar shard: images with texts of the same stem. Links are left out: they may lead outside.
+    So is what stands behind the end, where several tars were put together by `cat`."""
+    behind = []
     try:
         with open_file(path) as file:
             if not os.fstat(file.fileno()).st_size:
                 raise ValueError("it is empty")
             members = list(tar_members(file))
+            at, padding = file.tell(), file.read(2 ** 20)
+            at += (len(padding) - len(padding.lstrip(b"\0"))) // 512 * 512
+            with suppress(ValueError):                               # anything may follow there
+                behind.extend(tar_members(file, at))
     except ValueError as error:
-        why = f"it is {foreign(path)}" if foreign(path) else error
+        what = foreign(path)
+        why = f"it is {what}" if what else error
         raise ValueError(f"{path} isn't a readable tar shard: {why}") from None
-    return pair([(member.name, member.kind, (member.at, member.size)) for member in members], is_tar=True)
+    rows, left_out = pair(members, is_tar=True)
+    left_out[LEFT_OUT.index("behind the end")] = len(behind)
+    return rows, left_out
 
 
 def pair(files, is_tar):
-    """Rows of files [(name, kind of Member, (offset, size))], and how many are left out for each cause of
-    LEFT_OUT.
+    """Rows of files [(name, kind, (offset, size))], as of `tar_members`, and how many are left out for each
+    cause of LEFT_OUT.
 
     In a tar, the folder that holds all files may be hidden, and of images that differ in nothing but the
     suffix the last one counts, in a folder each.
@@ -599,21 +584,42 @@ def unfold(path, listings):
         raise ValueError(f"there is no shard or folder at {printable(path)}")
     if not path.is_dir():
         return [path]
-    files = listings[path] = sorted(path.rglob("*"))
+    files = listings[path] = sorted(files_below(path))
     return [path, *(file for file in files if file.suffix.lower() == ".tar" and file.is_file()
                     and not hidden(file.relative_to(path).as_posix()))]
+
+
+def files_below(folder):
+    """Yield the paths of all files below a folder, each real folder once; what links lead to comes last.
+    OSError for a folder that can't be read, unless it is hidden."""
+    def refuse(error):
+        if not hidden(os.path.relpath(error.filename, folder)):
+            raise error
+    def identity(path):
+        status = os.stat(path)
+        return status.st_dev, status.st_ino
+    starts, seen = [folder], set()
+    for start in starts:
+        for root, folders, names in () if identity(start) in seen else os.walk(start, onerror=refuse):
+            if identity(root) in seen:
+                folders.clear()
+                continue
+            seen.add(identity(root))
+            folders.sort()                                           # which of two links wins
+            paths = [os.path.join(root, name) for name in folders if not hidden(name)]
+            starts.extend(filter(os.path.islink, paths))
+            yield from (Path(root, name) for name in names)
 
 
 def scan_folder(path, names, files):
     """Like scan_shard, for a folder with these files: offsets and sizes point into `names`, to which the
     paths are appended."""
-    def store(k):
-        name, at = os.fsencode(files[k]), len(names)
+    members = []
+    for file in files:
+        name = os.fsencode(file)
+        members.append((file.relative_to(path).as_posix(), "file", (len(names), len(name))))
         names.extend(name)
-        return at, len(name)
-    rows, left_out = pair([(file.relative_to(path).as_posix(), "file", (k, 0))
-                           for k, file in enumerate(files)], is_tar=False)
-    rows = [[x for k in row[::2] for x in (ABSENT if k < 0 else store(k))] for row in rows]
+    rows, left_out = pair(members, is_tar=False)
     return np.array(rows, np.int64).reshape(-1, 6), np.array(left_out)
 
 
@@ -623,51 +629,35 @@ def file_lock(file):
 
     Best effort: without locks (Windows, a read-only disk) each builds its own; writes are atomic.
     """
-    lock = None
-    try:
-        import fcntl  # not on Windows
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(file.with_suffix(".lock"), "w")                  # noqa: SIM115
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    except (OSError, ImportError):
-        pass
-    try:
+    with ExitStack() as stack:
+        with suppress(OSError, ImportError):
+            import fcntl  # not on Windows
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(file.with_suffix(".lock"), "w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-    finally:
-        if lock:
-            lock.close()
 
 
-class ShardScan(torch.utils.data.Dataset):
-    """The shards to scan, as a dataset: DataLoader's processes divide the work."""
-
-    def __init__(self, paths):
-        self.paths = paths
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        """What `scan_shard` returns, or (None, the sentence that it raises)."""
-        try:
-            return scan_shard(self.paths[i])
-        except (ValueError, OSError) as error:
-            return None, sentence(error)
+def try_scan(path):
+    """What `scan_shard` returns, or (None, the sentence that it raises)."""
+    try:
+        return scan_shard(path)
+    except (ValueError, OSError) as error:
+        return None, sentence(error)
 
 
 def scan_shards(paths):
     """[(rows, left_out)] of many shards, by several processes where they are many."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     loader = torch.utils.data.DataLoader(
-        ShardScan(paths), batch_size=None, collate_fn=tuple,
+        paths, batch_size=None, collate_fn=try_scan,
         generator=torch.Generator(),  # its own: the run's noise stays as it is
         num_workers=min(16, cores) if cores > 1 and len(paths) > 100 else 0)
-    scans = []
-    for rows, left_out in tqdm(loader, desc="indexing shards", leave=False,
-                               disable=None if len(paths) > 20 else True):
-        if rows is None:
-            raise ValueError(left_out)
-        scans.append((rows, left_out))
+    quiet = None if len(paths) > 20 else True                        # None: where there is no terminal
+    scans = list(tqdm(loader, desc="indexing shards", leave=False, disable=quiet))
+    broken = [why for rows, why in scans if rows is None]
+    if broken:
+        raise ValueError(broken[0] + (f" ({len(broken) - 1} more can't be read)" if broken[1:] else ""))
     return scans
 
 
@@ -676,6 +666,7 @@ def load_index(file, count):
     broken, another's or of another version."""
     width = 3 + len(LEFT_OUT)
     try:
+        open_file(file).close()                                      # load_file would wait for a pipe
         stored = load_file(file)
         rows, shards = stored["rows"], stored["shards"]
         fits = (rows.dtype == shards.dtype == torch.int64 and rows.shape[1:] == (6,)
@@ -701,7 +692,7 @@ def index_shards(paths):
     memory once, not once a worker.
     """
     absolute_paths = "\n".join(map(os.path.abspath, paths))
-    file = INDEX_FOLDER / f"{hashlib.sha256(absolute_paths.encode()).hexdigest()[:16]}.safetensors"
+    file = INDEX_FOLDER / f"{hashlib.sha256(os.fsencode(absolute_paths)).hexdigest()[:16]}.safetensors"
     stamps = torch.tensor([(s.st_size, s.st_mtime_ns) for s in map(os.stat, paths)])  # (S, 2)
     with file_lock(file):
         rows, shards = load_index(file, len(paths))
@@ -770,7 +761,7 @@ class Shards:
         groups = [([file for path in paths for file in unfold(path, listings)], fraction)
                   for paths, fraction in self.weighted_groups(sources)]
         self.size, self.cache, self.orders = size, None, {}          # orders: see `index`
-        self.paths = [path for paths, _ in groups for path in paths]
+        self.paths, self.folders = [path for paths, _ in groups for path in paths], set(listings)
         files = [path for path in self.paths if path not in listings]
         rows, shards = index_shards(files) if files else torch.empty(2, 0, 6, dtype=torch.int64)
         indexed = zip(rows.split(shards[:, 2].tolist()), shards[:, 3:].numpy())
@@ -862,22 +853,21 @@ class Shards:
     def name(self, i):
         """Human-readable location of item i."""
         path, row, number = self.place(i)
-        if path.is_dir():
+        if path in self.folders:
             return printable(self.path_in_folder(row))
         if holds_records(path):
             return printable(f"{path}, sample {number + 1}")
-        with open_file(path) as file:
-            return printable(f"{path}: {member_name(file, row[0])}")
+        return printable(f"{path}: {member_name(path, row[0])}")
 
     def fingerprint(self):
         """A hash of all shards and images in folders: name, size and time of change."""
         digest = hashlib.sha256()
         for path, rows in zip(self.paths, self.rows):
-            files = map(self.path_in_folder, rows.tolist()) if path.is_dir() else [path]
+            files = map(self.path_in_folder, rows.tolist()) if path in self.folders else [path]
             for file in files:
                 stamp = os.stat(file)
-                digest.update(f"{Path(file).name} {stamp.st_size} {stamp.st_mtime_ns} ".encode())
-            digest.update(f"{path.name} {len(rows)}\n".encode())
+                digest.update(os.fsencode(f"{Path(file).name} {stamp.st_size} {stamp.st_mtime_ns} "))
+            digest.update(os.fsencode(f"{path.name} {len(rows)}\n"))
         return digest.hexdigest()[:16]
 
     def __getitem__(self, i):
@@ -898,27 +888,35 @@ class Shards:
         The image is None for a conversation without one, and with texts_only, where it isn't read.
         """
         path, row, _ = self.place(i)
-        is_folder = path.is_dir()
-        if texts_only:
-            row[0:2] = ABSENT
-        places = list(zip(row[::2], row[1::2]))
-        if is_folder:
-            image, text, record = (read_whole(self.path_in_folder(place), cause) if place != ABSENT else None
+        is_folder = path in self.folders
+        places = [ABSENT if texts_only else tuple(row[:2]), tuple(row[2:4]), tuple(row[4:])]
+        with nullcontext() if is_folder else opened(path, "no shard") as shard:
+            image, text, record = (None if place == ABSENT else read_at(shard, *place, cause) if shard
+                                   else read_whole(self.path_in_folder(place), cause)
                                    for place, cause in zip(places, MAX_BYTES))
-        else:
-            with open_file(path, 0) as file:
-                image, text, record = (read_at(file, *place, cause) if place != ABSENT else None
-                                       for place, cause in zip(places, MAX_BYTES))
         named = not is_folder and holds_records(path)
         record = read_record(record, Line if named else Record)
         texts, name = read_texts(text, record), image_path(record, path.parent) if named else None
         if named and name is None and "turns" not in texts:
-            raise BadSample("no image", 'the record has no "image", and no conversation')
+            raise BadSample("no image", f"the record has {', '.join(record.found[:9])}, but no image, and "
+                            "no conversations")
         if name is not None and not texts_only:
             image = read_whole(name, "image too large")
         if image == b"":
             raise BadSample("empty image", "the image has no bytes")
         return image, texts
+
+
+@contextmanager
+def opened(path, cause):
+    """A file, open for reading; where it can't be read, BadSample of that cause."""
+    try:
+        with open_file(path, 0) as file:
+            yield file
+    except BadSample:
+        raise
+    except (OSError, ValueError) as error:                           # ValueError: a pipe, a device, a folder
+        raise BadSample(cause, sentence(error)) from None
 
 
 def read_at(file, offset, size, cause):
@@ -935,16 +933,8 @@ def read_at(file, offset, size, cause):
 def read_whole(path, cause):
     """The bytes of a file; raises as `read_at`, and BadSample "no image" or "no caption" where it can't be
     read."""
-    try:
-        with open_file(path, 0) as file:
-            return read_at(file, 0, os.fstat(file.fileno()).st_size, cause)
-    except OSError as error:
-        why = sentence(error)
-    except BadSample:
-        raise
-    except ValueError as error:                                      # a pipe, a device or a folder
-        why = str(error)
-    raise BadSample("no image" if cause.startswith("image") else "no caption", why)
+    with opened(path, "no image" if cause == "image too large" else "no caption") as file:
+        return read_at(file, 0, os.fstat(file.fileno()).st_size, cause)
 
 
 # ---- --data ---------------------------------------------------------------------------------------------
@@ -983,6 +973,8 @@ def parse_sources(spec):
             part, fraction = split_fraction(",".join(pieces[:n]).strip())
             if not part:
                 raise ValueError(f"--data {spec!r} has an empty part: paths are separated by one comma each")
+            if ADDRESS.match(part):
+                raise ValueError(f"--data takes files on this machine: download {printable(part)} first")
             sources.append(([path for text in expand_braces(part) for path in find(text)], fraction))
         del pieces[:n]
     return sources
@@ -1003,30 +995,29 @@ def existing(name):
 def expand_braces(text):
     """As a shell does: a{1..3}b, a{001..100}b and a{x,y}b stand for several texts. ValueError if they are
     more than MAX_SHARDS."""
-    def expand(text):
-        for group in re.finditer(r"\{([^{}]*)\}", text):
-            options = brace_options(group[1])
-            if options is not None:
-                for option in options:
-                    yield from expand(text[:group.start()] + option + text[group.end():])
-                return
-        yield text
     texts = list(islice(expand(text), MAX_SHARDS + 1)) if text.count("{") <= 16 else [text]
     if len(texts) > MAX_SHARDS:
         raise ValueError(f"the braces of {printable(text)} stand for more than {MAX_SHARDS} paths")
     return list(dict.fromkeys(texts))
 
 
-def brace_options(inside):
-    """What a pair of braces stands for, lazily, or None if it is nothing but two characters."""
-    span = re.fullmatch(r"([0-9]{1,9})\.\.([0-9]{1,9})(?:\.\.([0-9]{1,9}))?", inside)
-    if span is None:
-        return inside.split(",") if "," in inside else None
-    first, last, step = int(span[1]), int(span[2]), max(1, int(span[3] or 1))
-    padded = any(number.startswith("0") and len(number) > 1 for number in span.group(1, 2))
-    width = max(map(len, span.group(1, 2))) if padded else 0
-    numbers = range(first, last + 1, step) if first <= last else range(first, last - 1, -step)
-    return (f"{number:0{width}d}" for number in numbers)
+def expand(text):
+    """Yield what the braces of a text stand for, the innermost first."""
+    number = "([0-9]{1,9})"
+    braces = re.search(rf"\{{(?:{number}\.\.{number}(?:\.\.{number})?|([^{{}}]*,[^{{}}]*))\}}", text)
+    if braces is None:
+        yield text
+        return
+    first, last, step, words = braces.groups()
+    if words is None:
+        sign = 1 if int(first) <= int(last) else -1
+        width = len(first) if first.startswith("0") else 0
+        numbers = range(int(first), int(last) + sign, sign * max(1, int(step or 1)))
+        options = (f"{n:0{width}d}" for n in numbers)
+    else:
+        options = words.split(",")
+    for option in options:
+        yield from expand(text[:braces.start()] + option + text[braces.end():])
 
 
 def find(pattern):
@@ -1155,7 +1146,7 @@ QWEN_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?
 
 class ChatFormat(NamedTuple):
     """How a conversation is written: [begin], then for each message start, role, [role_end], gap, text, end,
-    after. All but gap, after and system_prefix are control tokens."""
+    after."""
     begin: str | None
     start: str
     role_end: str | None
@@ -1163,19 +1154,20 @@ class ChatFormat(NamedTuple):
     end: str
     after: str = ""
     system_prefix: str = ""          # what the template writes before a system message
+    mark: str | None = None          # a token that only tokenizers of this format have
 
     @property
     def control(self):
-        """Its control tokens."""
-        return {name for name in (self.begin, self.start, self.role_end, self.end) if name}
+        """The control tokens that a tokenizer of this format has."""
+        return {name for name in (self.begin, self.start, self.role_end, self.end, self.mark) if name}
 
 
 CHATML = ChatFormat(None, "<|im_start|>", None, "\n", "<|im_end|>", "\n")
 LLAMA_3 = ChatFormat("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "\n\n", "<|eot_id|>")
-# Llama 3.1 and 3.2 have <|eom_id|>, and the template in their files states two dates; the second is today's
-# where the library knows it, else this one. A fixed date keeps answers reproducible.
+# The template in the files of Llama 3.1 and 3.2 states two dates; the second is today's where the library
+# knows it, else this one. A fixed date keeps answers reproducible.
 LLAMA_3_1 = LLAMA_3._replace(
-    system_prefix="Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n")
+    mark="<|eom_id|>", system_prefix="Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n")
 
 
 @contextmanager
@@ -1207,13 +1199,11 @@ class Tokenizer:
         self.bpe.no_truncation()                                     # callers decide, as in transformers
         self.bpe.no_padding()
         ids = bpe.get_vocab()
-        self.format = next((f for f, mark in ((CHATML, "<|im_start|>"), (LLAMA_3_1, "<|eom_id|>"),
-                                              (LLAMA_3, "<|eot_id|>")) if f.control | {mark} <= ids.keys()), None)
-        with library_errors("this tokenizer can't read text"):
-            unknown = bpe.encode("\ufdd0", add_special_tokens=False).ids
-        own = {token.content for i, token in bpe.get_added_tokens_decoder().items()
-               if token.special and token.content and i not in unknown}
-        names = list(dict.fromkeys((*SPECIAL, *sorted(own | (self.format.control if self.format else set())))))
+        self.format = next((f for f in (CHATML, LLAMA_3_1, LLAMA_3) if f.control <= ids.keys()), None)
+        unknown = bpe.encode("\ufdd0", add_special_tokens=False).ids  # no character: [UNK], bytes or nothing
+        own = [token.content for i, token in sorted(bpe.get_added_tokens_decoder().items())
+               if token.special and token.content and i not in unknown]
+        names = dict.fromkeys((*SPECIAL, *own, *(self.format.control if self.format else ())))
         self.special = {name: ids.get(name) for name in names}
         if self.special["[IMG]"] is None:  # a plain language model's: BLIP3-o adds three
             n = max(ids.values(), default=-1) + 1
@@ -1235,7 +1225,9 @@ class Tokenizer:
             raise ValueError(f"there is no tokenizer.json in {folder}: take the model's, or make one of its "
                              "other files (transformers: AutoTokenizer.from_pretrained, save_pretrained)")
         content = read_file(file)
-        parse_json(content, file)                                    # the library may crash on odd JSON
+        model = section(parse_json(content, file), "model", file)    # the library may crash on odd JSON
+        if model.get("dropout"):
+            raise ValueError(f"{file} asks for dropout, so that a text's tokens are random: take it out")
         with library_errors(f"{file} isn't a tokenizer"):
             return cls(Tokenizers.from_str(content.decode("utf-8-sig")))
 
@@ -1283,9 +1275,8 @@ def chat_ids(tokenizer, turns, image_tokens=(), system=SYSTEM):
     """
     f, encode, control = tokenizer.format, tokenizer.encode, tokenizer.control
     if f is None:
-        raise ValueError("tokenizer.json has the control tokens neither of ChatML (<|im_start|> <|im_end|>) "
-                         "nor of Llama-3's format (<|start_header_id|> ...): conversations and prompts are "
-                         "written in these only")
+        raise ValueError(f"tokenizer.json lacks {CHATML.end} or {LLAMA_3.end} and their companions: "
+                         "conversations and prompts are written in ChatML or in Llama-3's format only")
 
     def opening(role, text):
         if f.role_end is None:

@@ -146,7 +146,7 @@ NO_EFFECT = (
     ("alignment", "with --prompts", lambda a: a.prompts, "--novel --words"),
     ("alignment", "with --words", lambda a: a.words, "--novel --objects"),
     ("fid", "with --inception", lambda a: a.inception, "--ckpt --eva --dtype"),
-    ("compare", "with --votes", lambda a: a.votes, "FOLDERS --prompts --bench --seed"),
+    ("compare", "with --votes", lambda a: a.votes, "folders --prompts --bench --seed"),
     ("leakage", "without --prompts", lambda a: not a.prompts, "--bench"),
     ("leakage", "with --train", lambda a: a.train, "--n"),
     ("figure4 ablation", "in this study, which asks no questions", lambda a: True, "--n"),
@@ -204,20 +204,23 @@ def parse(argv):
         if module != "miniature.studies":
             add("--out", default="runs/eval", help="folder of the results")
     args = parser.parse_args(argv)
-    check(args, {word.partition("=")[0] for word in words if word.startswith("--")})
+    check(args)
     return args
 
 
-def check(args, given):
-    """Raise ValueError for flags that can't be meant together; `given`: those on the command line."""
-    given = given | {"FOLDERS"} if getattr(args, "folders", None) else given
+def check(args):
+    """Raise ValueError for flags that can't be meant together. One at its default changes nothing."""
+    given, values = set(), vars(args)
+    for (name, *_), options in COMMANDS[args.command][2]:
+        value = values[name.lstrip("-").replace("-", "_")]
+        if value not in (None, [], options.get("default", False)):
+            given.add(name)
     for commands, where, holds, useless in NO_EFFECT:
         if args.command in commands.split() and holds(args):
             for name in useless.split():
                 if name in given:
                     raise ValueError(f"{name} has no effect {where}")
-    values = vars(args)
-    if empty := [name for name, value in values.items() if value in ("", [""])]:
+    if empty := [name for name, value in values.items() if value in ("", [""], []) and name != "folders"]:
         raise ValueError(f"--{empty[0].replace('_', '-')} is empty")
     last = values.get("seed", 0) + (values.get("seeds") or 1)        # each has a million seeds of images
     if last * values.get("best_of", 1) > 1000:

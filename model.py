@@ -30,7 +30,6 @@ from torch import nn
 
 import checkpoint
 from checkpoint import (
-    INDEX,
     WEIGHTS,
     Interval,
     component,
@@ -828,7 +827,9 @@ class BLIP3o(nn.Module):
             raise ValueError(f"{folder} has no {' and no '.join(absent)}; it has "
                              f"{', '.join(sorted(config.parts))}")
 
-        head, embeddings = stored.get("lm_head.weight"), embeddings_of(stored)
+        head = stored.get("lm_head.weight")
+        named = {our_name(key): tensor for key, tensor in stored.items()}
+        embeddings = named.get("llm.embed_tokens.weight")
         if head and embeddings and config.text.tie_word_embeddings and "llm" in parts and device != "meta":
             config.text.tie_word_embeddings = same_tensor(head, embeddings)
 
@@ -846,11 +847,7 @@ class BLIP3o(nn.Module):
             # load_strict reports the keys that config.json doesn't know.
             if not extra and (part in parts or part not in config.parts):
                 tensors[name] = tensor
-        layers = {"visual": ("visual.blocks.", config.vision and config.vision.depth),
-                  "llm": ("llm.layers.", config.text.num_hidden_layers),
-                  "dit": ("dit.layers.", config.dit and config.dit.n_layers)}
-        layers = dict(layers[part] for part in parts & layers.keys())
-        return checkpoint.load_strict(build, tensors, folder, device, dtype, layers)
+        return checkpoint.load_strict(build, tensors, folder, device, dtype)
 
     def save_pretrained(self, folder, dtype=None):
         """Write model.safetensors and config.json in the official layout, each atomically.
@@ -860,8 +857,6 @@ class BLIP3o(nn.Module):
         holds shards, whose index would contradict the new file.
         """
         folder = Path(folder)
-        if (folder / INDEX).exists():
-            raise ValueError(f"{folder} holds a checkpoint in shards; save to another folder")
         tensors = {official_name(name): tensor.detach().to("cpu", dtype or tensor.dtype)
                    for name, tensor in self.state_dict().items()}
         stored_as = next(iter(tensors.values())).dtype
@@ -899,28 +894,14 @@ SAMPLING = {"steps": (int, Interval(1, 10_000)), "cfg": (float, Interval(0, 1000
             "decoder_steps": (int, Interval(1, 1000)), "decoder_cfg": (float, Interval(0, 1000)),
             "upsample": (bool, None)}  # under nano_blip3o.sampling: type and range
 
-# Every field that transformers' class of a model_type reads is one of these: CONSUMED, FIXED (to the values
-# for which this code computes the same) or HARMLESS. Fields that it doesn't read are ignored here, too.
-CONSUMED = {*(f.name for f in fields(TextConfig)), *TOKEN_IDS, "text_config", "vision_config",
-            "rope_parameters", "rope_scaling", "rope_theta",
-            "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
-            "max_position_embeddings"}  # these five: see Windows
+# Every field that transformers' class of a model_type reads is read here, too, or fixed to the values for
+# which this code computes the same, or harmless (test_all.py lists them all); others are ignored, as there.
 COMMON = {"hidden_act": ("silu", "swish"), "is_causal": (True, None), "partial_rotary_factor": (1, None)}
 BIASES = {"attention_bias": (False, None), "mlp_bias": (False, None)}  # Llama's
 VISION_FIXED = {
     "model_type": ("qwen2_5_vl_vision", "qwen2_5_vl", None), "hidden_act": ("silu", "swish"),
-    "in_channels": (3,), "head_dim": (None,),
+    "in_channels": (3,), **dict.fromkeys(("head_dim", "num_attention_heads", "num_hidden_layers"), (None,)),
     "rope_parameters": (None, *({"rope_type": kind, "rope_theta": 10000} for kind in ("axial", "default")))}
-HARMLESS = {
-    "model_type": "picks the table", "architectures": "the class that saved it", "dtype": "weights carry it",
-    "transformers_version": "says who saved it", "initializer_range": "fresh weights only",
-    "attention_dropout": "acts in training only", "use_cache": "a cache changes no number",
-    "pretraining_tp": "splits products, changes no number", "bos_token_id": "the tokenizer's business",
-    "video_token_id": "videos aren't taken", "vision_end_token_id": "an ordinary token of the prompt",
-    "tokens_per_second": "of videos", "output_hidden_states": "what is returned beside logits",
-    "return_dict": "how results are packed", "chunk_size_feed_forward": "saves memory in other models",
-    "is_encoder_decoder": "no such class here", "id2label": "of classifiers", "label2id": "of classifiers",
-    "problem_type": "of classifiers"}
 
 
 class Family(NamedTuple):
@@ -995,6 +976,7 @@ def read_config(folder, stored):
                              f"{', '.join(FAMILIES)}")
     text = raw | {name: value for name, value in nested.items() if value is not None}
     vision = section(raw, "vision_config", path)
+    require_settings(vision, VISION_FIXED, f"{path}: vision_config")
     dit = None
     if any(component(key) == "dit" for key in stored):
         where = f"{path}: nano_blip3o.dit" if ours["dit"] else f"the DiT in {folder}"
@@ -1006,7 +988,7 @@ def read_config(folder, stored):
         settings["n_query"] = sizes(stored, "model.latent_queries", 3, folder)[1]
     config = from_json(BLIP3oConfig, settings | {
         "text": text_config(path, raw, text, stored, bool(vision)), "dit": dit,
-        "vision": vision_config(f"{path}: vision_config", vision) if vision else None}, path)
+        "vision": from_json(VisionConfig, vision, f"{path}: vision_config") if vision else None}, path)
     config.eos_token_id = with_generation_ids(folder / "generation_config.json", config.eos_token_id)
     return config
 
@@ -1016,8 +998,7 @@ def with_generation_ids(path, eos):
     added = read_json(path).get("eos_token_id") if path.exists() else None
     added = typed(added, int | list[int] | None, TOKEN_ID["interval"], f"{path}: eos_token_id")
     lists = [ids if isinstance(ids, list) else [ids] for ids in (eos, added) if ids is not None]
-    ids = list(dict.fromkeys(sum(lists, [])))
-    return eos if len(lists) == 1 or len(ids) == len(lists[0]) else ids
+    return eos if set(lists[-1]) <= set(lists[0]) else list(dict.fromkeys(sum(lists, [])))
 
 
 def our_settings(path, raw):
@@ -1041,18 +1022,13 @@ def read_sampling(config, where):
     config: the object in its config.json. Raises ValueError, beginning with `where`, for unknown names,
     other types and numbers out of range.
     """
-    where = f"{where}: nano_blip3o"
-    asked = section(section(config, "nano_blip3o", where.partition(": nano")[0]), "sampling", where)
+    ours, where = section(config, "nano_blip3o", where), f"{where}: nano_blip3o"
+    asked = section(ours, "sampling", where)
     unknown = sorted(asked.keys() - SAMPLING.keys())
     if unknown:
         raise ValueError(f"{where}.sampling has unknown settings: {', '.join(unknown)}; there are "
                          f"{', '.join(SAMPLING)}")
     return {name: typed(value, *SAMPLING[name], f"{where}.sampling.{name}") for name, value in asked.items()}
-
-
-def embeddings_of(stored):
-    """The Stored token embeddings, whichever of their two official names they have; None if absent."""
-    return next((stored[key] for key in stored if our_name(key) == "llm.embed_tokens.weight"), None)
 
 
 def text_config(path, raw, text, stored, sees):
@@ -1099,15 +1075,6 @@ def rope_settings(path, text):
         rope[original] = text.get(original) or rope.get(original) or text.get("max_position_embeddings")
         from_json(Llama3Rope, rope, where)
     return rope
-
-
-def vision_config(where, raw):
-    """VisionConfig from config.json's vision_config."""
-    require_settings(raw, VISION_FIXED, where)
-    for alias, name in (("num_attention_heads", "num_heads"), ("num_hidden_layers", "depth")):
-        if alias in raw and raw.setdefault(name, raw[alias]) != raw[alias]:
-            raise ValueError(f"{where} names two numbers, {name} and {alias}, of which it can have one")
-    return from_json(VisionConfig, raw, where)
 
 
 def dit_sizes(where, stored):

@@ -24,6 +24,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -197,6 +198,8 @@ class Pipeline:
     def pixel_limits(self):
         """{"min_pixels", "max_pixels"} of what the language model sees, as far as anybody says them."""
         vision = self.model.config.vision
+        if vision is None:
+            raise ValueError(f"the model in {self.folder} has no vision tower: it can't read images")
         own = data.read_pixel_limits(self.folder, vision.patch_size, vision.spatial_merge_size)
         limits = own | self.limits
         if limits.get("min_pixels", 0) > limits.get("max_pixels", math.inf):
@@ -481,11 +484,9 @@ class Pipeline:
     # -- images and questions -> text --
 
     def vision_inputs(self, image):
-        """A PIL image as Qwen's ViT takes it: (patches (N, P), grid (1, 3)), within the folder's limits."""
-        if self.model.visual is None:
-            raise ValueError(f"the model in {self.folder} has no vision tower: it can't read images")
-        vision = self.model.config.vision
-        return data.preprocess_qwen(image, vision.patch_size, vision.spatial_merge_size, **self.pixel_limits)
+        """A PIL image as Qwen's ViT takes it: (patches (N, P), grid (1, 3)), within the pixel limits."""
+        limits, vision = self.pixel_limits, self.model.config.vision
+        return data.preprocess_qwen(image, vision.patch_size, vision.spatial_merge_size, **limits)
 
     def image_tokens(self, inputs):
         """The number of tokens that an image with these vision inputs takes in a prompt."""
@@ -816,7 +817,26 @@ CHAT = """Write a message and press Enter. @path/to/image.png anywhere in it sho
 /edit make it blue    edits the last image, generated or shown
 /new   begins a new conversation      /quit or Ctrl-D   ends      Ctrl-C   stops an answer"""
 EXAMPLES = {"/image": "a red circle", "/edit": "make it blue"}
-SHOWN = re.compile(r'(?:^|(?<=\s))@(?:"([^"]+)"|(\S+))\s?')      # @path or @"path", after white space
+# @path, @"path" or @'path', after white space or a bracket; spaces may be escaped, as terminals do.
+SHOWN = re.compile(r"""(?<![^\s(\[])@(?:"([^"]+)"|'([^']+)'|((?:\\ |\S)+))\s?""")
+
+
+def shown_images(text):
+    """(the paths of the images that @ shows in a message, the message without them)"""
+    paths = []
+
+    def take(match):
+        double, single, plain = match.groups()
+        path = os.path.expanduser(double or single or plain.replace("\\ ", " "))
+        name = path
+        if plain and not os.path.lexists(path):
+            name = path.rstrip(".,;:!?)]}'\"")                      # "what is @cat.png?"
+        if not os.path.lexists(name) and "://" not in name:
+            raise ValueError(f'there is no image file {name[:200]!r} to show with @: a name with spaces '
+                             'stands in quotes, as in @"my cat.png"')
+        paths.append(name)
+        return path[len(name):]
+    return paths, SHOWN.sub(take, text).strip()
 
 
 class Chat:
@@ -842,14 +862,14 @@ class Chat:
 
     def say(self, text):
         """Print the answer to a message, with @paths of images in it, and remember both once it is whole."""
-        paths = [os.path.expanduser(quoted or plain) for quoted, plain in SHOWN.findall(text)]
+        paths, message = shown_images(text)
         if len(paths) > BATCH:
             raise ValueError(f"a message shows at most {BATCH} images")
         turns, images = self.turns, self.images
         if self.unasked and not paths and self.pipe.model.visual is not None:
             turns, images, paths = [], [], [self.last]  # the talk about a generated image begins with it
         shown = [read_image(path) for path in paths]
-        message = SHOWN.sub("", text).strip() or data.DESCRIBE
+        message = message or data.DESCRIBE
         try:
             reply = print_reply(self.pipe, self.args, [*turns, (message, None)], [*images, shown],
                                 self.generator)
@@ -925,8 +945,8 @@ def caption(pipe, args):
     pipe.limits.setdefault("max_pixels", min(limit, CAPTION_PIXELS))
     with open(out / "captions.jsonl", "a+b") as log:
         lock(log)
-        keep_settings(out / "captions.json", args)
         lines, shards = read_log(log), 0
+        keep_settings(out / "captions.json", args, lines)
         done = {line["image"] for line in lines}
         todo = [path for path in paths if os.path.relpath(path, out) not in done]
         for i in tqdm(range(0, len(todo) + 1, BATCH), desc="batches", disable=None):  # the last may be empty
@@ -957,11 +977,12 @@ def find_images(root):
         files = [root] if os.path.lexists(root) else map(Path, glob.glob(str(root), recursive=True))
     files = sorted(path for path in files if not path.is_dir() and path.suffix.lower() not in NO_IMAGES)
     paths = [path for path in files if path.suffix.lower() in data.IMAGE_SUFFIXES]
-    others = Counter(path.suffix.lower() or "without suffix" for path in files)
-    others = Counter({name: n for name, n in others.items() if name not in data.IMAGE_SUFFIXES})
+    others = Counter(path.suffix.lower() or "without suffix" for path in files
+                     if path.suffix.lower() not in data.IMAGE_SUFFIXES)
     if not paths:
-        found = ", ".join(f"{n} {name}" for name, n in others.items()) or "nothing"
-        raise ValueError(f"there is no image ({', '.join(data.IMAGE_SUFFIXES)}) at {root}, but {found}")
+        found = ", ".join(f"{n} {name}" for name, n in others.items())
+        raise ValueError(f"there is no image ({', '.join(data.IMAGE_SUFFIXES)}) at {root}"
+                         + f", but {found}" * bool(found))
     return paths, others
 
 
@@ -977,15 +998,18 @@ def lock(file):
         pass
 
 
-def keep_settings(file, args):
-    """Write the settings of --caption to a file; ValueError if it holds others."""
+def keep_settings(file, args, lines):
+    """Write the settings of --caption to a file; ValueError if it holds others, and there are lines of
+    theirs."""
     names = ("ckpt", "instruction", "short_instruction", "max_new_tokens", "temperature", "top_p",
              "repetition_penalty", "min_pixels", "max_pixels", "seed")
     about = {name: getattr(args, name) for name in names}
-    before = about | read_json(file) if file.exists() else about     # older files hold fewer
-    if before != about:
-        raise ValueError(f"{file.parent} holds captions made with {before}: choose another --out, or these "
-                         "settings")
+    before = about | read_json(file) if lines and file.exists() else about       # older files hold fewer
+    other = {name: value for name, value in before.items() if value != about.get(name, ...)}
+    if other:
+        said = ", ".join(f"{flags([name])} {value}" for name, value in other.items())
+        raise ValueError(f"{file.parent} holds captions made with {said}: say the same again, or choose "
+                         "another --out")
     write_json(file, about)
 
 
@@ -1042,28 +1066,39 @@ def caption_batch(pipe, args, paths, first, out):
 def write_shard(out, number, lines):
     """Write out/NNNNN.tar of these lines, whole, unless it is there: images as they are, texts, records.
 
-    Shards are written in turn, so of those that are there only the last can lack samples that came later.
+    Shards are written in turn, so of those that are there only the last can lack samples that came later: it
+    grows, and what it holds stays, even where the image's file is gone.
     """
     path, following = (out / f"{k:05d}.tar" for k in (number, number + 1))
     if path.exists() and (following.exists() or len(data.scan_shard(path)[0]) == len(lines)):
         return
-    with atomic_write(path) as temporary, tarfile.open(temporary, "w") as tar:
-        for i, line in enumerate(lines):
-            image, key = out / line["image"], f"{number * SHARD + i:09d}"
-            record = {name: line[name] for name in ("caption", "short_caption") if name in line}
-            record["source"] = image.name
-            try:
-                image_bytes = read_file(image)
-            except (OSError, ValueError) as error:
-                print(f"left out of {path}: {sentence(error)}", file=sys.stderr)
-                continue
-            for suffix, content in ((image.suffix.lower(), image_bytes),
-                                    (".txt", line["caption"].encode()),
-                                    (".json", json.dumps(record).encode())):
-                member = tarfile.TarInfo(key + suffix)
-                member.size = len(content)
-                tar.addfile(member, BytesIO(content))
+    with atomic_write(path) as temporary:
+        if path.exists():
+            shutil.copyfile(path, temporary)
+        with tarfile.open(temporary, "a") as tar:
+            held = set(tar.getnames())
+            for i, line in enumerate(lines):
+                key = f"{number * SHARD + i:09d}"
+                if f"{key}.txt" not in held:
+                    add_sample(tar, key, line, out / line["image"])
     print(path, flush=True)
+
+
+def add_sample(tar, key, line, image):
+    """Add an image file and what a line of captions.jsonl says of it to an open shard; what can't be read is
+    said, and left out."""
+    try:
+        image_bytes = read_file(image)
+    except (OSError, ValueError) as error:
+        print(f"left out of {tar.name}: {sentence(error)}", file=sys.stderr)
+        return
+    record = {name: line[name] for name in ("caption", "short_caption") if name in line}
+    record["source"] = image.name
+    for suffix, content in ((image.suffix.lower(), image_bytes), (".txt", line["caption"].encode()),
+                            (".json", json.dumps(record).encode())):
+        member = tarfile.TarInfo(key + suffix)
+        member.size = len(content)
+        tar.addfile(member, BytesIO(content))
 
 
 # ---- commands: export -------------------------------------------------------------------------------------
@@ -1109,8 +1144,9 @@ DECODE = {*RUN, "eva", "compile", "decoder_steps", "decoder_cfg", "seed", "out"}
 GENERATE = {*DECODE, "steps", "cfg", "size"}
 TALK = {*RUN, "max_new_tokens", "temperature", "top_p", "repetition_penalty", "min_pixels", "max_pixels",
         "seed"}
+DRAW = GENERATE | {"prompt", "n", "best_of", "upsample", "min_pixels", "max_pixels"}
 READS = {
-    "draw": GENERATE | {"prompt", "n", "best_of", "upsample", "min_pixels", "max_pixels"},
+    "draw": DRAW,
     "edit": GENERATE | {"prompt", "n", "image", "draw", "min_pixels", "max_pixels"},
     "strip": GENERATE | {"prompt", "steps_strip", "upsample"},
     "answer": TALK | {"prompt", "image"},
@@ -1118,11 +1154,7 @@ READS = {
     "chat": GENERATE | TALK | {"chat", "upsample"},
     "caption": TALK | {"caption", "instruction", "short_instruction", "out"},
     "export": {"ckpt", "device", "dtype", "eva", "export"},     # --dtype auto depends on the device
-    "dry-run": {"ckpt", "device", "dtype", "eva", "dry_run", "n", "size"}}
-# Flags that a command reads only if another one is set: (command, flag) -> the other.
-NEEDS = {("draw", "min_pixels"): "best_of", ("draw", "max_pixels"): "best_of",
-         ("answer", "seed"): "temperature", ("caption", "seed"): "temperature"}
-OFF = {"best_of": 1, "temperature": 0}
+    "dry-run": DRAW | {"dry_run"}}       # said after a command that generates
 NAMES = {"draw": "on images from a --prompt", "edit": "with --draw", "strip": "with --steps-strip",
          "answer": "on answers about an --image"}               # the others have a flag of their name
 
@@ -1203,22 +1235,20 @@ def command_of(given):
 
 
 def mistakes(command, args, given):
-    """(is it so?, what to say) for each command line whose flags don't go together. given: those that were
-    there; args: their values, and the other flags' defaults."""
+    """(is it so?, what to say) for each command line whose flags don't go together. args: the values of all;
+    given: those that aren't at their defaults, where a flag changes nothing."""
     yield command is None, "say what to do: --prompt generates, --image with --prompt answers, --chat talks"
     for name, value in given.items():
         texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-        yield not all(text.strip() for text in texts), f"{flags([name])} is empty"
+        yield value == [] or not all(text.strip() for text in texts), f"{flags([name])} is empty"
         yield name in TEXTS and not is_text(value), f"{flags([name])} isn't UTF-8 text"
     yield (args.draw and (command == "draw" or command == "edit" and args.prompt is None),
            "--draw needs an --image and a --prompt")
     yield args.reconstruct and command in ("draw", "strip"), "--reconstruct needs an --image"
     idle = sorted(given.keys() - READS.get(command, given.keys()))
     yield idle, f"no effect {NAMES.get(command, f'with --{command}')}: leave out {flags(idle)}"
-    for name in given:
-        other = NEEDS.get((command, name))
-        yield (other and getattr(args, other) == OFF[other],
-               f"no effect without {flags([other or name])}: leave out {flags([name])}")
+    limits = sorted(given.keys() & {"min_pixels", "max_pixels"}) if command == "draw" else []
+    yield limits and args.best_of == 1, f"no effect without --best-of: leave out {flags(limits)}"
     yield (args.export and args.export[0] != "diffusers",
            f"--export writes for diffusers, not {args.export and args.export[0]}")
     yield args.compile and args.offload, "--compile needs the parts to stay in memory: leave out --offload"
@@ -1237,10 +1267,7 @@ def flags(names):
 
 def is_text(value):
     """Is a string text that can be encoded? Bytes that aren't UTF-8 become half characters."""
-    try:
-        return bool(value.encode()) or True
-    except UnicodeEncodeError:
-        return False
+    return not re.search(r"[\ud800-\udfff]", value)
 
 
 def parse(argv):
@@ -1248,10 +1275,9 @@ def parse(argv):
     parser = Parser("sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for add_flags in (add_image_flags, add_text_flags, add_model_flags):
         add_flags(parser.add_argument_group(add_flags.__doc__).add_argument)
-    defaults = vars(parser.parse_args([]))
-    found = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
-    given = {name: value for name, value in found.items() if value is not None}
-    args, command = argparse.Namespace(**{**defaults, **given}), command_of(given)
+    args = parser.parse_args(argv)
+    given = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
+    command = command_of(given)
     for wrong, words in mistakes(command, args, given):
         if wrong:
             raise ValueError(words)
@@ -1285,7 +1311,7 @@ def output_folder(folder):
     """
     folder, made = Path(folder), []
     try:
-        if folder.exists() and not folder.is_dir():
+        if os.path.lexists(folder) and not folder.is_dir():
             raise ValueError(f"{folder} exists, and is no folder to write to: choose another one")
         made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
@@ -1316,8 +1342,8 @@ def run(argv):
     pipe.limits = {key: getattr(args, key) for key in ("min_pixels", "max_pixels") if getattr(args, key)}
     if READS[name] >= GENERATE:
         check_model(pipe, args)
-    greedy = args.temperature is None and not pipe.answer_config.do_sample
-    if name in ("answer", "caption") and args.seed and greedy:
+    sampled = pipe.answer_config.do_sample if args.temperature is None else args.temperature
+    if name in ("answer", "caption") and args.seed and not sampled:
         raise ValueError("no effect without --temperature: leave out --seed")
     target = args.export[1] if name == "export" else args.out
     with nullcontext() if name == "answer" else output_folder(target):

@@ -5,12 +5,13 @@ import math
 import os
 import re
 from collections import Counter, defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from checkpoint import Interval, path_below, read_json
+from checkpoint import Interval, open_file, path_below, read_json
 from evals.report import (
     BATCH,
     Z,
@@ -125,6 +126,14 @@ def claim_folder(folder, about):
     write_text(note, json.dumps(about, indent=1) + "\n")
 
 
+def is_whole(path):
+    """Is there a PNG with its end? Ours are whole; a folder that was copied may hold halves."""
+    with suppress(OSError, ValueError), open_file(path) as file:
+        file.seek(-8, os.SEEK_END)
+        return file.read() == b"IEND\xaeB`\x82"
+    return False
+
+
 def write_job(folder, job, images):
     """Write the uint8 images (n, H, W, 3) of a job: one as it is, four as 2 x 2; GenEval's entry goes
     beside them."""
@@ -161,7 +170,7 @@ def generate(args):
     claim_folder(folder, {"ckpt": args.ckpt, "seed": args.seed, "dtype": str(pipe.dtype),
                           "sampling": pipe.sampling, "prompts": fingerprint(jobs)})
     mine = jobs[rank::world_size]
-    missing = [job for job in mine if not (folder / job["file"]).exists()]
+    missing = [job for job in mine if not is_whole(folder / job["file"])]
     n = len(jobs[0]["seeds"])
 
     def draw(batch):

@@ -90,8 +90,10 @@ def training_features(pipe, source, n):
         images = []
         for j in range(i, min(i + BATCH, n, len(source))):
             with suppress(BadSample):                                # training passes over these, too
-                images.append(Image.fromarray(source[j]["image"]))
-                numbers.append(j)
+                item = source[j]
+                if "image" in item:                                  # conversations may have none
+                    images.append(Image.fromarray(item["image"]))
+                    numbers.append(j)
         if images:
             features.append(all_features(pipe, images))
     if len(numbers) < 2:

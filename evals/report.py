@@ -213,6 +213,8 @@ def read_images(folder, least=1):
     ValueError for fewer images than `least`.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder of images")
     files = sorted(p for p in folder.rglob("*")
                    if not any(part.startswith(".") for part in p.relative_to(folder).parts))
     suffixes = Counter(p.suffix.lower() for p in files)

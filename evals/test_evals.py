@@ -159,8 +159,10 @@ def test_generate_parts_batches_and_restarts_change_no_image(model, monkeypatch,
             run(line, out="three")
             assert len(model.asked) == 36 + 12 * (rank + 1)        # a third each
     assert files_below(tmp_path / "three") == whole
-    for file in sorted(tmp_path.glob("three/geneval/*/samples/0002.png"))[:4]:
-        file.unlink()
+    lost = sorted(tmp_path.glob("three/geneval/*/samples/0002.png"))[:4]
+    lost[0].unlink()
+    for file, size in zip(lost[1:], (0, 5, 60)):                     # copied by halves
+        os.truncate(file, size)
     del model.asked[:]
     run(line, out="three")
     assert files_below(tmp_path / "three") == whole and len(model.asked) == 4
@@ -343,6 +345,21 @@ READINGS = [  # (a rule, what it reads off answers)
       "youd've": "you'd've", "1,000": "1000", "u.s.": "us", "3.5": "3.5", "black/white": "black white",
       "t-shirt": "t shirt", "left - right": "left right", "An apple\n": "apple", "it's": "it's",
       "What? ": "what", "ten.": "10", "1,000 (red)": "1000 red", "6:30": "6:30", "A": ""})]
+
+
+OPTIONS = {"A": "a cat", "B": "Dog", "C": "a cat", "J": "b"}
+
+
+@pytest.mark.parametrize("answer, letter", [
+    ("B", "B"), ("b", "B"), (" (b). ", "B"), ("j", "J"), ("dog", "B"), ("Dog ", "B"), ("a cat", None),
+    ("E", None), ("AB", None)])
+def test_right_options(answer, letter):
+    """A letter in any case, or the text of just one option; else the row is named."""
+    if letter:
+        assert understanding.right_option(answer, OPTIONS, "row 1") == letter
+    else:
+        with pytest.raises(ValueError, match="row 1: the answer .* is none of its options A, B, C, J"):
+            understanding.right_option(answer, OPTIONS, "row 1")
 
 
 @pytest.mark.parametrize("read, cases", READINGS, ids=["options", "mme", "pope", "vqa"])
@@ -960,7 +977,9 @@ MISTAKES = {  # command line: what the sentence must name
     "judge --dtype fp32": "unrecognized", "judge --n-p 3": "unrecognized",
     "alignment --dtype int8": "--dtype",
     f"fid --a {Path(command_line.__file__).parent / 'docs'} --b FOLDER": "no image",
-    "reconstruction --images FOLDER": "no image", "generate --bench dpg --prompts FOLDER": "no prompts",
+    "reconstruction --images FOLDER": "no image", "fid --a FOLDER/x --b y": "x is no folder of images",
+    "understanding --data=--": "--data is empty", "generate --prompts=--": "--prompts is empty",
+    "generate --bench dpg --prompts FOLDER": "no prompts",
     "leakage --prompts FOLDER/none.jsonl": "^eval.py: [^[]*none.jsonl: No such file",
     "generate --prompts FOLDER": "geneval are a file, not the folder",
     "score wise --results FOLDER": "folder",
@@ -980,11 +999,22 @@ MISTAKES = {  # command line: what the sentence must name
     "reconstruction --images x --n 5": "--n has no effect", "alignment --prompts x --novel": "--novel",
     "alignment --prompts x --words": "--words", "alignment --words --novel": "--novel",
     "alignment --words --objects 2": "--objects", "fid --a x --b y --inception z --ckpt w": "--ckpt",
-    "compare --votes x --seed 1": "--seed", "compare a b --votes x": "FOLDERS",
+    "compare --votes x --seed 1": "--seed", "compare a b --votes x": "folders has",
     "leakage --bench wise": "--bench",
     "leakage --train x --n 5": "--n has no effect", "figure4 --n 5": "--n has no effect",
     "ablation --what rope --ckpt x": "--ckpt has no effect", "ablation --what steps --bf16": "--bf16 has no",
     "ablation --what guidance --jobs 2": "--jobs", "score geneval --results x --seed 1": "unrecognized"}
+HARMLESS = (  # flags without effect, but at their defaults
+    "understanding --data x.tsv --n 600 --seed 1", "reconstruction --images x --n 200",
+    "leakage --train x --bench geneval --n 20000", "compare --votes x --bench geneval --seed 0",
+    "alignment --words --objects 4", "fid --a x --b y --inception z --dtype auto")
+
+
+@pytest.mark.parametrize("line", HARMLESS)
+def test_flags_at_their_defaults_are_harmless(line):
+    assert command_line.parse(line.split()).command == line.split()[0]
+
+
 DEEP = "[" * 3000 + "]" * 3000
 FREE = {"tag": "t", "prompt": "p", "include": [{"class": "star", "count": 1}]}
 BROKEN_FILES = {  # command line: [(what is in FILE: text, bytes, JSON, or rows of a TSV; the sentence)]

@@ -112,6 +112,16 @@ def open_image(source, where):
     return image
 
 
+def right_option(answer, options, where):
+    """The letter of the right option, which a file says by that, in any case, or by the option's text;
+    ValueError if it is none of them."""
+    letter = answer.strip(" ().").upper()
+    same_text = [name for name, text in options.items() if text.strip().lower() == answer.strip().lower()]
+    if letter not in options and len(same_text) != 1:
+        raise ValueError(f"{where}: the answer {answer!r} is none of its options {', '.join(options)}")
+    return letter if letter in options else same_text[0]
+
+
 def read_question(row, where, number, images, folder):
     """One row as a question of `read_questions`. images: {index: image cell} of a table with images in
     it, else None.
@@ -129,8 +139,8 @@ def read_question(row, where, number, images, folder):
     answers = [str(typed(answer, TEXT, Interval(), f"{where}: {name}")) for answer in answers]
     options = {letter: get_text(row, where, letter) for letter in sorted(row)
                if re.fullmatch("[A-Z]", letter) and not is_missing(row[letter])}
-    if options and answers[0] not in options:
-        raise ValueError(f"{where}: the answer {answers[0]!r} is none of its options {', '.join(options)}")
+    if options:
+        answers[0] = right_option(answers[0], options, where)
     hint = None if is_missing(row.get("hint")) else get_text(row, where, "hint")
     category, group = get_text(row, where, "category", default="all"), row.get("image_path")
     return {"index": get_text(row, where, "index", "question_id", "key", default=number), "where": where,
@@ -192,8 +202,9 @@ def read_questions(path, task=None, images=None, annotations=None):
     cells = {str(row.get("index")): row.get("image") for row in rows} if is_table else None
     questions = [read_question(row, f"row {number} of {path}", number, cells, images or path.parent)
                  for number, row in enumerate(rows, 1)]
-    if len({q["index"] for q in questions}) < len(questions):
-        raise ValueError(f"two rows of {path} have the same index")
+    index, times = Counter(q["index"] for q in questions).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"{times} rows of {path} have the same index {index!r}")
     task = task or ("choice" if any(q["options"] for q in questions) else "vqav2")
     for q in questions if task in ("mme", "pope") else ():
         if q["answers"][0].lower() not in ("yes", "no"):
