@@ -47,6 +47,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(message)
 
+    def parse_known_args(self, args=None, namespace=None):
+        found, rest = super().parse_known_args(args, namespace)
+        for action in self._actions:                                 # argparse takes --flag=-- for no value
+            if action.nargs is None and getattr(found, action.dest, None) == []:
+                self.error(f"argument {'/'.join(action.option_strings)}: it is empty")
+        return found, rest
+
 
 class Interval(NamedTuple):
     """Numbers from `least` to `most`; above, below: the same without the bound itself."""
@@ -90,6 +97,8 @@ def number(kind, interval=None):
 def run_command(program, command):
     """Run command() -> the exit code of a script: command's own or 0; 2 after a mistake, whose sentence goes
     to stderr; 130 after Ctrl-C. With `python -X dev` errors keep their traceback."""
+    for name in ("stdout", "stderr"):                                # closed: tqdm and print would fail
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))              # noqa: SIM115
     try:
         return command() or 0
     except KeyboardInterrupt:
@@ -105,8 +114,8 @@ def sentence(error):
     """What an exception says, for a person; of long lines the beginning."""
     lines = [line.rstrip() for line in str(error).splitlines() if line.strip()]
     text = "\n".join(line if len(line) <= 1000 else f"{line[:1000]} ..." for line in lines)
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"                 # without Python's "[Errno 2]"
+    if isinstance(error, OSError) and error.strerror:                # without Python's "[Errno 2]"
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, torch.OutOfMemoryError):
         return "the GPU's memory is too small for this: try less at a time, or --device cpu"
     if isinstance(error, MemoryError) or "can't allocate memory" in text:

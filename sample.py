@@ -1240,7 +1240,7 @@ def mistakes(command, args, given):
     yield command is None, "say what to do: --prompt generates, --image with --prompt answers, --chat talks"
     for name, value in given.items():
         texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-        yield value == [] or not all(text.strip() for text in texts), f"{flags([name])} is empty"
+        yield not all(text.strip() for text in texts), f"{flags([name])} is empty"
         yield name in TEXTS and not is_text(value), f"{flags([name])} isn't UTF-8 text"
     yield (args.draw and (command == "draw" or command == "edit" and args.prompt is None),
            "--draw needs an --image and a --prompt")

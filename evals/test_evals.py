@@ -347,7 +347,7 @@ READINGS = [  # (a rule, what it reads off answers)
       "What? ": "what", "ten.": "10", "1,000 (red)": "1000 red", "6:30": "6:30", "A": ""})]
 
 
-OPTIONS = {"A": "a cat", "B": "Dog", "C": "a cat", "J": "b"}
+CHOICES = {"A": "a cat", "B": "Dog", "C": "a cat", "J": "b"}
 
 
 @pytest.mark.parametrize("answer, letter", [
@@ -356,10 +356,10 @@ OPTIONS = {"A": "a cat", "B": "Dog", "C": "a cat", "J": "b"}
 def test_right_options(answer, letter):
     """A letter in any case, or the text of just one option; else the row is named."""
     if letter:
-        assert understanding.right_option(answer, OPTIONS, "row 1") == letter
+        assert understanding.right_option(answer, CHOICES, "row 1") == letter
     else:
         with pytest.raises(ValueError, match="row 1: the answer .* is none of its options A, B, C, J"):
-            understanding.right_option(answer, OPTIONS, "row 1")
+            understanding.right_option(answer, CHOICES, "row 1")
 
 
 @pytest.mark.parametrize("read, cases", READINGS, ids=["options", "mme", "pope", "vqa"])
@@ -1003,7 +1003,7 @@ MISTAKES = {  # command line: what the sentence must name
     "leakage --bench wise": "--bench",
     "leakage --train x --n 5": "--n has no effect", "figure4 --n 5": "--n has no effect",
     "ablation --what rope --ckpt x": "--ckpt has no effect", "ablation --what steps --bf16": "--bf16 has no",
-    "ablation --what guidance --jobs 2": "--jobs", "score geneval --results x --seed 1": "unrecognized"}
+    "ablation --what guidance --jobs 3": "--jobs", "score geneval --results x --seed 1": "unrecognized"}
 HARMLESS = (  # flags without effect, but at their defaults
     "understanding --data x.tsv --n 600 --seed 1", "reconstruction --images x --n 200",
     "leakage --train x --bench geneval --n 20000", "compare --votes x --bench geneval --seed 0",
