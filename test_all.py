@@ -5260,7 +5260,7 @@ MISTAKES = [
     # numbers
     *[(f"{RUN}--{flag} {value}", f"argument --{flag}: {text}") for flag, value, text in [
         ("steps", "0", "0 isn't at least 1"), ("steps", "1e9", "'1e9' is no whole number"),
-        ("steps", "-3", "-3 isn't"), ("steps", "9" * 400, ": 9999"),
+        ("steps", "-3", "-3 isn't"), ("steps", "9" * 400, "9999"),
         ("batch", "0", "0 isn't"), ("save-every", "0", "0 isn't"), ("log-every", "x", "'x' is no whole"),
         ("lr", "-1", "-1 isn't above 0"), ("lr", "nan", "'nan' is no number"), ("lr", "inf", "'inf' is no"),
         ("lr", "0", "0 isn't above 0"), ("ema", "1", "1 isn't at least 0 and below"), ("ema", "2", "2"),

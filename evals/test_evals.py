@@ -978,7 +978,7 @@ MISTAKES = {  # command line: what the sentence must name
     "alignment --dtype int8": "--dtype",
     f"fid --a {Path(command_line.__file__).parent / 'docs'} --b FOLDER": "no image",
     "reconstruction --images FOLDER": "no image", "fid --a FOLDER/x --b y": "x is no folder of images",
-    "understanding --data=--": "--data is empty", "generate --prompts=--": "--prompts is empty",
+    "understanding --data=--": "--data: it is empty", "generate --prompts=--": "--prompts: it is empty",
     "generate --bench dpg --prompts FOLDER": "no prompts",
     "leakage --prompts FOLDER/none.jsonl": "^eval.py: [^[]*none.jsonl: No such file",
     "generate --prompts FOLDER": "geneval are a file, not the folder",
