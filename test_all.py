@@ -3777,10 +3777,12 @@ def disturb(monkeypatch, kind, at, action):
     monkeypatch.setattr(kind, "forward", disturbed)
 
 
-def test_run_stopped_by_a_signal_goes_on_exactly(tiny, vae_run, monkeypatch, tmp_path, capsys):
-    """SIGTERM ends a run after its step, saved, with code 0; the same command goes on to the same bits."""
+@pytest.mark.parametrize("signals", [("SIGTERM",), ("SIGHUP", "SIGHUP")], ids=str)
+def test_run_stopped_by_a_signal_goes_on_exactly(tiny, vae_run, monkeypatch, tmp_path, capsys, signals):
+    """A signal ends a run after its step, saved, with code 0; the same command goes on to the same bits."""
     def stop(losses):
-        os.kill(os.getpid(), signal.SIGTERM)
+        for name in signals:
+            os.kill(os.getpid(), getattr(signal, name))
         return losses
     disturb(monkeypatch, pretrain.VaeStage, [3], stop)
     assert run_training(*VAE_RUN, "--out", tmp_path) == 0
@@ -3795,7 +3797,31 @@ def test_run_stopped_by_a_signal_goes_on_exactly(tiny, vae_run, monkeypatch, tmp
     assert "6 steps are done, more than --steps 2: there is nothing to train" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name, call", [("save_file", 5), ("publish", 2), ("atomic_write", 3)])
+def test_run_survives_the_reader_of_its_output(tiny, vae_run, monkeypatch, tmp_path):
+    """A pipe that nobody reads any more, or a full disk behind stdout and stderr, costs the text alone."""
+    for error in BrokenPipeError, BROKEN_DISK[0]:
+        with monkeypatch.context() as patch, open(tmp_path / "text", "w") as text:
+            broken = SimpleNamespace(write=Mock(side_effect=error), flush=Mock(side_effect=error),
+                                     fileno=text.fileno, encoding="utf-8", isatty=lambda: False)
+            patch.setattr(sys, "stdout", broken)
+            patch.setattr(sys, "stderr", broken)
+            shutil.rmtree(tmp_path / "run", ignore_errors=True)
+            assert run_training(*VAE_RUN, "--out", tmp_path / "run") == 0
+        assert same_state(tmp_path / "run", vae_run) and broken.write.call_count
+
+
+def test_ignored_signals_stay_ignored(monkeypatch):
+    """nohup has a process ignore SIGHUP, a script its background jobs SIGINT."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = train.StopRequest()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and signal.SIGINT in stop.before
+        stop.close()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("name, call", [("save_file", 5), ("publish", 2), ("atomic_write", 2)])
 def test_run_that_crashed_while_saving_goes_on_exactly(tiny, vae_run, monkeypatch, tmp_path, name, call):
     """An exception in the middle of the second state, before it is renamed, or before `latest` moves: the
     first one counts, and what is left of the second is written over."""
@@ -3838,7 +3864,7 @@ def test_run_survives_a_full_disk(tiny, vae_run, monkeypatch, tmp_path, capsys, 
     monkeypatch.setattr(pretrain.VaeStage, "export", full_export)
     flags = ("--save-every", 1, "--save", tmp_path / "model", "--out", tmp_path)
     assert run_training(*VAE_RUN, *flags) == 0
-    assert capsys.readouterr().out.count("could not be written") == 4
+    assert capsys.readouterr().out.count("could not be written") == 6
     assert same_state(tmp_path, vae_run) and not list(tmp_path.glob(".step*"))
     assert (tmp_path / "model" / "diffusion-decoder" / "vae").is_dir()
 
@@ -4059,6 +4085,8 @@ def test_two_processes_stop_together(two_processes):
 
 def test_batches_cover_the_same_positions_however_split(monkeypatch):
     """Step s is positions s * batch ..., each once, for any number of processes and micro-batches."""
+    samples = [SimpleNamespace(at=i, skipped=()) for i in range(999)]
+    stage = SimpleNamespace(collate=lambda examples: {"at": [e.at for e in examples]})
     for ranks in (1, 2, 4):
         monkeypatch.setattr(train, "world_size", lambda n=ranks: n)
         for accumulate in (1, 2, 3):
@@ -4067,8 +4095,8 @@ def test_batches_cover_the_same_positions_however_split(monkeypatch):
                 plans = []
                 for rank in range(ranks):
                     monkeypatch.setattr(train, "rank", lambda r=rank: r)
-                    loader = train.batches(range(999), SimpleNamespace(collate=list), start, args, CPU)
-                    plans.append([loader.dataset[first] for first in loader.sampler])
+                    loader = train.batches(samples, stage, start, args, CPU)
+                    plans.append([loader.dataset[first]["at"] for first in loader.sampler])
                 assert {len(plan) for plan in plans} == {(5 - start) * accumulate}
                 for s in range(start, 5):
                     at = (s - start) * accumulate
@@ -4109,8 +4137,9 @@ DAMAGES = [
     *[cut_file(name) for name in (*WEIGHT_FILES, "state.json")],
     *[lambda folder, text=text: (folder / "state.json").write_text(text)
       for text in ("", "[]", "null", '{"step": 4}', "[" * 3000, '{"step": NaN}')],
-    restate(step="4"), restate(step=-1), restate(step=4.5), restate(updates=None), restate(args={}),
-    restate(args=[]), restate(counts={"link": "x"}), restate(counts={"link": -1}),
+    restate(step="4"), restate(step=5), restate(step=10 ** 30), restate(updates=10 ** 30), restate(step=-1),
+    restate(step=4.5), restate(updates=None), restate(args={}), restate(args=[]),
+    restate(counts={"link": "x"}), restate(counts={"link": -1}), restate(counts={"link": 10 ** 30}),
     restate(optimizer_files=2),
     rewrite("model.safetensors", lambda key, t: (key + "x", t)),
     rewrite("model.safetensors", lambda key, t: (key, t.flatten())),
@@ -4140,6 +4169,27 @@ def test_damaged_states_fall_back_to_the_one_before(tiny, vae_run, tmp_path, cap
     assert run_training(*VAE_RUN, "--out", out) == 2
     assert re.fullmatch("train.py: .*start anew\n", capsys.readouterr().err)
     assert sorted(p.name for p in out.glob("step-*")) == left
+
+
+@pytest.mark.parametrize("name", [".step.tmp", "latest", "step-000006", "log.jsonl"])
+@pytest.mark.parametrize("kind", ["file", "folder", "link", "lost link"])
+def test_whatever_lies_in_the_way_of_a_state_goes(tiny, vae_run, tmp_path, name, kind):
+    """A file, a folder or a link in the place of another is no obstacle, and what a link names stays."""
+    out = Path(shutil.copytree(vae_run, tmp_path / "run"))
+    shutil.rmtree(out / "step-000006")
+    if name == "log.jsonl" or (name, kind) == ("latest", "file"):
+        (out / name).write_text("\ufeff" + (out / name).read_text(), "utf-8")
+    else:
+        train.remove(out / name)
+        if kind == "file":
+            (out / name).write_text("x")
+        elif kind == "folder":
+            (out / name / "x").mkdir(parents=True)
+        else:
+            (out / name).symlink_to(vae_run if kind == "link" else "nothing")
+    assert run_training(*VAE_RUN, "--out", out) == 0 and same_state(out, vae_run)
+    assert [row["step"] for row in read_steps(out)] == [1, 2, 3, 4, 5, 6]
+    assert len(list(vae_run.glob("step-*"))) == 2
 
 
 @pytest.mark.parametrize("latest", [None, "", "step-9", "step-000009", "..", "step-abc", "\0",
@@ -4226,6 +4276,39 @@ def test_resumed_runs_say_what_has_changed(tiny, vae_run, monkeypatch, tmp_path,
     if isinstance(sentence, str):
         assert sentence + "\n" in said.out
     assert ("changed since" in said.out) == isinstance(sentence, str)
+
+
+def test_a_run_goes_on_with_its_own_generator_in_init(tiny, monkeypatch, tmp_path):
+    """--init that is --save holds the run's own DiT when it goes on: flags of a fresh one stay right."""
+    line = ("--stage", "1", "--steps", 4, "--batch", 4, "--save-every", 1, "--dit", "dim=16", "--shift", 3)
+    parts = BLIP3o.from_pretrained(tiny, parts={"llm", "visual", "queries"})
+    parts.save_pretrained(tmp_path / "a", torch.float16)
+    EvaClip(TINY_DECODER["clip"]).save_pretrained(tmp_path / "a", torch.float16)
+    shutil.copy(tiny / "tokenizer.json", tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+
+    def run(name):
+        folder = tmp_path / name
+        return run_training(*line, "--init", folder, "--save", folder, "--out", folder / "run")
+
+    def stop(losses):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return losses
+    with monkeypatch.context() as patch:
+        disturb(patch, train.GenerationStage, [3], stop)
+        assert run("a") == 0
+    assert (tmp_path / "a" / "run" / "latest").read_text() == "step-000003"
+    assert run("a") == 0 == run("b") and same_state(tmp_path / "a" / "run", tmp_path / "b" / "run")
+
+
+def test_changed_data_are_announced(tiny, tmp_path, capsys):
+    """More samples under the same name: other ones are drawn, and the run says why."""
+    make_shards(tmp_path)
+    line = ("--stage", "vae", "--batch", 4, "--data", tmp_path, "--max-bad", 1, "--out", tmp_path / "run")
+    assert run_training(*line, "--steps", 2) == 0 and "changed since" not in capsys.readouterr().out
+    shutil.copy(tmp_path / "001.tar", tmp_path / "002.tar")
+    assert run_training(*line, "--steps", 3) == 0
+    assert "--steps 2 -> 3, 40 samples in --data -> 60" in capsys.readouterr().out
 
 
 def test_each_flag_has_its_place():
@@ -5275,6 +5358,7 @@ MISTAKES = [
     *[(f"--stage 1 --dit {spec} --out TMP/out", text) for spec, text in [
         ("width=3", "not 'width=3'"), ("dim", "not 'dim'"), ("dim=", "--dit dim must be a whole number"),
         ("n_heads=0", "--dit n_heads must be a whole number at least 1"), ("dim=1e9", "not 'dim=1e9'"),
+        ("dim=65536,n_layers=256,ffn_dim=65536", "GiB of memory, this machine has"),
         ("dim=99999999999", "--dit dim must be"), ("n_layers=100000", "--dit n_layers must be"),
         ("rope=4d", 'rope must be "2d" or "3d"'), ("norm_eps=nan", "--dit norm_eps must be a number"),
         ("rope_theta=0", "--dit rope_theta must be"), ("dim=33", "must be a multiple of n_heads"),

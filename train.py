@@ -20,6 +20,7 @@ by anything, with any number of processes.
 B batch, L tokens, S side of a square image, C channels of a feature, h w its grid, n features of an image.
 """
 import argparse
+import codecs
 import hashlib
 import itertools
 import json
@@ -32,7 +33,7 @@ import sys
 import time
 import typing
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -42,7 +43,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -104,22 +104,19 @@ PREVIEWS = 16                # and of a preview of stages 1 and 2
 MAX_TOKENS = 4096            # of a prompt or a conversation: one of a book would take all memory, or forever
 GRACE = 5.0                  # seconds after a signal that a step may go on, before it is given up
 LARGEST = torch.finfo(torch.float16).max        # what a folder of weights in fp16 can hold
+COUNTED = Interval(0, 2 ** 53)                  # what a run counts
 
 
 # ---- examples -> tensors, pickled to DataLoader's workers: no weights in here ---------------------------
 
 def collate_images(examples):
-    """The targets of Examples: "pixels" (B, 3, S, S) or cached "features" {name: (B, ...)}; and "skipped".
-
-    Only the first skipped item belongs to this position; the others are counted at their own.
-    """
-    batch = {"skipped": [broken for e in examples for broken in e.skipped[:1]]}
+    """The targets of Examples: "pixels" (B, 3, S, S) or cached "features" {name: (B, ...)}; {} without."""
     if examples[0].features is not None:
         names = examples[0].features.keys()
-        batch["features"] = {name: torch.stack([e.features[name] for e in examples]) for name in names}
-    elif examples[0].image is not None:
-        batch["pixels"] = data.to_pixels(np.stack([e.image for e in examples]))
-    return batch
+        return {"features": {name: torch.stack([e.features[name] for e in examples]) for name in names}}
+    if examples[0].image is None:
+        return {}
+    return {"pixels": data.to_pixels(np.stack([e.image for e in examples]))}
 
 
 def unit_normal(examples, *shape):
@@ -143,14 +140,6 @@ class ConversationCollate:
         targets, _ = data.pad([targets for _, targets in rows], False)
         return {**collate_images(examples), "ids": ids, "mask": mask, "labels": ids.where(targets, -100),
                 **self.vision_inputs([e.turns_image for e in examples])}
-
-    def check_length(self, example):
-        """Raise BadSample for an Example with more than MAX_TOKENS tokens of text."""
-        texts = [example.prompt, *(text for turn in example.turns for text in turn)]
-        size = sum(len(text.encode()) for text in texts)             # at least as many as tokens
-        if size > 16 * MAX_TOKENS or size > MAX_TOKENS and \
-                sum(len(self.tokenizer.encode(text)) for text in texts) > MAX_TOKENS:
-            raise data.BadSample("too many tokens", f"{size} bytes are more than {MAX_TOKENS} tokens")
 
     def prompts(self, examples):
         """The prompts to generate: ids, mask (B, L), and the images in them."""
@@ -184,15 +173,13 @@ class GenerationCollate(ConversationCollate):
 
     def __call__(self, examples):
         conversations = [e for e in examples if e.turns]
-        generations = [e for e in examples if not e.turns]
-        batch = {}
+        generations, batch = [e for e in examples if not e.turns], {}
         if generations:
-            batch = {**collate_images(generations), "prompts": self.prompts(generations)}
-            batch |= self.noise(generations) | self.hard_negatives(generations)
+            batch = {**collate_images(generations), "prompts": self.prompts(generations),
+                     **self.noise(generations), **self.hard_negatives(generations)}
         if conversations:
             batch["conversations"] = super().__call__(conversations)
-            del batch["conversations"]["skipped"]
-        return {**batch, "skipped": [broken for e in examples for broken in e.skipped[:1]]}
+        return batch
 
     def noise(self, examples):
         """x0 (B draws, C, h, w), times t (B draws,) and which conditions are dropped (B draws,)."""
@@ -350,7 +337,8 @@ class GenerationStage(Stage):
         """Return (model with its generator, fresh or continued; whether its queries are those of --init)."""
         stored, parts = BLIP3o.from_pretrained(args.init, "meta").config, folder_parts(args.init)
         continues = not args.fresh and stored.generates and args.design in (None, design_of(stored))
-        check_use(args, {"fresh": not continues,
+        resumes = bool(states(Path(args.out)))       # --init may be --save, with this run's own generator
+        check_use(args, {"fresh": resumes or not continues,
                          "flow": (design_of(stored) if continues else args.design) != "clip-mse"})
         wanted = {"llm"} | ({"visual"} if args.joint or args.prompt_images else set())
         if continues or not (args.queries or args.paper):
@@ -395,6 +383,8 @@ class GenerationStage(Stage):
             config = DiTConfig(**dit | dit_fields(args.dit))
             if grid % config.patch_size:
                 raise ValueError(f"patch_size {config.patch_size} doesn't divide the {grid} x {grid} grid")
+            weights = config.n_layers * config.dim * (2 * config.dim + 3 * config.ffn_dim)   # at least
+            need_memory((4 if args.device == "cpu" else 1) * weights, "its weights and their optimizer")
         except ValueError as error:
             raise ValueError(f"--dit {args.dit}: {error}") from None
         return replace(base, n_query=n_query, dit=config)
@@ -603,11 +593,11 @@ def dit_fields(spec):
     or can't be its value. The widths in_channels and cond_dim are those of the other parts."""
     kinds = {}
     for name, hint in typing.get_type_hints(DiTConfig).items():
-        if name not in ("in_channels", "cond_dim"):
-            kind = hint if hint in (str, float) else int
-            most = Interval(1, 256 if name == "n_layers" else 2 ** 16) if kind is int else POSITIVE
-            kinds[name] = (str, "") if kind is str else (
-                number(kind, most), f"{name} must be a {'whole ' * (kind is int)}number {most}")
+        kind = hint if hint in (str, float) else int
+        interval = POSITIVE if kind is float else Interval(1, 256 if name == "n_layers" else 2 ** 16)
+        words = f"{name} must be a {'whole ' * (kind is int)}number {interval}"
+        kinds[name] = (str if kind is str else number(kind, interval)), words
+    del kinds["in_channels"], kinds["cond_dim"]
     return settings("--dit", spec, kinds)
 
 
@@ -776,7 +766,8 @@ def open_samples(args, stage, device):
         return open_world(args, stage)
     task = data.CaptionTask(stage.converse, args.reconstruct, args.short_caption)
     probe = replace(task, converse=float(stage.converse == 1), reconstruct=0.0)
-    task, probe = (Bounded(task, stage.collate) for task in (task, probe))
+    if isinstance(stage.collate, ConversationCollate):
+        task, probe = (Bounded(task, stage.tokenizer) for task in (task, probe))
     source, unseen = (data.open_source(args.data, stage.size) for _ in range(2))
     if args.cache:
         source.cache = feature_cache(args, stage, source, device)
@@ -784,17 +775,19 @@ def open_samples(args, stage, device):
 
 
 class Bounded:
-    """A task whose samples fit: BadSample, counted as others are, for texts that `collate` finds too
-    long."""
+    """A task whose texts fit: others are BadSamples, counted as all are."""
 
-    def __init__(self, task, collate):
-        self.task, self.collate = task, collate
+    def __init__(self, task, tokenizer):
+        self.task, self.tokenizer = task, tokenizer
 
     def __call__(self, item, rng):
         """An item -> Example, as the task makes it."""
         example = self.task(item, rng)
-        if isinstance(self.collate, ConversationCollate):
-            self.collate.check_length(example)
+        texts = [example.prompt, *(text for turn in example.turns for text in turn)]
+        size = sum(len(text.encode()) for text in texts)             # at least as many as tokens
+        if size > MAX_TOKENS and (size > 16 * MAX_TOKENS or
+                                  sum(len(self.tokenizer.encode(text)) for text in texts) > MAX_TOKENS):
+            raise data.BadSample("too many tokens", f"{size} bytes are more than {MAX_TOKENS} tokens")
         return example
 
 
@@ -832,13 +825,16 @@ def held_out_batch(stage, samples, device):
             examples.append(samples[i])
         except ValueError as error:
             problem = error
-    if problem and not examples and rank() == 0:
+    if examples:
+        return to_device(stage.collate(examples), device)
+    if problem and rank() == 0:
         print(f"there will be no probes, as no held-out sample can be used: {sentence(problem)}")
-    return to_device(stage.collate(examples), device) if examples else None
+    return None
 
 
 class MicroBatches(torch.utils.data.Dataset):
-    """This process's part of the micro-batch whose first sample has position `first`, collated.
+    """This process's part of the micro-batch whose first sample has position `first`, collated, and the
+    (cause, name) of what was "skipped" for it.
 
     A mistake is returned, not raised: from a worker, DataLoader would wrap it in a traceback.
     """
@@ -850,7 +846,10 @@ class MicroBatches(torch.utils.data.Dataset):
     def __getitem__(self, first):
         positions = range(first + self.rank, first + self.size, self.ranks)
         try:
-            return self.collate([self.samples[position] for position in positions])
+            examples = [self.samples[position] for position in positions]
+            # Of several skipped items only the first belongs to its position: each is counted at its own.
+            skipped = [broken for e in examples for broken in e.skipped[:1]]
+            return {**self.collate(examples), "skipped": skipped}
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             if sys.flags.dev_mode:
                 raise
@@ -870,6 +869,25 @@ def batches(samples, stage, start, args, device):
         MicroBatches(samples, stage.collate, micro), batch_size=None, collate_fn=unchanged,
         sampler=range(start * args.batch, args.steps * args.batch, micro), num_workers=args.workers,
         pin_memory=device.type == "cuda")
+
+
+@contextmanager
+def reading(loader):
+    """Within: the iterator of a DataLoader. A signal to all processes at once never reaches its workers,
+    which a run that saves still needs; nor does Python's SIGTERM at its own end, so they are killed."""
+    has_masks = hasattr(signal, "pthread_sigmask")
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if has_masks else None
+    try:
+        iterator = iter(loader)
+    finally:
+        if has_masks:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
+        yield iterator
+    finally:
+        getattr(iterator, "_shutdown_workers", bool)()
+        for worker in getattr(iterator, "_workers", ()):
+            worker.kill()
 
 
 ON_HOST = ("ids", "mask", "labels", "grid")     # decide about shapes, which the host must know: see BLIP3o
@@ -954,12 +972,42 @@ def any_process(flag):
     return bool(flag)
 
 
+# Ctrl-C, the end that a scheduler or `kill` asks for, and a terminal that is closed.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+class Steady:
+    """A text stream that loses what it can't write, where the run would be lost otherwise: on a full disk,
+    or in a pipe whose reader (`| tee`) the same Ctrl-C has ended."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        """Write text, if that is possible."""
+        with suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        """Flush, if that is possible."""
+        try:
+            self.stream.flush()
+        except BrokenPipeError:                                      # nobody reads what is still to come
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except OSError:
+            pass
+
+
 class Stopped(KeyboardInterrupt):
     """A signal gave up what was running: nothing of it counts."""
 
 
 class StopRequest:
-    """Ctrl-C or SIGTERM of any process stops all of them after the same step.
+    """One of SIGNALS to any process stops all of them after the same step; those that whoever started the
+    process has it ignore (nohup) stay ignored.
 
     The flag is all-reduced between the hosts asynchronously and read one step later: nothing waits for it.
     What takes longer, and can be given up, runs `within` a patience.
@@ -967,7 +1015,8 @@ class StopRequest:
 
     def __init__(self):
         self.requested, self.flag, self.exchange, self.patience = False, None, None, None
-        self.before = {sig: signal.signal(sig, self.request) for sig in (signal.SIGINT, signal.SIGTERM)}
+        heard = [sig for sig in SIGNALS if signal.getsignal(sig) != signal.SIG_IGN]
+        self.before = {sig: signal.signal(sig, self.request) for sig in heard}
         self.alarm = signal.signal(signal.SIGALRM, self.give_up) if hasattr(signal, "setitimer") else None
 
     def close(self):
@@ -979,14 +1028,17 @@ class StopRequest:
             signal.signal(sig, handler)
 
     def request(self, *_):
-        """The signal handler; a second signal ends the process at once."""
+        """The signal handler; a second signal ends the process at once, but a terminal that closes may send
+        SIGHUP twice."""
         self.requested = True
         for sig, handler in self.before.items():
-            signal.signal(sig, handler)
+            signal.signal(sig, signal.SIG_IGN if sig == getattr(signal, "SIGHUP", None) else handler)
         if self.patience == 0:
             raise Stopped
         if rank() == 0:                                              # print isn't allowed in a handler
-            os.write(2, b"train.py: stopping, and saving, after this step; a second signal stops at once\n")
+            with suppress(OSError):                                  # nobody reads it
+                os.write(2, b"train.py: stopping, and saving, after this step; a second signal stops at "
+                            b"once\n")
         if hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_REAL, GRACE)
 
@@ -1028,40 +1080,16 @@ class StopRequest:
 
 
 @contextmanager
-def signals_held_back():
-    """Within: SIGINT and SIGTERM wait. Processes that are started here never get them: a signal to all of
-    them at once must not take the workers from a run that saves."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def end_workers(loader):
-    """End the processes of a DataLoader's iterator. SIGTERM, which Python would send them at its own end,
-    doesn't reach them: it would wait forever."""
-    getattr(loader, "_shutdown_workers", bool)()
-    for worker in getattr(loader, "_workers", ()):
-        worker.kill()
-
-
-@contextmanager
 def claimed(out):
     """Within: the folder of a run is this process's. ValueError if another one trains in it.
 
     The lock ends with its process, whatever ends it; workers don't inherit it.
     """
-    if rank() > 0:
-        yield
-        return
-    with open(out / ".lock", "ab") as file:
+    with nullcontext() if rank() > 0 else open(out / ".lock", "ab") as file:
         try:
             import fcntl
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if file:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise ValueError(f"another process trains in {out}: wait for its end, or choose another "
                              "--out") from None
@@ -1072,42 +1100,48 @@ def claimed(out):
 
 # ---- a run's state on disk ------------------------------------------------------------------------------
 
-def optimizer_state(optimizer, names):
-    """{"parameter.moment": tensor} of what this process holds: all, or with --zero its part. names:
-    parameter -> name."""
-    return {f"{names[p]}.{key}": value.reshape(1) if value.ndim == 0 else value.contiguous()
-            for p, moments in local_optimizer(optimizer).state.items() for key, value in moments.items()}
+def remove(path):
+    """Remove a file, a link or a folder with all that is in it, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
-def save_state(out, step, ema, optimizer, args, counts):
+def save_state(out, step, ema, optimizer, args, counts, samples):
     """Write out/step-NNNNNN atomically, point `latest` at it, keep the last two.
 
     model.safetensors (what is trained), ema.safetensors, optimizer.safetensors (with --zero
-    optimizer-RANK.safetensors, from each process its part), state.json (step, counts and flags; the order of
-    samples and all noise are functions of seed and step, so the step is all there is to know). Every process
-    calls it. Raises ValueError on all of them if one can't write.
+    optimizer-RANK.safetensors, from each process its part), state.json (step, counts, flags, and how many
+    samples there are; the order of samples and all noise are functions of seed and step, so the step is all
+    there is to know). Every process calls it. Raises ValueError on all of them if one can't write.
     """
     name, temporary = f"step-{step:06d}", out / ".step.tmp"  # a crash's leftovers are overwritten
-    names = {p: n for n, p in ema.params.items()}
 
     def begin():
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        remove(temporary)
+        temporary.mkdir()
         for file, tensors in ("model", ema.params), ("ema", ema.average):
             tensors = {n: tensor.detach().contiguous() for n, tensor in tensors.items()}
             save_file(tensors, temporary / f"{file}.safetensors")
         write_json(temporary / "state.json", {
             "step": step, "updates": ema.updates, "counts": counts, "torch": torch.__version__,
-            "optimizer_files": world_size() if args.zero else 1,
+            "optimizer_files": world_size() if args.zero else 1, "samples": samples,
             "args": {name: getattr(args, name) for name in FLAGS}})
 
     def add_moments():
-        if rank() == 0 or args.zero:
+        if rank() == 0 or args.zero:                                 # with --zero, each process has a part
             file = f"optimizer-{rank()}.safetensors" if args.zero else "optimizer.safetensors"
-            save_file(optimizer_state(optimizer, names), temporary / file)
+            states_of, names = local_optimizer(optimizer).state, {p: n for n, p in ema.params.items()}
+            save_file({f"{names[p]}.{key}": value.reshape(1) if value.ndim == 0 else value.contiguous()
+                       for p, moments in states_of.items() for key, value in moments.items()},
+                      temporary / file)
 
     def finish():
+        remove(out / name)
         publish(temporary, out / name)
+        if not (out / "latest").is_file():
+            remove(out / "latest")
         with atomic_write(out / "latest") as latest:
             latest.write_text(name)
         for old in [folder for folder in states(out) if int(folder.name[5:]) < step][:-1]:
@@ -1127,38 +1161,33 @@ def save_state(out, step, ema, optimizer, args, counts):
 @dataclass
 class RunState:
     """state.json: how far a run is; see save_state."""
-    step: int = field(metadata={"interval": Interval(0)})
-    updates: int = field(metadata={"interval": Interval(0)})
+    step: int = field(metadata={"interval": COUNTED})
+    updates: int = field(metadata={"interval": COUNTED})
     counts: dict = field(default_factory=dict)
     args: dict = field(default_factory=dict)
     optimizer_files: int | None = None
+    samples: int | None = None
 
     def __post_init__(self):
-        if not all(type(count) is int and count >= 0 for count in self.counts.values()):
+        if not all(type(count) is int and count in COUNTED for count in self.counts.values()):
             raise ValueError("counts must be whole numbers")
 
 
 def states(out):
     """The folders of the states in `out`, the oldest first. Other names are nobody's business."""
-    numbers = {int(f.name[5:]): f for f in out.iterdir() if re.fullmatch("step-[0-9]{6,}", f.name)}
+    numbers = {int(f.name[5:]): f for f in out.glob("step-*") if re.fullmatch("step-[0-9]{6,}", f.name)}
     return [f for n, f in sorted(numbers.items()) if f.name == f"step-{n:06d}" and f.is_dir()]
 
 
 def candidates(out):
     """The states to go on from, the best first: what `latest` names, then the others, the newest first."""
-    folders, named = states(out)[::-1], None
-    try:
-        named = out / read_file(out / "latest").decode().strip()
-    except FileNotFoundError:
-        if not folders:
-            return []
-    except (OSError, ValueError):
-        pass
-    if not folders:
-        raise ValueError(f"{out / 'latest'} names a state, but there is none in {out}: delete it to start "
-                         "anew")
-    if named not in folders:
-        warn(f"{out / 'latest'} names no state: going on from the newest")
+    folders, latest, named = states(out)[::-1], out / "latest", None
+    if not folders and latest.exists():
+        raise ValueError(f"{latest} names a state, but there is none in {out}: delete it to start anew")
+    with suppress(OSError, ValueError):
+        named = out / read_file(latest).decode().strip()
+    if folders and named not in folders:
+        warn(f"{latest} names no state: going on from the newest")
     return sorted(folders, key=lambda folder: folder != named)
 
 
@@ -1172,12 +1201,15 @@ def load_state(out, ema, optimizer, args):
     for folder in candidates(out):
         try:
             state = from_json(RunState, read_json(folder / "state.json"), folder / "state.json")
-            tensors = read_tensors(folder, state, ema) if same_flags(state, args) else None
+            if state.step != int(folder.name[5:]):
+                raise ValueError(f"its state.json is one of step {state.step}")
+            other = changed_flags(state, args, SAME)
+            tensors = None if other else read_tensors(folder, state, ema)
         except (ValueError, OSError, SafetensorError) as error:
             problems.append(f"{folder} is damaged: {sentence(error)}")
             continue
-        if tensors is None:
-            raise ValueError(f"{out} holds a run with {other_flags(state, args)}: choose another --out, or "
+        if other:
+            raise ValueError(f"{out} holds a run with {', not '.join(other[0])}: choose another --out, or "
                              "delete the folder to start anew")
         fill(ema, local_optimizer(optimizer), *tensors)
         ema.updates = state.updates
@@ -1194,30 +1226,14 @@ def load_state(out, ema, optimizer, args):
     return state
 
 
-def flag_value(name, value):
-    """A flag and its value as a command line has them."""
-    return f"--{name.replace('_', '-')} {value}"
-
-
 def changed_flags(state, args, resume):
-    """{name: (before, now)} of the flags with this rule of resuming that a state has otherwise. ValueError
-    if the state lacks one."""
+    """[("--flag value", present value)] of the flags with this rule of resuming that a state has otherwise.
+    ValueError if the state lacks one."""
     names = [name for name, flag in FLAGS.items() if flag.resume == resume]
     if lacking := [name for name in names if name not in state.args]:
         raise ValueError(f"state.json lacks the flag {lacking[0]}")
-    return {name: (state.args[name], getattr(args, name)) for name in names
-            if state.args[name] != getattr(args, name)}
-
-
-def same_flags(state, args):
-    """Has the run of a state the flags that must match?"""
-    return not changed_flags(state, args, SAME)
-
-
-def other_flags(state, args):
-    """The first flag that doesn't match, in words."""
-    name, (before, now) = next(iter(changed_flags(state, args, SAME).items()))
-    return f"{flag_value(name, before)}, not {now}"
+    return [(f"--{name.replace('_', '-')} {state.args[name]}", str(getattr(args, name))) for name in names
+            if state.args[name] != getattr(args, name)]
 
 
 def warn(text):
@@ -1308,10 +1324,10 @@ def trim_log(path, step):
     if not path.exists():
         return
     rows, content = {}, read_file(path)
-    for line in content.splitlines():
+    for line in content.removeprefix(codecs.BOM_UTF8).splitlines():
         try:
             row = json.loads(line)
-            if 0 <= row["step"] <= step:
+            if type(row["step"]) is int and 0 <= row["step"] <= step:
                 rows[row["step"], "lr" in row] = line + b"\n"        # a row of a step, one of its probe
         except (ValueError, TypeError, KeyError, RecursionError):
             pass
@@ -1415,113 +1431,177 @@ def autocast(args, device):
 
 def train(args, device, stop):
     """Train one stage, resuming the run in --out. Returns False if a signal stopped it."""
-    out = Path(args.out)
-    for folder in filter(None, (args.out, args.save and fixed_part(args.save), args.cache)):
-        check_writable(folder)
-    with claimed(out):
+    fixed = itertools.takewhile(lambda part: "{step}" not in part, Path(args.save or "").parts)
+    for folder in args.out, args.save and Path(*fixed), args.cache:
+        if folder:
+            check_writable(folder)
+    with claimed(Path(args.out)):
         with stop.within(0):
-            torch.manual_seed(args.seed)  # the same fresh weights on every process
-            stage = build_stage(args).to(device)
-            samples, held_out = open_samples(args, stage, device)
-            test = held_out_batch(stage, held_out, device)
-            optimizer, ema = make_optimizer(stage, args), EMA(stage.trained, args.ema)
-            state = load_state(out, ema, optimizer, args)
-            if args.compile and stage.compile_target is not None:
-                stage.compile_target.compile()
-            net = stage
-            if world_size() > 1:  # with conversations, a batch may need only some parameters
-                net = DistributedDataParallel(stage, find_unused_parameters=bool(stage.converse))
-            is_main = rank() == 0
-            if is_main:
-                announce(args, ema, samples, state)
-            log = Log(out / "log.jsonl", args, state.step) if is_main else None
-        stage.trained.train()
-        if state.step >= args.steps:
-            if is_main:                                              # a finished run can still be exported
-                export(args, stage, ema, state.step)
-            return True
-        save = partial(checkpoint, out, stage=stage, ema=ema, optimizer=optimizer, test=test, log=log,
-                       args=args)
-        with signals_held_back():
-            loader = iter(batches(samples, stage, state.step, args, device))
+            run = Run(args, device)
+        if run.step < args.steps:
+            return run.loop(stop)
+        if rank() == 0:                                              # a finished run can still be exported
+            run.export()
+        return True
+
+
+class Run:
+    """What is trained, with what, and how far it is: set up from the command line and the state in --out.
+
+    saved: the step of the last state; problem: what became of neither state nor export then, or None.
+    """
+
+    def __init__(self, args, device):
+        torch.manual_seed(args.seed)  # the same fresh weights on every process
+        self.args, self.device, self.out = args, device, Path(args.out)
+        self.stage = build_stage(args).to(device)
+        micro = args.batch // args.accumulate // world_size()
+        need_memory(3 * micro * self.stage.size ** 2, f"images of --batch {args.batch}")
+        self.samples, held_out = open_samples(args, self.stage, device)
+        self.test = held_out_batch(self.stage, held_out, device)
+        self.optimizer, self.ema = make_optimizer(self.stage, args), EMA(self.stage.trained, args.ema)
+        state = load_state(self.out, self.ema, self.optimizer, args)
+        self.step, self.saved, self.problem = state.step, state.step, None
+        if args.compile and self.stage.compile_target is not None:
+            self.stage.compile_target.compile()
+        self.net = self.stage
+        if world_size() > 1:  # with conversations, a batch may need only some parameters
+            self.net = DistributedDataParallel(self.stage, find_unused_parameters=bool(self.stage.converse))
+        if rank() == 0:
+            announce(args, self.ema, self.samples, state)
+        self.log = Log(self.out / "log.jsonl", args, state.step) if rank() == 0 else None
+        self.meter = Meter(state.counts, device)
+        self.stage.trained.train()
+
+    def loop(self, stop):
+        """All steps that are left, with states and lines of the log between them. Returns False if a signal
+        ended it; raises ValueError if the last state or export could not be written."""
+        args, ema, optimizer, meter, halt = self.args, self.ema, self.optimizer, self.meter, False
+        patience = None if dist.is_initialized() else GRACE          # several processes stop together
+        bar = tqdm(total=args.steps, initial=self.step, disable=self.log is None or args.quiet, unit="step")
+        with reading(batches(self.samples, self.stage, self.step, args, self.device)) as loader:
+            while self.step < args.steps and not halt:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(self.step, args)
+                try:
+                    with stop.within(patience):
+                        losses = self.gradient(loader)
+                except Stopped:
+                    break
+                norm = nn.utils.clip_grad_norm_(list(ema.params.values()), args.clip)    # of all processes
+                found_inf = local_optimizer(optimizer).found_inf = (~norm.isfinite()).float()
+                with autocast(args, self.device):                    # Newton-Schulz in bf16, as published
+                    optimizer.step()
+                ema.update()
+                optimizer.zero_grad(set_to_none=True)
+                meter.add_step(found_inf)
+                self.step += 1
+                bar.update()
+                if self.step % args.log_every == 0 or self.step == args.steps:
+                    row = meter.row(self.step, args)
+                    row |= {"lr": optimizer.param_groups[0]["lr"], "grad": float(norm)}
+                    if self.log is not None:
+                        self.log.write(row)
+                        bar.set_postfix({name: f"{row[name]:.4f}" for name in losses if name in row})
+                halt = stop.agreed()
+                if self.step % args.save_every == 0:
+                    self.save()
+            if self.step > self.saved:
+                self.save()
+        stop.wait()
+        bar.close()
+        if self.problem:
+            raise ValueError(f"the run ended at step {self.step}, but its last state or export could not be "
+                             f"written: {self.problem}; the same command tries again")
+        return self.step >= args.steps
+
+    def gradient(self, loader):
+        """Forward and backward of all micro-batches of a step; returns the last one's losses. Raises
+        ValueError for samples that can't be used."""
+        args = self.args
+        for micro in range(args.accumulate):
+            before, last = time.time(), micro == args.accumulate - 1
+            batch = next(loader)
+            if isinstance(batch, ValueError):
+                raise batch
+            batch = to_device(batch, self.device)
+            self.meter.waited += time.time() - before
+            self.meter.skip(batch.pop("skipped"))
+            # Gradients are reduced once a step, with the last micro-batch.
+            with nullcontext() if last or not dist.is_initialized() else self.net.no_sync():
+                with autocast(args, self.device):
+                    losses = self.net(batch)
+                loss = (sum(value for name, value in losses.items() if name[0] != "_") / args.accumulate)
+                loss.backward()
+            self.meter.add(losses, 1 / args.accumulate)
+        return losses
+
+    def save(self):
+        """Write the state, then, with the averaged weights, the probe, the preview and the exported model;
+        every process calls it. What can't be written is said, and the rest goes on: a full disk must not
+        end a run of days. Raises ValueError for weights that nobody can use: the last state is kept."""
+        began, out, step, log = time.time(), self.out, self.step, self.out / "log.jsonl"
         try:
-            return loop(args, device, stop, net, ema, optimizer, loader, Meter(state.counts, device), log,
-                        save, state.step)
-        finally:
-            end_workers(loader)
+            check_finite(self.ema.params)
+            check_finite(self.ema.average)
+        except ValueError as error:
+            raise ValueError(f"{error} after step {step}: lower --lr ({self.args.lr}); {out} keeps the last "
+                             "state") from None
+        problems = [attempt(f"state of step {step}", save_state, out, step, self.ema, self.optimizer,
+                            self.args, self.meter.totals(), len(self.samples.source))]
+        if rank() == 0:
+            from evals.charts import save_curves
+            if self.test is not None:
+                attempt(f"probe of step {step}", self.evaluate)
+            problems.append(attempt(f"model of step {step}", self.export))
+            attempt("curves", save_curves, log, out / "curves.png")
+        barrier()
+        self.saved, self.problem = step, "; ".join(filter(None, problems))
+        self.meter.since += time.time() - began                      # samples/s exclude saving
+
+    @torch.no_grad()
+    def export(self):
+        """Write the averaged weights into the model folder that --save names, if any."""
+        if self.args.save:
+            folder = Path(self.args.save.replace("{step}", f"{self.step:06d}"))
+            folder.mkdir(parents=True, exist_ok=True)
+            with averaged_weights(self.stage, self.ema):
+                self.stage.export(folder)
+
+    @torch.no_grad()
+    def evaluate(self):
+        """The probe into the log, the preview into a PNG, both of held-out samples."""
+        # Eager: probes have other batch sizes, and recompiling would not pay.
+        with averaged_weights(self.stage, self.ema), autocast(self.args, self.device), \
+                torch.compiler.set_stance("force_eager"):
+            numbers = {k: round(float(v), 4) for k, v in self.stage.probe(self.test).items()}
+            rows = self.stage.preview(self.test)
+        if numbers:
+            self.log.write({"step": self.step, **numbers})
+            tqdm.write(f"step {self.step}  " + "  ".join(f"{k[1:]} {v}" for k, v in numbers.items()))
+        if rows:
+            from evals.charts import save_grid
+            save_grid(rows, self.out / f"preview-{self.step:06d}.png")
 
 
-def loop(args, device, stop, net, ema, optimizer, loader, meter, log, save, step):
-    """All steps from `step` on, with states and lines of the log between them. Returns False if a signal
-    ended it; raises ValueError if the last state or export could not be written."""
-    bar = tqdm(total=args.steps, initial=step, disable=log is None or args.quiet, unit="step")
-    halt, saved, problem = False, step, None
-    while step < args.steps and not halt:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
-        try:  # several processes stop together, after a step
-            with stop.within(None if dist.is_initialized() else GRACE):
-                losses = gradient(net, loader, meter, args, device)
-        except Stopped:
-            if step > saved:
-                problem = save(step, counts=meter.totals())
-            break
-        norm = nn.utils.clip_grad_norm_(list(ema.params.values()), args.clip)    # the same on all processes
-        found_inf = local_optimizer(optimizer).found_inf = (~norm.isfinite()).float()
-        with autocast(args, device):                                 # Newton-Schulz in bf16, as published
-            optimizer.step()
-        ema.update()
-        optimizer.zero_grad(set_to_none=True)
-        meter.add_step(found_inf)
-        step += 1
-        bar.update()
-        if step % args.log_every == 0 or step == args.steps:
-            row = meter.row(step, args) | {"lr": optimizer.param_groups[0]["lr"], "grad": float(norm)}
-            if log is not None:
-                log.write(row)
-                bar.set_postfix({name: f"{row[name]:.4f}" for name in losses if name in row})
-        halt = stop.agreed()
-        if step % args.save_every == 0 or step == args.steps or halt:
-            before = time.time()
-            problem, saved = save(step, counts=meter.totals()), step
-            meter.since += time.time() - before                      # samples/s exclude saving
-    stop.wait()
-    bar.close()
-    if problem:
-        raise ValueError(f"the run ended at step {step}, but its last state or export could not be written: "
-                         f"{problem}; the same command tries again")
-    return step >= args.steps
+def attempt(what, write, *inputs):
+    """write(*inputs) -> None, or, after saying so, why it could not be written."""
+    try:
+        write(*inputs)
+        return None
+    except (OSError, ValueError, SafetensorError) as error:
+        if rank() == 0:
+            tqdm.write(f"the {what} could not be written: {sentence(error)}")
+        return sentence(error)
 
 
-def gradient(net, loader, meter, args, device):
-    """Forward and backward of all micro-batches of a step; returns the last one's losses."""
-    for micro in range(args.accumulate):
-        last = micro == args.accumulate - 1  # gradients are reduced once a step, with the last one
-        with nullcontext() if last or not dist.is_initialized() else net.no_sync():
-            losses = forward_backward(net, loader, meter, args, device)
-    return losses
-
-
-def forward_backward(net, loader, meter, args, device):
-    """Forward and backward of the next micro-batch; raises ValueError for samples that can't be used."""
-    before = time.time()
-    batch = next(loader)
-    if isinstance(batch, ValueError):
-        raise ValueError(str(batch))
-    batch = to_device(batch, device)
-    meter.waited += time.time() - before
-    meter.skip(batch.pop("skipped"))
-    with autocast(args, device):
-        losses = net(batch)
-    (sum(value for name, value in losses.items() if name[0] != "_") / args.accumulate).backward()
-    meter.add(losses, 1 / args.accumulate)
-    return losses
-
-
-def fixed_part(save):
-    """The folder that --save names, or the innermost one around those of {step}."""
-    parts = Path(save).parts
-    return Path(*itertools.takewhile(lambda part: "{step}" not in part, parts))
+def need_memory(numbers, what):
+    """ValueError for so many numbers in fp32 that this machine can't hold them: it would end the process."""
+    if hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if 4 * numbers > memory:
+            raise ValueError(f"{what} take {4 * numbers / 2 ** 30:,.0f} GiB of memory, this machine has "
+                             f"{memory / 2 ** 30:,.0f} GiB")
 
 
 def announce(args, ema, samples, state):
@@ -1529,10 +1609,11 @@ def announce(args, ema, samples, state):
     millions = sum(p.numel() for p in ema.params.values()) / 1e6
     print(f"stage {args.stage}: {millions:.2f} M trained parameters, {args.steps} steps of {args.batch}, "
           f"{'from step ' + str(state.step) if state.step else 'from the start'}, in {args.out}")
-    changed = changed_flags(state, args, NEW) if state.step else {}
+    changed = changed_flags(state, args, NEW) if state.step else []
+    if state.samples not in (None, len(samples.source)):
+        changed.append((f"{state.samples} samples in --data", str(len(samples.source))))
     if changed:
-        print("changed since: " + ", ".join(f"{flag_value(name, before)} -> {now}"
-                                            for name, (before, now) in changed.items()))
+        print("changed since: " + ", ".join(map(" -> ".join, changed)))
     if state.step > args.steps:
         print(f"{state.step} steps are done, more than --steps {args.steps}: there is nothing to train")
     if args.zero and world_size() == 1:
@@ -1541,41 +1622,6 @@ def announce(args, ema, samples, state):
         source = samples.source
         print(f"{len(source)} samples, {len(source.held_out)} of them held out; "
               f"left out: {counted(source.left_out)}")
-
-
-@torch.no_grad()
-def checkpoint(out, step, stage, ema, optimizer, test, log, args, counts):
-    """Write the state, then, with the averaged weights, the probe, the preview and the exported model.
-
-    A full disk must not end a run of days: what fails is said, and the rest goes on. Returns in words what
-    became of neither state nor export, None if both are there. Raises ValueError for weights that nobody can
-    use: the last state is kept.
-    """
-    try:
-        check_finite(ema.params)
-        check_finite(ema.average)
-    except ValueError as error:
-        raise ValueError(f"{error} after step {step}: lower --lr ({args.lr}); {args.out} keeps the last "
-                         "state") from None
-    from evals.charts import save_curves
-    failed, lost = [], []
-
-    def attempt(write, *inputs, matters=True):
-        try:
-            write(*inputs)
-        except (OSError, ValueError, SafetensorError) as error:
-            failed.append(sentence(error))
-            lost.extend(failed[-1:] * matters)
-    attempt(save_state, out, step, ema, optimizer, args, counts)
-    if rank() == 0:
-        if test is not None:
-            attempt(evaluate, out, step, stage, ema, test, log, args, matters=False)
-        attempt(export, args, stage, ema, step)
-        attempt(save_curves, out / "log.jsonl", out / "curves.png", matters=False)
-        if failed:
-            tqdm.write(f"step {step} could not be written: {'; '.join(failed)}; the state before it is kept")
-    barrier()
-    return "; ".join(lost) or None
 
 
 @contextmanager
@@ -1588,39 +1634,6 @@ def averaged_weights(stage, ema):
     finally:
         ema.swap()
         stage.trained.train()
-
-
-@torch.no_grad()
-def export(args, stage, ema, step):
-    """Write the averaged weights into the model folder that --save names, if any."""
-    if args.save:
-        folder = Path(args.save.replace("{step}", f"{step:06d}"))
-        folder.mkdir(parents=True, exist_ok=True)
-        with averaged_weights(stage, ema):
-            stage.export(folder)
-
-
-def evaluate(out, step, stage, ema, test, log, args):
-    """The probe into the log, the preview into a PNG, both of held-out samples."""
-    device = next(iter(ema.params.values())).device
-    # Eager: probes have other batch sizes, and recompiling would not pay.
-    with averaged_weights(stage, ema), autocast(args, device), torch.compiler.set_stance("force_eager"):
-        numbers, rows = {k: round(float(v), 4) for k, v in stage.probe(test).items()}, stage.preview(test)
-    if numbers:
-        log.write({"step": step, **numbers})
-        tqdm.write(f"step {step}  " + "  ".join(f"{k[1:]} {v}" for k, v in numbers.items()))
-    if rows:
-        save_grid(rows, out / f"preview-{step:06d}.png")
-
-
-# ---- images of a run ------------------------------------------------------------------------------------
-
-def save_grid(rows, path, columns=16, scale=2):
-    """Rows of images (B, 3, H, W) in [0, 1], the first `columns` of each, as one PNG."""
-    grid = torch.cat([torch.cat(list(row[:columns].float().cpu()), 2) for row in rows], 1)
-    image = Image.fromarray((grid * 255).round().byte().permute(1, 2, 0).numpy())
-    with atomic_write(path) as temporary:
-        image.resize((image.width * scale, image.height * scale), Image.NEAREST).save(temporary, "PNG")
 
 
 # ---- the command line -----------------------------------------------------------------------------------
@@ -1824,6 +1837,8 @@ def main(argv=None):
 def run(argv):
     """What the command line asks for; raises ValueError for what can't be meant."""
     stop = StopRequest()
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (stream and Steady(stream) for stream in streams)
     try:
         with stop.within(0):
             args, (processes, _, local_rank, _) = arguments(argv), environment()
@@ -1848,6 +1863,9 @@ def run(argv):
     except Stopped:
         print("stopped before the first step: the same command starts again")
     finally:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+        sys.stdout, sys.stderr = streams
         stop.close()
 
 

@@ -1,8 +1,9 @@
-"""Line charts: the curves of a training run, and the figures of the miniature's studies."""
+"""Line charts: the curves of a training run, and the figures of the miniature's studies; grids of images."""
 import json
 import math
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from checkpoint import atomic_write
@@ -119,3 +120,11 @@ def save_curves(log, path):
     if panels:
         with atomic_write(path) as temporary:
             draw_charts(panels, columns=3, size=(420, 220)).save(temporary, "PNG")
+
+
+def save_grid(rows, path, columns=16, scale=2):
+    """Rows of images (B, 3, H, W) in [0, 1], the first `columns` of each, as one PNG."""
+    grid = torch.cat([torch.cat(list(row[:columns].float().cpu()), 2) for row in rows], 1)
+    image = Image.fromarray((grid * 255).round().byte().permute(1, 2, 0).numpy())
+    with atomic_write(path) as temporary:
+        image.resize((image.width * scale, image.height * scale), Image.NEAREST).save(temporary, "PNG")
