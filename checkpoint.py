@@ -22,7 +22,7 @@ import shutil
 import stat
 import sys
 import typing
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -309,6 +309,27 @@ def atomic_write(path):
         publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def file_lock(path, wait=False):
+    """Within: the lock `path`, a file that is made if need be, is this process's. ValueError if another one
+    has it, unless to `wait` for that.
+
+    A POSIX lock, which ends with its process and is not inherited by workers. Best effort: where there are
+    no locks (Windows, some disks) nothing is locked.
+    """
+    with ExitStack() as stack:
+        try:
+            import fcntl
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(path, "ab"))
+            fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (ImportError, OSError) as error:
+            if not wait and isinstance(error, (BlockingIOError, PermissionError)):
+                raise ValueError(f"another process works in {path.parent}: wait for its end, or choose "
+                                 "another --out") from None
+        yield
 
 
 def publish(temporary, path):

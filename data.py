@@ -14,7 +14,7 @@ import os
 import re
 import sys
 from collections import Counter
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
@@ -32,6 +32,7 @@ from tqdm import tqdm
 from checkpoint import (
     COUNT,
     atomic_write,
+    file_lock,
     from_json,
     open_file,
     parse_json,
@@ -623,21 +624,6 @@ def scan_folder(path, names, files):
     return np.array(rows, np.int64).reshape(-1, 6), np.array(left_out)
 
 
-@contextmanager
-def file_lock(file):
-    """Of the processes that start together, let one build the index and the others wait for it.
-
-    Best effort: without locks (Windows, a read-only disk) each builds its own; writes are atomic.
-    """
-    with ExitStack() as stack:
-        with suppress(OSError, ImportError):
-            import fcntl  # not on Windows
-            file.parent.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(open(file.with_suffix(".lock"), "w"))
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def try_scan(path):
     """What `scan_shard` returns, or (None, the sentence that it raises)."""
     try:
@@ -694,7 +680,7 @@ def index_shards(paths):
     absolute_paths = "\n".join(map(os.path.abspath, paths))
     file = INDEX_FOLDER / f"{hashlib.sha256(os.fsencode(absolute_paths)).hexdigest()[:16]}.safetensors"
     stamps = torch.tensor([(s.st_size, s.st_mtime_ns) for s in map(os.stat, paths)])  # (S, 2)
-    with file_lock(file):
+    with file_lock(file.with_suffix(".lock"), wait=True):              # one process builds it
         rows, shards = load_index(file, len(paths))
         stale = (shards[:, :2] != stamps).any(1).nonzero().flatten().tolist()
         if not stale:

@@ -49,6 +49,7 @@ from checkpoint import (
     Interval,
     Parser,
     atomic_write,
+    file_lock,
     folder_parts,
     from_json,
     number,
@@ -943,8 +944,7 @@ def caption(pipe, args):
     out, (paths, others) = Path(args.out), find_images(Path(args.caption))
     limit = pipe.pixel_limits.get("max_pixels", CAPTION_PIXELS)
     pipe.limits.setdefault("max_pixels", min(limit, CAPTION_PIXELS))
-    with open(out / "captions.jsonl", "a+b") as log:
-        lock(log)
+    with file_lock(out / "captions.jsonl"), open(out / "captions.jsonl", "a+b") as log:
         lines, shards = read_log(log), 0
         keep_settings(out / "captions.json", args, lines)
         done = {line["image"] for line in lines}
@@ -984,18 +984,6 @@ def find_images(root):
         raise ValueError(f"there is no image ({', '.join(data.IMAGE_SUFFIXES)}) at {root}"
                          + f", but {found}" * bool(found))
     return paths, others
-
-
-def lock(file):
-    """Keep other processes from an open file for as long as this one lives; ValueError if another has it."""
-    try:
-        import fcntl  # not on Windows
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"another process is writing to {file.name}: wait for it, or choose another --out"
-                         ) from None
-    except (ImportError, OSError):              # a disk without locks
-        pass
 
 
 def keep_settings(file, args, lines):

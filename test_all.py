@@ -30,7 +30,7 @@ import tarfile
 import unicodedata
 import zlib
 from collections import Counter
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from dataclasses import fields as dataclass_fields
 from fractions import Fraction
@@ -4225,16 +4225,26 @@ def test_states_beyond_a_million_steps_and_stray_names(tiny, vae_run, tmp_path):
     assert [row["step"] for row in read_steps(out)][-5:] == [*range(10 ** 6, 10 ** 6 + 5)]
 
 
+@contextmanager
+def locked_elsewhere(path):
+    """Within: another process, which is yielded, holds the lock of a file."""
+    code = f"import sys, time; sys.path.insert(0, {str(HERE)!r})\nimport checkpoint, pathlib\n" \
+           f"with checkpoint.file_lock(pathlib.Path({str(path)!r})):\n  print(1, flush=True); time.sleep(99)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline()
+        try:
+            yield other
+        finally:
+            other.kill()
+
+
 def test_a_run_is_one_process(tiny, vae_run, tmp_path, capsys):
     """Two processes in one --out: the second is refused; a killed one leaves the folder free."""
     out = Path(shutil.copytree(vae_run, tmp_path / "run"))
-    code = f"import sys, time; sys.path.insert(0, {str(HERE)!r})\nimport train; from pathlib import Path\n" \
-           f"with train.claimed(Path({str(out)!r})):\n    print('here', flush=True); time.sleep(99)"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
-        assert other.stdout.readline()
+    with locked_elsewhere(out / ".lock") as other:
         before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
         assert run_training(*VAE_RUN, "--steps", 8, "--out", out) == 2
-        assert f"another process trains in {out}" in capsys.readouterr().err
+        assert f"another process works in {out}" in capsys.readouterr().err
         assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
         other.kill()
     assert run_training(*VAE_RUN, "--steps", 8, "--out", out) == 0
@@ -6002,8 +6012,7 @@ def test_sample_captions_of_any_folder(captioning, tmp_path, monkeypatch, capsys
     (out / "00002.tar").unlink()
     assert run("out") == 0 and not asked.clear() and "10.png: No such file" in capsys.readouterr().err
     assert len(captions_in(out / "*.tar")) == 11
-    with open(out / "captions.jsonl", "rb") as log:
-        sample.lock(log)
+    with locked_elsewhere(out / "captions.jsonl"):
         assert run("out") == 2 and "another process" in capsys.readouterr().err
     for flag in (["--top-p", 0.5, "--temperature", 1], ["--max-pixels", 900], ["--repetition-penalty", 2]):
         assert run("out", *flag) == 2 and "made with" in capsys.readouterr().err

@@ -60,6 +60,7 @@ from checkpoint import (
     Parser,
     atomic_write,
     check_writable,
+    file_lock,
     folder_parts,
     from_json,
     number,
@@ -1079,25 +1080,6 @@ class StopRequest:
         return bool(self.flag)
 
 
-@contextmanager
-def claimed(out):
-    """Within: the folder of a run is this process's. ValueError if another one trains in it.
-
-    The lock ends with its process, whatever ends it; workers don't inherit it.
-    """
-    with nullcontext() if rank() > 0 else open(out / ".lock", "ab") as file:
-        try:
-            import fcntl
-            if file:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise ValueError(f"another process trains in {out}: wait for its end, or choose another "
-                             "--out") from None
-        except (ImportError, OSError):                               # no locks on this system, or this disk
-            pass
-        yield
-
-
 # ---- a run's state on disk ------------------------------------------------------------------------------
 
 def remove(path):
@@ -1435,7 +1417,7 @@ def train(args, device, stop):
     for folder in args.out, args.save and Path(*fixed), args.cache:
         if folder:
             check_writable(folder)
-    with claimed(Path(args.out)):
+    with nullcontext() if rank() > 0 else file_lock(Path(args.out) / ".lock"):
         with stop.within(0):
             run = Run(args, device)
         if run.step < args.steps:
