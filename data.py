@@ -56,8 +56,8 @@ MATCH = 'Does this image show "{}"? Answer yes or no.'
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json")      # of files with one JSON object for each sample
-OTHER_SUFFIXES = tuple(".gif .avif .heic .heif .bmp .jfif .tif .tiff .jxl .jp2 .svg .ppm .parquet .arrow "
-                       ".csv .tsv .jsonl .ndjson .gz .tgz .zip .zst".split())
+OTHER_IMAGES = tuple(".gif .avif .heic .heif .bmp .jfif .tif .tiff .jxl .jp2 .svg .ppm".split())
+OTHER_SUFFIXES = (*OTHER_IMAGES, *".parquet .arrow .csv .tsv .jsonl .ndjson .gz .tgz .zip .zst".split())
 # Reasons for skipping, counted while indexing: the suffixes are of files that might have been meant.
 LEFT_OUT = ("no caption", "no image", "link", "sparse", "hidden", "behind the end", *OTHER_SUFFIXES)
 INDEX_FOLDER = Path("runs/index")                     # where the index of the shards is kept

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from checkpoint import Interval, atomic_write, parse_json, read_file, typed
-from data import IMAGE_SUFFIXES, BadSample, load_image
+from data import IMAGE_SUFFIXES, OTHER_IMAGES, BadSample, load_image
 
 BATCH = 32                                # images or questions that a model works on at a time
 SHEET = 192                               # most images of a contact sheet
@@ -80,7 +80,6 @@ SIGNATURES = {
     b"\x93NUMPY": "a NumPy array", b"\x89HDF": "an HDF5 file", b"\x80\x04": "a pickle",
     b"version https://git-lfs": "a pointer of Git LFS, not the file itself", b"<!DOCTYPE": "a web page",
     b"<!doctype": "a web page", b"<html": "a web page"}
-OTHER_IMAGES = (".gif", ".avif", ".heic", ".heif", ".bmp", ".jfif", ".tif", ".tiff", ".jp2", ".jxl", ".svg")
 LISTS = ("questions", "annotations", "data")        # fields of an official file that hold its entries
 
 
