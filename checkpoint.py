@@ -332,13 +332,21 @@ def file_lock(path, wait=False):
         yield
 
 
+UMASK = os.umask(0)                       # there is no other way to read it
+os.umask(UMASK)
+
+
 def publish(temporary, path):
-    """Fsync a file, or all files of a folder, and rename it to `path`; an older folder there is removed."""
+    """Fsync a file, or all files of a folder, and rename it to `path`; an older folder there is removed.
+
+    Files get the permissions of any new file: safetensors makes them readable by their owner alone.
+    """
     temporary, path = Path(temporary), Path(path)
     files = [temporary] if temporary.is_file() else [f for f in temporary.rglob("*") if f.is_file()]
     for file in files:
         with open(file, "rb+") as f:
             os.fsync(f.fileno())
+        file.chmod(0o666 & ~UMASK)
     if path.is_dir() and temporary.is_dir():
         shutil.rmtree(path)
     os.replace(temporary, path)

@@ -735,6 +735,9 @@ def test_files_and_folders_are_replaced_safely(tmp_path, monkeypatch):
         assert files == {"a": version, "inner": False, "inner/b": version} and not new.exists()
         assert calls == [str(temporary), "replace", str(new / "a"), str(new / "inner/b"), "replace"]
         calls.clear()
+    save_weights({"x": torch.ones(2)}, tmp_path / "weights.safetensors")
+    (tmp_path / "usual").touch()
+    assert len({(tmp_path / name).stat().st_mode for name in ("weights.safetensors", "usual")}) == 1
 
 
 @pytest.mark.parametrize("write, content", [
@@ -3795,6 +3798,21 @@ def test_run_stopped_by_a_signal_goes_on_exactly(tiny, vae_run, monkeypatch, tmp
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-000004", "step-000006"]
     assert run_training(*VAE_RUN[:2], "--steps", 2, "--batch", 8, "--out", tmp_path) == 0
     assert "6 steps are done, more than --steps 2: there is nothing to train" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", ["clip", "0", "decoder", "1"])
+def test_every_stage_goes_on_exactly(tiny, monkeypatch, tmp_path, stage):
+    """Whatever a stage trains, scalars among it, its state holds all of it (the VAE: above)."""
+    argv = ["--stage", stage, "--steps", 4, "--batch", 4]
+    assert run_training(*argv, "--out", tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        kind = {"clip": pretrain.ClipStage, "0": train.UnderstandingStage, "decoder": train.DecoderStage,
+                "1": train.GenerationStage}[stage]
+        disturb(patch, kind, [2], lambda losses: os.kill(os.getpid(), signal.SIGTERM) or losses)
+        assert run_training(*argv, "--out", tmp_path / "stopped") == 0
+    assert (tmp_path / "stopped" / "latest").read_text() == "step-000002"
+    assert run_training(*argv, "--out", tmp_path / "stopped") == 0
+    assert same_state(tmp_path / "stopped", tmp_path / "whole")
 
 
 def test_run_survives_the_reader_of_its_output(tiny, vae_run, monkeypatch, tmp_path):

@@ -1243,7 +1243,8 @@ def read_tensors(folder, state, ema):
         moments |= load_file(file)
     for key, moment in moments.items():
         name, _, kind = key.rpartition(".")
-        shape = (1,) if kind == "step" else getattr(ema.params.get(name), "shape", None)
+        shape = () if kind == "step" else getattr(ema.params.get(name), "shape", None)
+        shape = (1,) if shape == () else shape                       # as save_state writes scalars
         if kind not in MOMENTS or moment.shape != shape or not moment.is_floating_point():
             raise ValueError(f"{key} isn't a moment of the optimizer")
     return weights, average, moments
@@ -1256,7 +1257,7 @@ def fill(ema, optimizer, weights, average, moments):
         p.data.copy_(weights[n])
         ema.average[n].copy_(average[n])
         # In p's memory format: the fused kernel assumes equal strides.
-        of_p = {kind: torch.empty_like(p).copy_(moments[f"{n}.{kind}"])
+        of_p = {kind: torch.empty_like(p).copy_(moments[f"{n}.{kind}"].reshape(p.shape))
                 for kind in MOMENTS[:3] if f"{n}.{kind}" in moments}
         if f"{n}.step" in moments:
             of_p["step"] = moments[f"{n}.step"].to(p.device).reshape(())
