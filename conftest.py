@@ -67,7 +67,7 @@ def gap(a, b):
 def tiny_tokenizer():
     """The tokenizer of the tiny model: 330 entries, learnt from texts of the miniature's world."""
     from miniature.pretrain import train_tokenizer
-    from miniature.world import world_texts
+    from miniature.tasks import world_texts
     return train_tokenizer(world_texts(100), 330)
 
 

@@ -52,7 +52,11 @@ GENERATE = "Please generate image based on the following caption: {}"
 RECONSTRUCT = "Please reconstruct the given image."
 DESCRIBE = "Describe this image."
 UPSAMPLE = "Describe an image of the following caption in full: {}"
+UPSAMPLE_EDIT = "Describe this image in full after the following change: {}"
 MATCH = 'Does this image show "{}"? Answer yes or no.'
+# What an assistant that was taught so says, a control token, where an image shall be generated: from what
+# was asked, or from the last image and what was asked.
+IMG, EDIT = "[IMG]", "<image>"
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json")      # of files with one JSON object for each sample
@@ -87,7 +91,7 @@ class Example:
     prompt: str = ""                             # what to generate
     prompt_image: np.ndarray | None = None       # the image inside the prompt, uint8 (S, S, 3)
     turns: list = ()                             # a conversation [(user, assistant)]
-    turns_image: np.ndarray | None = None        # the image that the conversation is about, uint8 (S, S, 3)
+    turns_images: list = ()                      # of each turn uint8 (S, S, 3) or None; may end early
     hard_negative: str | None = None             # a prompt that must fit worse; probes only
     query_targets: np.ndarray | None = None      # (n_query, D), where a task supervises the queries' states
     skipped: list = ()                           # (cause, name) of broken items passed over
@@ -134,7 +138,7 @@ class CaptionTask:
             if shows and image is None:
                 raise BadSample("no image", "a conversation shows an <image> that isn't there")
             turns = [(user.replace("<image>", "").strip(), assistant) for user, assistant in turns]
-            return Example(rng, turns=turns, turns_image=image if shows else None)
+            return Example(rng, turns=turns, turns_images=[image] if shows else [])
         if self.reconstruct and rng.random() < self.reconstruct:
             return Example(rng, image, item.get("features"), RECONSTRUCT, prompt_image=image)
         return Example(rng, image, item.get("features"), caption)
@@ -1254,10 +1258,10 @@ def chat_ids(tokenizer, turns, image_tokens=(), system=SYSTEM):
     leave its turn open.
 
     image_tokens[i]: the number of <|image_pad|> tokens of each image in turn i, one per merged patch; images
-    stand in front of the user's text. Returns (ids, targets), two lists of one
-    length; targets is True on what an assistant says, its end token included. The text between two control
-    tokens is encoded in one piece, as the reference tokenizer does. Raises ValueError for a tokenizer of
-    another format than ChatML (Qwen, SmolLM2) and Llama-3's.
+    stand in front of the user's text. An assistant that says just IMG or EDIT says that control token.
+    Returns (ids, targets), two lists of one length; targets is True on what an assistant says, its end token
+    included. The text between two control tokens is encoded in one piece, as the reference tokenizer does.
+    Raises ValueError for a tokenizer of another format than ChatML (Qwen, SmolLM2) and Llama-3's.
     """
     f, encode, control = tokenizer.format, tokenizer.encode, tokenizer.control
     if f is None:
@@ -1280,7 +1284,7 @@ def chat_ids(tokenizer, turns, image_tokens=(), system=SYSTEM):
         ids += [*message, *control(f.end), *closing, *opening("assistant", "")]
         targets += [False] * (len(ids) - len(targets))
         if assistant is not None:
-            ids += encode(assistant) + control(f.end)
+            ids += (control if assistant in (IMG, EDIT) else encode)(assistant) + control(f.end)
             targets += [True] * (len(ids) - len(targets))
             ids += closing
             targets += [False] * len(closing)

@@ -131,7 +131,8 @@ class BLIP3oConfig:
     latents: bool = False              # the DiT generates VAE latents, not CLIP features
     mse_channels: int | None = None    # width of the CLIP features that a regressor predicts, without a DiT
     shift: float = 1.0                 # time shift of the flow (flow.shift_time); official: 1
-    upsample_prompts: bool = False     # the LLM expands prompts before generation; official: no
+    upsample_prompts: bool = False     # the LLM upsamples prompts before generation; official: no
+    chat_images: bool = False          # the LLM answers [IMG] where an image is asked for; official: no
     image_token_id: int = field(default=151655, metadata=TOKEN_ID)  # <|image_pad|>, one vision token
     vision_start_token_id: int = field(default=151652, metadata=TOKEN_ID)
     eos_token_id: int | list[int] = field(default=151645, metadata=TOKEN_ID)  # generation_config.json's, too
@@ -189,7 +190,8 @@ PRESETS = {
         vision=dict(out_hidden_size=3584), dit=dict(cond_dim=3584, rope="2d")),
     "nano": dict(  # small enough for a laptop; vocabulary size and token ids come from the caller
         text=dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
-                  head_dim=32, num_key_value_heads=2, mrope_section=[4, 6, 6], tie_word_embeddings=True),
+                  head_dim=32, num_key_value_heads=2, mrope_section=[4, 6, 6], tie_word_embeddings=True,
+                  rope_theta=10.0),    # an image has 4 x 4 tokens: columns must turn its slow dimensions
         vision=dict(depth=4, hidden_size=96, num_heads=4, intermediate_size=256, patch_size=8,
                     window_size=32, fullatt_block_indexes=[1, 3], out_hidden_size=128),
         dit=dict(in_channels=48, patch_size=1, dim=192, n_layers=6, n_heads=6, n_kv_heads=2, ffn_dim=512,
@@ -885,8 +887,8 @@ def resized(weight, rows):
 # ---- config.json ------------------------------------------------------------------------------------------
 
 FORMAT = 2  # version of the settings under "nano_blip3o"
-NANO_KEYS = ("n_query", "query_std", "queries_supervised", "grid", "shift", "upsample_prompts", "latents",
-             "mse_channels")
+NANO_KEYS = ("n_query", "query_std", "queries_supervised", "grid", "shift", "upsample_prompts",
+             "chat_images", "latents", "mse_channels")
 GENERATOR_KEYS = ("dit", "grid", "shift", "latents", "mse_channels")
 FOREIGN_KEYS = ("clip", "sampling")  # read by clip_decoder.py and sample.py
 TOKEN_IDS = ("image_token_id", "vision_start_token_id", "eos_token_id", "pad_token_id")

@@ -87,7 +87,7 @@ SHARED = dict(ema=0.999, beta2=0.95, weight_decay=0.0, clip=1.0, max_nonfinite=1
 RECIPES = {
     "clip":    dict(steps=3000, batch=64, lr=2e-3, final_lr=0.01, warmup=100, optimizer="adamw"),
     "vae":     dict(steps=3000, batch=16, lr=2e-3, final_lr=0.01, warmup=100, optimizer="adamw"),
-    "0":       dict(steps=9000, batch=16, lr=2e-3, final_lr=0.01, warmup=100, optimizer="muon"),
+    "0":       dict(steps=9000, batch=16, lr=1e-3, final_lr=0.01, warmup=100, optimizer="muon"),
     "decoder": dict(steps=3500, batch=16, lr=2e-3, final_lr=0.01, warmup=100, optimizer="adamw"),
     "1":       dict(steps=3200, batch=128, lr=2e-3, final_lr=0.025, warmup=100, optimizer="muon"),
     "2":       dict(steps=800, batch=128, lr=1.2e-3, final_lr=0.0, warmup=50, optimizer="muon"),
@@ -134,13 +134,12 @@ class ConversationCollate:
             self.tokens_per_image = (size // vision.patch_size // vision.spatial_merge_size) ** 2
 
     def __call__(self, examples):
-        shown = [e.turns_image is not None for e in examples]
-        rows = [data.chat_ids(self.tokenizer, e.turns, [[self.tokens_per_image]] if show else [])
-                for e, show in zip(examples, shown)]
+        rows = [data.chat_ids(self.tokenizer, e.turns, [[self.tokens_per_image] * (image is not None)
+                                                        for image in e.turns_images]) for e in examples]
         ids, mask = data.pad([ids for ids, _ in rows], self.tokenizer.pad_id)
         targets, _ = data.pad([targets for _, targets in rows], False)
         return {**collate_images(examples), "ids": ids, "mask": mask, "labels": ids.where(targets, -100),
-                **self.vision_inputs([e.turns_image for e in examples])}
+                **self.vision_inputs([image for e in examples for image in e.turns_images])}
 
     def prompts(self, examples):
         """The prompts to generate: ids, mask (B, L), and the images in them."""
@@ -1664,7 +1663,7 @@ def make_parser():
     # what to read and write
     add("--data", "tar shards, folders, JSONL files or patterns, comma-separated, maybe with =fraction. "
         "Default: the miniature's world", SAME)
-    add("--world", "options of the synthetic world, as in words=0.2,objects=2: see miniature/tasks.py", SAME)
+    add("--world", "options of the synthetic world, as in objects=2,edit=0.2: see miniature/tasks.py", SAME)
     add("--short-caption", "probability of a sample's short caption", SAME, ("clip", "0", "1", "2"),
         type=number(float, FRACTION))
     add("--cache", "folder for what frozen encoders make of --data: computed once, then never again", NEW,
@@ -1802,7 +1801,7 @@ def choose_task(args):
     edit = 0.0
     if not args.data:
         from miniature.tasks import parse_options
-        args.world = parse_options(args.world, args.stage, args.paper, has_vision, bool(args.joint))
+        args.world = parse_options(args.world, args.stage, has_vision)
         edit = args.world["edit"]
     if args.reconstruct + edit >= 1:
         raise ValueError("--reconstruct and --world edit are fractions of the samples: together below 1")

@@ -112,6 +112,10 @@ FAULTS = [
     ("sample.py", "logits[:, yes].logsumexp(1) - logits[:, no].logsumexp(1)",
      "logits[:, no].logsumexp(1) - logits[:, yes].logsumexp(1)"),
     ("sample.py", "longest = max(map(len, rows)) + more", "longest = max(map(len, rows))"),
+    ("miniature/world.py", "dx + (obj.y - other.y) * dy > 0.12", "dx + (obj.y - other.y) * dy > -0.12"),
+    ("miniature/world.py", "(reversed(phrases) if starts_with_second else phrases)", "phrases"),
+    ("miniature/world.py", '"yes" if asked == truth else "no"', '"yes" if asked != truth else "no"'),
+    ("miniature/tasks.py", "kind, shown = rng.random(), None", "kind = rng.random()"),
 ]
 
 

@@ -24,8 +24,9 @@ import train
 from checkpoint import folder_parts
 from clip_decoder import PRESETS, VAE, EvaClip, pool, sincos_positions
 from miniature import world
+from miniature.tasks import world_texts
 
-VOCABULARY = 512                              # upper limit of the nano tokenizer's size
+VOCABULARY = 640                              # upper limit of the nano tokenizer's size
 CONTEXT = 128                                 # longest caption, in tokens, that the text tower reads
 
 
@@ -48,8 +49,8 @@ def train_tokenizer(texts, vocab_size):
 
 
 def world_tokenizer():
-    """The nano tokenizer: learnt from captions, questions and templates of the world."""
-    return train_tokenizer(world.world_texts(6000), VOCABULARY)
+    """The nano tokenizer: learnt from conversations about the world, and prompts to generate."""
+    return train_tokenizer(world_texts(1500), VOCABULARY)
 
 
 # ---- stage clip -----------------------------------------------------------------------------------------
@@ -286,6 +287,23 @@ class SupervisedCollate(train.ConversationCollate):
                 "has_query_targets": torch.tensor(has_targets)}
 
 
+def whiten(patch_embed, config, size, n=512):
+    """Set the vision tower's first layer so that the world's patches come out of it white, in their principal
+    components (as Jordan's CIFAR-10 speedrun, 2024, does with convolutions).
+
+    Random weights pass on little but the mean colour of a patch, whose variance is 2,500 times that of edges:
+    shapes are then learnt late.
+    """
+    renders = np.stack([world.render(world.make_scene(0, i), size) for i in range(n)])
+    patches, _ = data.to_patches(data.to_pixels(renders), config.patch_size, config.spatial_merge_size)
+    covariance = (patches.T @ patches).double() / len(patches)                   # (3 t p p,) * 2
+    values, vectors = torch.linalg.eigh(covariance)                              # ascending
+    top = slice(-config.hidden_size, None)
+    scale = (values[top] + 1e-5 * values[-1]).rsqrt()                            # noise stays small
+    weight = (vectors[:, top] * scale).T.to(patch_embed.proj.weight)
+    patch_embed.proj.weight.data.copy_(weight.view_as(patch_embed.proj.weight))
+
+
 class SupervisedUnderstandingStage(train.UnderstandingStage):
     """Stage 0 of the miniature: conversations, and query supervision.
 
@@ -300,6 +318,8 @@ class SupervisedUnderstandingStage(train.UnderstandingStage):
     def __init__(self, args):
         super().__init__(args)
         self.weight, model, config = args.world["query_supervision"], self.trained, self.trained.config
+        if args.fresh or "visual" not in folder_parts(args.init):
+            whiten(model.visual.patch_embed, config.vision, self.size)
         if model.latent_queries is None and self.weight not in (0, 1):
             raise ValueError(f"--world query_supervision: {args.init} has no latent queries to supervise")
         if model.latent_queries is None or not self.weight:  # a bare Qwen2.5-VL has none to supervise

@@ -3,7 +3,7 @@
     generate        the prompt is the caption of the image, upsampled or not
     reconstruct     the prompt is the image itself
     edit            the prompt is an image and an instruction, the target the image after the change
-    converse        questions about the image, descriptions of it; prompts to upsample
+    converse        questions about an image, descriptions of it; prompts to upsample; requests for images
     query targets   what the queries' states must encode of a prompt: only in a stage 0 from random weights
 
 `World` is the source, `WorldTask` the task, with the signatures of data.Shards and data.CaptionTask.
@@ -18,34 +18,36 @@ from data import Example
 from miniature import world
 
 HELD_OUT_SEED = 10 ** 6  # of the world that probes and previews see, and of their captions
-QUESTIONS = 4  # in one conversation: the prompt is read once, so more cost little
-CHIMERAS = 0.2  # fraction of images with an object that is neither this nor that
+TURNS = 6            # of a conversation about one image: it is read once, so more cost little
+CHAT_TURNS = 4       # of a conversation in which images are asked for
+CHIMERAS = 0.08      # fraction of these with an object that is neither this nor that
+UPSAMPLED = 0.75     # fraction of upsampled captions where the language model upsamples prompts
+# What is asked about an image; relations need more practice than the rest, and few images have one.
+QUESTION_KINDS = (*world.QUESTIONS, "position", "position", "position")
 
 # `--world`: its options and their defaults; None: the stage's own, see `parse_options`.
 OPTIONS = {
     "objects": 4,                 # the most objects in an image: 1 is learnt in minutes
-    "words": None,                # fraction of images that show a word
     "edit": None,                 # stages 1, 2: fraction of prompts that are an image and a change of it
-    "upsample": None,             # stages 1, 2: train on upsampled captions? 0 or 1
-    "query_supervision": None,    # stage 0: weight of the loss between the queries' states and their targets
+    "upsample": None,             # stages 1, 2: fraction of captions and changes that are upsampled
+    "captions": 0.0,              # stage 0: fraction of the conversations that are a description alone
+    "query_supervision": 0.0,     # stage 0: weight of the loss between the queries' states and their targets
 }
-WORDS = {"clip": 0.1, "vae": 0.1, "decoder": 0.1, "0": 0.3, "1": 0.0, "2": 0.2}
-
-
-SHARE = number(float, Interval(0, below=1)), "words and edit are fractions of the samples, from 0 to below 1"
 KINDS = {
     "objects": (number(int, Interval(1, 4)), "objects must lie between 1 and 4, the world's most"),
-    "words": SHARE, "edit": SHARE,
-    "upsample": (number(int, Interval(0, 1)), "upsample is 0 or 1"),
+    "edit": (number(float, Interval(0, below=1)), "edit is a fraction of the samples, from 0 to below 1"),
+    **{name: (number(float, Interval(0, 1)), f"{name} is a fraction of the samples, from 0 to 1")
+       for name in ("upsample", "captions")},
     "query_supervision": (number(float, Interval(0, 1e6)), "query_supervision is a weight from 0 to 1e6"),
 }
-STAGES = {"edit": ("1", "2"), "upsample": ("1", "2"), "query_supervision": ("0",)}   # the others: all
+STAGES = {"edit": ("1", "2"), "upsample": ("1", "2"), "query_supervision": ("0",),
+          "captions": ("0",)}                                        # the others: all
 
 
-def parse_options(spec, stage, paper=False, has_vision=False, joint=False):
-    """`--world words=0.2,objects=2` -> {option: number} with the defaults of a stage.
+def parse_options(spec, stage, has_vision=False):
+    """`--world edit=0.2,objects=2` -> {option: number} with the defaults of a stage.
 
-    has_vision: the model has a vision tower, so stage 2 learns to edit. joint: conversations are mixed in.
+    has_vision: the model has a vision tower, so stage 2 learns to edit.
     Raises ValueError for what is no option, no value of one, or has no effect in this stage.
     """
     from train import settings  # which imports this module when it runs
@@ -54,20 +56,17 @@ def parse_options(spec, stage, paper=False, has_vision=False, joint=False):
         if given.get(name) and stage not in stages:
             raise ValueError(f"--world {name} belongs to stage{'s' * (len(stages) > 1)} "
                              f"{' and '.join(stages)}, not to stage {stage}")
-    return {**OPTIONS, "words": 0.0 if paper else WORDS[stage],
-            "edit": 0.2 * (has_vision and stage == "2"),
-            "query_supervision": float(stage == "0" and not joint), **given}
+    return {**OPTIONS, "edit": 0.25 * (has_vision and stage == "2"), **given}
 
 
 class World:
-    """The synthetic world as a source: item i is scene i, with at most `objects` objects, or a word in a
-    fraction `words`.
+    """The synthetic world as a source: item i is scene i, with at most `objects` objects.
 
     seed 0 is for training, other seeds are for evaluation. size: side S of the images.
     """
 
-    def __init__(self, seed=0, size=64, objects=4, words=0.0, length=10 ** 9):
-        self.seed, self.size, self.objects, self.words, self.length = seed, size, objects, words, length
+    def __init__(self, seed=0, size=64, objects=4, length=10 ** 9):
+        self.seed, self.size, self.objects, self.length = seed, size, objects, length
 
     def __len__(self):
         return self.length
@@ -82,11 +81,7 @@ class World:
 
     def __getitem__(self, i):
         """{"image": uint8 (S, S, 3), "scene": Scene}."""
-        has_word = self.words and np.random.default_rng((self.seed, i, 4)).random() < self.words
-        if has_word:
-            scene = world.make_word(self.seed, i)
-        else:
-            scene = world.make_scene(self.seed, i, most=self.objects)
+        scene = world.make_scene(self.seed, i, most=self.objects)
         return {"image": world.render(scene, self.size), "scene": scene}
 
 
@@ -96,16 +91,19 @@ class WorldTask:
 
     long: long captions, short ones (False), or a mixture (None). short_caption: the probability of short
     ones, instead. converse, reconstruct, edit: fractions of the samples, as in data.CaptionTask. upsample:
-    prompts are upsampled captions. queries: (n_query, D), the shape of the query targets, where there are to
-    be any. hard_negatives: give each prompt with two colours also with these exchanged, for probes.
+    fraction of the captions and changes that are upsampled, as sample.Pipeline does. queries: (n_query, D),
+    the shape of the query targets, where there are to be any. captions: fraction of the conversations that
+    are a description alone. hard_negatives: give each prompt with two colours also with these exchanged,
+    for probes.
     """
     long: bool | None = None
     short_caption: float | None = None
     converse: float = 0.0
     reconstruct: float = 0.0
     edit: float = 0.0
-    upsample: bool = False
+    upsample: float = 0.0
     queries: tuple | None = None
+    captions: float = 0.0
     hard_negatives: bool = False
 
     def __call__(self, item, rng):
@@ -116,12 +114,14 @@ class WorldTask:
             example = self.conversation(scene, image, text, rng)
             return self.supervise_queries(example, scene, image, text) if self.queries else example
         choice = rng.random() if self.reconstruct or self.edit else 1.0
-        if choice < self.reconstruct:
-            return Example(rng, image, prompt=data.RECONSTRUCT, prompt_image=image)
+        upsample = self.upsample > 0 and rng.random() < self.upsample
         if choice < self.reconstruct + self.edit:
-            instruction, after = world.edit(scene, rng)
-            return Example(rng, world.render(after, len(image)), prompt=instruction, prompt_image=image)
-        if self.upsample:
+            instruction, after = data.RECONSTRUCT, scene
+            if choice >= self.reconstruct:
+                instruction, after = world.edit(scene, rng)
+            prompt = world.describe_edit(scene, after) if upsample else instruction
+            return Example(rng, world.render(after, len(image)), prompt=prompt, prompt_image=image)
+        if upsample:
             text = world.upsample_caption(scene, text, world.parse_caption(text))
         hard_negative = world.swap_colours(text) if self.hard_negatives else None
         return Example(rng, image, prompt=text, hard_negative=hard_negative)
@@ -133,35 +133,33 @@ class WorldTask:
         return world.caption(scene, rng, long=not rng.random() < self.short_caption)
 
     def conversation(self, scene, image, text, rng):
-        """Half of the conversations are about an image: questions, whether it matches a caption, and
-        somewhere among them a description of everything; or whether a chimera matches the scene that it was
-        made of (it doesn't).
+        """About an image, about texts, or about images that are asked for; or, before all that can be
+        learnt, no more than the description of an image.
 
-        The other half upsample prompts (data.UPSAMPLE): whatever a caption leaves open is decided, which
+        Texts are prompts to upsample (data.UPSAMPLE): whatever a caption leaves open is decided, which
         sample.Pipeline.upsample_prompts will ask for before it generates. That makes the language model bind
         each colour to its object while it reads: predicting captions alone never needs this, and the frozen
         states will have to tell the DiT who is red.
         """
-        if rng.random() < 0.5:
-            if scene.objects and rng.random() < CHIMERAS:
-                image = world.chimera(scene, rng, len(image))
-                turns = [(world.match_question(scene, rng)[0], "no") for _ in range(QUESTIONS)]
-                return Example(rng, turns=turns, turns_image=image)
-            kinds = [world.match_question if i % 2 else world.ask for i in rng.permutation(QUESTIONS)]
-            turns = [make_question(scene, rng) for make_question in kinds]
-            turns.insert(int(rng.integers(len(turns) + 1)), (data.DESCRIBE, world.describe(scene)))
-            return Example(rng, turns=turns, turns_image=image)
+        if self.captions and rng.random() < self.captions:
+            return Example(rng, turns=[(data.DESCRIBE, world.describe(scene))], turns_images=[image])
+        kind = rng.random()
+        if kind < 0.5:
+            return talk_about(scene, image, rng)
+        if kind > 0.85:
+            return chat(scene, image, rng)
         turns = []
         for caption, described in [(text, scene)] + [read_only_scene(rng) for _ in range(2)]:
-            prompt, parsed = parse_or_paraphrase(caption, rng, rng.random() < 0.5)
+            prompt, parsed = parse_or_paraphrase(caption, rng, rng.random() < 0.6)
             turns.append((data.UPSAMPLE.format(prompt), world.upsample_caption(described, caption, parsed)))
         return Example(rng, turns=turns)
 
     def supervise_queries(self, example, scene, image, text):
         """Add a prompt and the targets of the queries' states after it: most prompts are captions, many of
         them upsampled or paraphrased; the others are the image, to be generated again or with a change."""
-        rng, shown = example.rng, example.turns_image
-        is_chimera = shown is not None and shown is not image  # no caption fits it; nobody shall generate it
+        rng = example.rng
+        # A chimera has no caption that fits it; nobody shall generate it.
+        is_chimera = any(shown is not None and shown is not image for shown in example.turns_images)
         if is_chimera or rng.random() < 0.6:
             form = rng.random()
             if rng.random() < 0.2:
@@ -187,8 +185,78 @@ def parse_or_paraphrase(text, rng, paraphrase):
 
 def read_only_scene(rng):
     """(caption, scene) to read, not to see: a fifth has a pair of colour and shape that no image shows."""
-    scene = world.make_scene(0, int(rng.integers(10 ** 9)), novel=rng.random() < 0.2)
+    novel = rng.random() < 0.2
+    if rng.random() < 0.15:
+        return world.group_caption(rng, novel)
+    scene = world.make_scene(0, int(rng.integers(10 ** 9)), novel)
     return world.caption(scene, rng), scene
+
+
+def talk_about(scene, image, rng):
+    """A conversation of TURNS about an image: questions, whether it matches a caption, what a change would
+    make of it, and somewhere among them a description of everything; or whether a chimera matches the scene
+    that it was made of (it doesn't).
+    """
+    if rng.random() < CHIMERAS:
+        image = world.chimera(scene, rng, len(image))
+        turns = [(world.match_question(scene, rng)[0], "no") for _ in range(TURNS)]
+        return Example(rng, turns=turns, turns_images=[image])
+    turns = [(data.DESCRIBE, world.describe(scene)), upsample_edit(scene, rng)]
+    while len(turns) < TURNS:
+        if rng.random() < 0.35:
+            turns.append(world.match_question(scene, rng))
+        else:
+            turns.append(world.ask(scene, rng, QUESTION_KINDS, paraphrase=rng.random() < 0.5))
+    return Example(rng, turns=[turns[i] for i in rng.permutation(TURNS)], turns_images=[image])
+
+
+def upsample_edit(scene, rng):
+    """(a change of the scene's image to describe the result of, the description)."""
+    if rng.random() < 0.1:
+        return data.UPSAMPLE_EDIT.format(data.RECONSTRUCT), world.describe(scene)
+    instruction, after = world.edit(scene, rng)
+    return data.UPSAMPLE_EDIT.format(instruction), world.describe_edit(scene, after)
+
+
+def chat(scene, image, rng):
+    """A conversation of CHAT_TURNS as people have it: requests for images and changes of the last one, which
+    an assistant answers with data.IMG and data.EDIT, questions about it, other talk, and requests that it
+    has to decline. Three in ten begin with an image. Generated images stand in the turns after them.
+    """
+    shown, current = (image, scene) if rng.random() < 0.3 else (None, None)
+    turns, images = [], []
+    for _ in range(CHAT_TURNS):
+        images.append(shown)
+        kind, shown = rng.random(), None
+        if kind < 0.12:
+            turn = world.small_talk(rng)
+        elif kind < 0.3:
+            turn = world.outside_prompt(rng), world.OUTSIDE
+        elif kind < 0.4 or (kind < 0.7 and current):
+            about, paraphrase = current or scene, rng.random() < 0.5
+            question, answer = world.ask(about, rng, QUESTION_KINDS, paraphrase)
+            turn = question, answer if current else world.NO_IMAGE
+        else:
+            if current and kind < 0.9:
+                instruction, current = world.edit(current, rng)
+                turn = instruction, data.EDIT
+            else:
+                current = world.make_scene(0, int(rng.integers(10 ** 9)))
+                turn = parse_or_paraphrase(world.caption(current, rng), rng, rng.random() < 0.7)[0], data.IMG
+            shown = world.render(current, len(image))
+        turns.append(turn)
+    return Example(rng, turns=turns, turns_images=images)
+
+
+def world_texts(n):
+    """What the tokenizer learns from: the messages of n conversations, as many prompts to generate."""
+    source, task = World(), WorldTask(converse=1.0)
+    for i in range(n):
+        item, rng = source[i], np.random.default_rng(i)
+        for user, assistant in task(item, rng).turns:
+            yield from (f"user\n{user}", f"assistant\n{assistant}")
+        prompt = data.GENERATE.format(task.caption(item["scene"], rng))
+        yield from (f"system\n{data.SYSTEM}", f"user\n{prompt}")
 
 
 def open_world(args, stage):
@@ -196,12 +264,13 @@ def open_world(args, stage):
     options, config = args.world, getattr(stage.trained, "config", None)
     upsample = options["upsample"]
     if upsample is None:
-        upsample = args.stage == "2" and config.upsample_prompts
+        upsample = UPSAMPLED * (args.stage in ("1", "2") and config.upsample_prompts)
     task = WorldTask(stage.long_captions, args.short_caption, stage.converse, args.reconstruct,
-                     options["edit"], bool(upsample), getattr(stage, "query_targets_shape", None))
-    if stage.converse:                                               # the conversations teach it
-        config.upsample_prompts = True
-    training, unseen = (World(seed, stage.size, options["objects"], options["words"])
+                     options["edit"], upsample, getattr(stage, "query_targets_shape", None),
+                     options["captions"])
+    if stage.converse and options["captions"] < 1:                   # the conversations teach it
+        config.upsample_prompts = config.chat_images = True
+    training, unseen = (World(seed, stage.size, options["objects"])
                         for seed in (args.seed, HELD_OUT_SEED))
     probe = replace(task, converse=float(task.converse == 1), reconstruct=0.0, edit=0.0, hard_negatives=True)
     return data.Samples(training, task, args.seed), data.Samples(unseen, probe, HELD_OUT_SEED)

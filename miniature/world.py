@@ -1,4 +1,4 @@
-"""The synthetic world: images of one to four plain objects, or of a word, about which everything is known.
+"""The synthetic world: images of one to four plain objects, about which everything is known.
 
 Scenes are pure functions of (seed, index). Everything else is a function of a scene and of an `rng`, a
 `numpy.random.Generator`; the order of its draws is fixed, for recorded numbers depend on it.
@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from safetensors.numpy import load_file
 
-from data import DESCRIBE, GENERATE, MATCH, SYSTEM
+from data import MATCH
 
 SHAPES = ("circle", "square", "triangle", "star")
 COLOURS = {"red": (222, 45, 45), "orange": (245, 140, 25), "yellow": (240, 218, 55),
@@ -32,33 +32,6 @@ TRAINING_PAIRS = [pair for pair in PAIRS if pair not in HELD_OUT]
 
 
 # ---- Scenes ----------------------------------------------------------------------------------------------
-def arc(x, y, rx, ry, start, end):
-    """Points of an ellipse around (x, y) from one angle to another, in degrees clockwise from the right."""
-    angles = [math.radians(angle) for angle in np.linspace(start, end, 25)]
-    return [(x + rx * math.cos(angle), y + ry * math.sin(angle)) for angle in angles]
-
-
-# Letters that stay apart at 64 pixels, as strokes: lists of points in a unit square, y down.
-GLYPHS = {
-    "A": [[(0, 1), (0.5, 0), (1, 1)], [(0.2, 0.65), (0.8, 0.65)]],
-    "C": [arc(0.55, 0.5, 0.55, 0.5, 315, 45)],
-    "E": [[(1, 0), (0, 0), (0, 1), (1, 1)], [(0, 0.5), (0.85, 0.5)]],
-    "H": [[(0, 0), (0, 1)], [(1, 0), (1, 1)], [(0, 0.5), (1, 0.5)]],
-    "I": [[(0.5, 0), (0.5, 1)]],
-    "K": [[(0, 0), (0, 1)], [(1, 0), (0, 0.55), (1, 1)]],
-    "L": [[(0, 0), (0, 1), (1, 1)]],
-    "N": [[(0, 1), (0, 0), (1, 1), (1, 0)]],
-    "O": [arc(0.5, 0.5, 0.5, 0.5, 0, 360)],
-    "P": [[(0, 1), (0, 0), *arc(0.5, 0.28, 0.5, 0.28, -90, 90), (0, 0.56)]],
-    "T": [[(0, 0), (1, 0)], [(0.5, 0), (0.5, 1)]],
-    "U": [[(0, 0), *arc(0.5, 0.6, 0.5, 0.4, 180, 0), (1, 0)]],
-    "X": [[(0, 0), (1, 1)], [(1, 0), (0, 1)]],
-    "Y": [[(0, 0), (0.5, 0.5), (1, 0)], [(0.5, 0.5), (0.5, 1)]]}
-LETTER, GAP, STROKE = (0.27, 0.38), 0.12, 0.08    # (width, height) of a letter, gap, width of a stroke
-TWO_LETTERS = [first + second for first in GLYPHS for second in GLYPHS]
-HELD_OUT_WORDS = {word for i, word in enumerate(TWO_LETTERS) if i % 9 == 4}    # never in a training image
-
-
 def pick(rng, options):
     """One of a sequence, evenly (rng.choice is ten times slower on small lists)."""
     return options[int(rng.integers(len(options)))]
@@ -95,20 +68,10 @@ class Object:
 
 
 @dataclass(frozen=True)
-class Word:
-    """Two of the GLYPHS in one colour; centre (x, y) like an `Object`'s."""
-    text: str
-    colour: str
-    x: float
-    y: float
-
-
-@dataclass(frozen=True)
 class Scene:
-    """A background and `Object`s that touch neither each other nor the border; or a `Word` alone."""
+    """A background and `Object`s that touch neither each other nor the border."""
     background: str
     objects: tuple
-    word: Word | None = None
 
 
 def relation(a, b):
@@ -138,10 +101,10 @@ def apart(a, b):
     return math.hypot(a.x - b.x, a.y - b.y) > a.reach + b.reach + 0.03
 
 
-def place(kinds, rng, wanted=None):
+def place(kinds, rng, wanted=None, first=1):
     """A tuple of `Object`s without contact for [(shape, colour, size)], or None after 60 tries.
 
-    `wanted` (one of RELATIONS): how the first shall lie relative to the second.
+    `wanted` (one of RELATIONS): how each of the `first` shall lie relative to each of the others.
     """
     margin = np.array([SIZES[size] * REACH[shape] + 0.02 for shape, _, size in kinds])[:, None]    # (K, 1)
     centres = margin + (1 - 2 * margin) * rng.random((60, len(kinds), 2))    # (60, K, 2)
@@ -149,7 +112,8 @@ def place(kinds, rng, wanted=None):
         objects = tuple(Object(*kind, *centre) for kind, centre in zip(kinds, attempt))
         if not all(apart(a, b) for a, b in itertools.combinations(objects, 2)):
             continue
-        if wanted is None or relation(objects[0], objects[1]) == wanted:
+        pairs = itertools.product(objects[:first], objects[first:]) if wanted else ()
+        if all(relation(a, b) == wanted for a, b in pairs):
             return objects
     return None
 
@@ -189,25 +153,7 @@ def make_scene(seed, index, novel=False, most=4):
             return Scene(pick(rng, list(BACKGROUNDS)), objects)
 
 
-def make_word(seed, index, novel=False):
-    """Scene number `index` with a word; novel ones show HELD_OUT_WORDS, the others never do."""
-    rng = np.random.default_rng((seed, index, 2 + novel))
-    text = pick(rng, [word for word in TWO_LETTERS if (word in HELD_OUT_WORDS) == novel])
-    x, y = (0.5 + (2 * rng.random(2) - 1) * (0.12, 0.2)).round(4).tolist()
-    background = pick(rng, list(BACKGROUNDS))
-    return Scene(background, (), Word(text, pick(rng, list(COLOURS)), x, y))
-
-
 # ---- Images ----------------------------------------------------------------------------------------------
-def strokes(word):
-    """The strokes of a `Word`, one array of points (K, 2) at a time, in units of the image's side."""
-    width, height = LETTER
-    for i, letter in enumerate(word.text):
-        left = word.x + (i - len(word.text) / 2) * (width + GAP) + GAP / 2
-        for points in GLYPHS[letter]:
-            yield np.array(points) * LETTER + (left, word.y - height / 2)
-
-
 def render(scene, size=64):
     """The image of a scene, uint8 (size, size, 3): drawn at four times the size, then averaged."""
     big = 4 * size
@@ -216,13 +162,6 @@ def render(scene, size=64):
     for obj in scene.objects:
         corners = (OUTLINES[obj.shape] * SIZES[obj.size] + (obj.x, obj.y)) * big - 0.5
         pen.polygon([tuple(corner) for corner in corners], fill=COLOURS[obj.colour])
-    if scene.word:
-        colour, radius = COLOURS[scene.word.colour], STROKE * big / 2
-        for stroke in strokes(scene.word):
-            points = [tuple(point) for point in stroke * big - 0.5]
-            pen.line(points, colour, round(2 * radius), joint="curve")
-            for x, y in (points[0], points[-1]):    # round ends
-                pen.ellipse((x - radius, y - radius, x + radius, y + radius), colour)
     return np.asarray(image.reduce(4))
 
 
@@ -254,8 +193,6 @@ def caption(scene, rng, long=None):
     Short ones have the forms of the six GenEval skills; `long` ones (a third, if None) give every attribute
     and the region. Every caption counts every object of the scene: what it does not name is not there.
     """
-    if scene.word:
-        return word_caption(scene, rng, long)
     if long is None:
         long = rng.random() < 0.33
     with_colour = long or rng.random() < 0.75
@@ -276,6 +213,27 @@ def caption(scene, rng, long=None):
         forms += [f"{ground} with {{}}"] * 5
     text = pick(rng, forms).format(body)
     return text[0].upper() + text[1:] + "." if rng.random() < 0.25 else text
+
+
+def group_caption(rng, novel=False):
+    """(caption, scene) with a relation of two groups of objects: "two green stars above a yellow triangle".
+
+    Three or four objects, to be read: images of them hardly ever lie like this. novel: HELD_OUT pairs may be
+    among them.
+    """
+    while True:
+        counts = pick(rng, ((1, 2), (2, 1), (1, 3), (3, 1), (2, 2)))
+        pairs = [pick(rng, PAIRS if novel else TRAINING_PAIRS) for _ in counts]
+        kinds = [(shape, colour, "small") for n, (colour, shape) in zip(counts, pairs) for _ in range(n)]
+        wanted = pick(rng, list(RELATIONS))
+        objects = pairs[0] != pairs[1] and place(kinds, rng, wanted, counts[0])
+        if objects:
+            names = [noun(objects[0]), noun(objects[-1])]
+            a, b = (article(name) if count == 1 else f"{NUMBERS[count]} {name}s"
+                    for count, name in zip(counts, names))
+            scene = Scene(pick(rng, list(BACKGROUNDS)), objects)
+            text = f"{a} {pick(rng, WORDS_OF_RELATION[wanted])} {b}"
+            return (on_background(text, scene) if rng.random() < 0.3 else text), scene
 
 
 def relation_phrase(objects, names, rng):
@@ -300,23 +258,11 @@ def list_phrase(objects, names, with_region, rng):
     return join([phrases[i] for i in rng.permutation(len(phrases))])
 
 
-def word_caption(scene, rng, long=None):
-    """A caption of a scene with a word: its text and, at random or if `long`, its colour and background."""
-    text = f"{pick(rng, ('the word', 'the word', 'the text', 'the letters'))} '{scene.word.text}'"
-    if long or rng.random() < 0.8:
-        text += f" in {scene.word.colour}"
-    if long or rng.random() < 0.4:
-        text += " on " + pick(rng, (scene.background, article(f"{scene.background} background")))
-    return pick(rng, ("{}", "{}", "a picture of {}", "a photo of {}", "an image of {}")).format(text)
-
-
 def describe(scene):
     """The answer to DESCRIBE: every object and attribute, from left to right, in one fixed form.
 
     Captions vary; a model that is to learn to see learns more from a text that only the image can change.
     """
-    if scene.word:
-        return on_background(f"the word '{scene.word.text}' in {scene.word.colour}", scene)
     return on_background(regions_phrase(sorted(scene.objects, key=lambda obj: obj.x)), scene)
 
 
@@ -343,23 +289,16 @@ CAPTION_WORDS = (*NUMBERS[2:], *SIZES, *COLOURS, *SHAPES, *BACKGROUNDS, "left", 
 NOUN_PHRASE = re.compile(
     rf"\b(?:an?|{'|'.join(NUMBERS[2:])}) (?:(?:{'|'.join(SIZE_SYNONYMS)}) )?(?:(?:{'|'.join(COLOURS)}) )?"
     rf"(?:{'|'.join(SHAPES)})s?\b(?: (?:{'|'.join(REGIONS)}))?")
-QUOTED = re.compile(r"""(?:word|text|letters|says) ?["']?([A-Z]{2})\b|["']([A-Z]{2})["']""")
 
 
 def parse_caption(text):
     """The objects that a caption names, in its order, each as a list of CAPTION_WORDS with the shape first.
 
-    [] for texts that are no captions of this world. Of a word its two letters take the place of objects.
+    [] for texts that are no captions of this world.
 
     "A tiny red circle left of two stars on grey" -> [["circle", "small", "red", "left", "grey"],
                                                       ["star", "two", "right", "grey"]]
-    "the word 'HI' in red" -> [["first H", "red"], ["second I", "red"]]
     """
-    quoted = QUOTED.search(text)
-    letters = (quoted[1] or quoted[2]) if quoted else ""
-    if letters and set(letters) <= set(GLYPHS):
-        named = [name for name in (*COLOURS, *BACKGROUNDS) if re.search(rf"\b{name}\b", text.lower())]
-        return [[f"{ordinal} {letter}", *named] for ordinal, letter in zip(("first", "second"), letters)]
     phrases = list(NOUN_PHRASE.finditer(text.lower()))
     between = text[phrases[0].end():phrases[1].start()] if len(phrases) == 2 else ""
     sides = next((pair for words, pair in SIDES.items() if words in between), [""] * len(phrases))
@@ -384,8 +323,6 @@ def upsample_caption(scene, text, parsed):
     parsed: parse_caption(text), or what `paraphrase` returned. Its order stays, so that a small language
     model has little to do but copy; a relation stays, too. Without one, regions are given.
     """
-    if scene.word:
-        return describe(scene)
     attributes = (*SHAPES, *COLOURS, *SIZES)
     ordered, remaining = [], list(scene.objects)
     for words in parsed:
@@ -393,30 +330,46 @@ def upsample_caption(scene, text, parsed):
         fitting = [obj for obj in remaining if asked <= {obj.shape, obj.colour, obj.size}][:number_of(words)]
         ordered += fitting
         remaining = [obj for obj in remaining if not any(obj is other for other in fitting)]
-    if any(f" {words} " in text for words in SIDES):
+    if len(ordered) == 2 and any(f" {words} " in text for words in SIDES):
         first, second = (article(noun(obj, size=True)) for obj in ordered)
         return on_background(f"{first} {relation(*ordered)} {second}", scene)
     return on_background(regions_phrase(ordered), scene)
 
 
 SYNONYMS = {
-    "red": ("crimson", "scarlet"), "orange": ("amber",), "yellow": ("golden",), "green": ("emerald", "lime"),
-    "blue": ("azure", "navy"), "purple": ("violet",), "grey": ("gray",), "circle": ("disc", "dot", "ball"),
-    "square": ("box", "block"), "small": ("tiny", "little", "mini"), "large": ("big", "huge", "giant"),
-    "two": ("2", "a pair of", "a couple of"), "three": ("3", "a trio of"), "four": ("4",)}
+    "red": ("crimson", "scarlet", "ruby", "cherry"), "orange": ("amber", "tangerine"),
+    "yellow": ("golden", "lemon", "canary"), "green": ("emerald", "lime", "olive"),
+    "blue": ("azure", "navy", "sapphire", "cobalt"), "purple": ("violet", "lilac", "lavender"),
+    "grey": ("gray", "silver"), "black": ("dark", "jet black"), "white": ("blank", "snow white"),
+    "circle": ("disc", "dot", "ball", "round shape"), "square": ("box", "block", "cube"),
+    "triangle": ("pyramid",), "star": ("star shape",),
+    "small": ("tiny", "little", "mini", "wee", "very small", "really small"),
+    "large": ("big", "huge", "giant", "enormous", "very big", "great"),
+    "two": ("2", "a pair of", "a couple of", "exactly two"), "three": ("3", "a trio of", "exactly three"),
+    "four": ("4", "a quartet of", "exactly four")}
 REQUEST_FORMS = (
-    "{}", "{}", "draw {}", "draw me {}, please", "can you make {}?", "show me {}", "paint {}", "just {}",
-    "i want {}", "i would like to see {}", "a drawing of {}", "this is {}", "only {}, nothing else")
+    *["{}"] * 6, "draw {}", "draw me {}", "draw me {}, please", "please draw {}", "can you make {}?",
+    "could you draw {}?", "show me {}", "paint {}", "generate {}", "create an image of {}", "make {}",
+    "just {}", "i want {}", "i would like to see {}", "i need {}", "give me {}", "a drawing of {}",
+    "a picture with {}", "a simple image of {}", "this is {}", "this image shows {}", "here we see {}",
+    "only {}, nothing else", "{} and nothing else", "my favourite: {}", "let me see {}", "imagine {}")
 PAIR_FORMS = ("{} and {}", "{}, {}", "{} with {}", "{} plus {}", "{} & {}", "{} beside {}", "{} next to {}",
-              "both {} and {}", "{} and also {}", "{}. {}.")
+              "both {} and {}", "{} and also {}", "{}. {}.", "{} together with {}", "{} as well as {}",
+              "{} and then {}", "{} accompanied by {}", "two things: {}, {}", "there is {}, and there is {}")
+LIST_FORMS = ("{}, {}", "{}, and {}", "{} and {}", "{} plus {}")    # between more than two
 SIDE_FORMS = {    # {0} is on that side of {1}
     "left": ("{} to the left of {}", "{} on the left, {} on the right", "on the left {}, on the right {}",
-             "left: {}, right: {}", "{1} with {0} on its left", "{1}, and left of it {0}"),
+             "left: {}, right: {}", "{1} with {0} on its left", "{1}, and left of it {0}",
+             "{1} with {0} on its left side", "{1} to the right of {0}", "{1}, and to its left {0}",
+             "first {}, then to the right of that {}", "{0} is on the left side of {1}"),
     "above": ("{} over {}", "{} on top of {}", "{} at the top, {} at the bottom",
               "at the top {}, at the bottom {}", "above: {}, below: {}", "{1} underneath {0}",
-              "{1} beneath {0}", "{1} with {0} over it")}
+              "{1} beneath {0}", "{1} with {0} over it", "{0}, and under it {1}", "{0} higher than {1}",
+              "{1} lower than {0}", "{1}, and above it {0}", "{0} lies above {1}")}
 BACKGROUND_FORMS = ("{0} on {1}", "{0} on a {1} background", "{1} background, {0}", "on {1}: {0}",
-                    "against {1}, {0}", "{0} in front of a {1} wall")
+                    "against {1}, {0}", "{0} in front of a {1} wall", "{0} on {1} paper", "on {1} {0}",
+                    "a {1} background with {0}", "{0}, background {1}", "{0} with a {1} background")
+DENIALS = (", no {}s", " but no {}", ", without any {}s", ", and no {}s", " but not a {}", " without a {}")
 
 
 def synonym(word, rng):
@@ -427,10 +380,10 @@ def synonym(word, rng):
 def paraphrase(text, rng):
     """(a caption in other words, as people may type it; its objects in the form and order of parse_caption).
 
-    Texts that name no object, or a word, or regions stay as they are.
+    Texts that name no object, or regions, stay as they are.
     """
     parsed = parse_caption(text)
-    if not parsed or parsed[0][0] not in SHAPES or any(name in text.lower() for name in REGIONS):
+    if not parsed or any(name in text.lower() for name in REGIONS):
         return text, parsed
     sides = [word for words in parsed for word in words if word in ("left", "right", "above", "below")]
     axis = {"right": "left", "below": "above"}.get(sides[0], sides[0]) if sides else None
@@ -443,13 +396,16 @@ def paraphrase(text, rng):
     if len(phrases) == 2:
         body = form.format(*(reversed(phrases) if starts_with_second else phrases))
     else:
-        body = join(phrases)
+        link = pick(rng, LIST_FORMS)
+        body = link.format(", ".join(phrases[:-1]), phrases[-1]) if phrases[1:] else phrases[0]
+    absent = [shape for shape in SHAPES if all(words[0] != shape for words in parsed)]
+    if absent and rng.random() < 0.08:
+        body += pick(rng, DENIALS).format(pick(rng, absent))
     backgrounds = [word for word in parsed[0] if word in BACKGROUNDS]
     if backgrounds:
-        name = synonym(backgrounds[0], rng)
-        body = pick(rng, BACKGROUND_FORMS).format(body, name)
+        body = pick(rng, BACKGROUND_FORMS).format(body, synonym(backgrounds[0], rng))
     request = pick(rng, REQUEST_FORMS).format(body)
-    if rng.random() < 0.05:
+    if rng.random() < 0.08:
         return request.upper(), parsed
     return request[0].upper() + request[1:] if rng.random() < 0.2 else request, parsed
 
@@ -460,18 +416,21 @@ def paraphrase_object(words, rng):
         [synonym(word, rng) for word in words if word in kind] for kind in (NUMBERS, SIZES, COLOURS, SHAPES))
     if number:
         shape[0] += "es" if shape[0].endswith("x") else "s"
-    colour_order = rng.random() if colour else 1.0
-    if colour_order < 0.15:
+    order, start = rng.random() if colour or size else 1.0, rng.random()
+    if order < 0.1 and colour:
         parts = size + shape + ["in"] + colour
-    elif colour_order < 0.3:
-        parts = size + shape + ["that are" if number else "that is"] + colour
+    elif order < 0.2:
+        parts = shape + ["that are" if number else "that is"] + [" and ".join(size + colour)]
+    elif order < 0.25:
+        return f"{' '.join(number) or 'a'} {shape[0]}, {' and '.join(size + colour)}"
+    elif order < 0.3:
+        parts = colour + shape + (["of", *size, "size"] if size else [])
     else:
         parts = size + colour + shape
     phrase = " ".join(number + parts)
-    start = rng.random()
     if number or start < 0.1:
         return phrase
-    return f"one {phrase}" if start < 0.2 else article(phrase)
+    return f"{pick(rng, ('one', 'a single'))} {phrase}" if start < 0.2 else article(phrase)
 
 
 def swap_colours(text):
@@ -487,12 +446,12 @@ def swap_colours(text):
 
 # ---- Query targets ---------------------------------------------------------------------------------------
 @cache
-def target_tables():
-    """{"words": (len(CAPTION_WORDS), 128), "letters": (2 places, len(GLYPHS), 128)}: Gaussian codes, fp32.
+def target_table():
+    """Gaussian codes (len(CAPTION_WORDS), 128), fp32.
 
     They are shipped rather than drawn: the queries of the shipped weights have learnt just these.
     """
-    return load_file(Path(__file__).with_name("query_targets.safetensors"))
+    return load_file(Path(__file__).with_name("query_targets.safetensors"))["words"]
 
 
 def query_targets(parsed, n, dim):
@@ -500,59 +459,96 @@ def query_targets(parsed, n, dim):
 
     An object is the sum of the codes of its words and of how many objects there are in all (without that,
     one of two is often left out), scaled to an rms of 1. Random codes are nearly orthogonal: a linear map
-    can read off each word. Letters have one for each place. Nothing parsed: zeros. dim > 128: ValueError.
+    can read off each word. Nothing parsed: zeros. dim > 128: ValueError.
     """
-    words_table, letters_table = target_tables()["words"], target_tables()["letters"]
-    widest = words_table.shape[1]
+    table = target_table()
+    widest = table.shape[1]
     if dim > widest:
         raise ValueError(f"query targets have {widest} dimensions at most, the language model {dim}: leave "
                          "them out with --world query_supervision=0")
     total = sum(number_of(words) for _, *words in parsed)
     targets = np.zeros((max(1, len(parsed)), dim), np.float32)
-    for target, (name, *words) in zip(targets, parsed):
-        if name in SHAPES:
-            words = [name, *words, f"of {NUMBERS[min(total, 4)]}"]
-        else:
-            ordinal, letter = name.split()
-            target += letters_table[("first", "second").index(ordinal), list(GLYPHS).index(letter), :dim]
-        target += words_table[[CAPTION_WORDS.index(word) for word in words], :dim].sum(0)
+    for target, words in zip(targets, parsed):
+        words = [*words, f"of {NUMBERS[min(total, 4)]}"]
+        target += table[[CAPTION_WORDS.index(word) for word in words], :dim].sum(0)
         target /= np.sqrt(np.square(target).mean())
     return targets[np.arange(n) % len(targets)]
 
 
 # ---- Edits and perturbations -----------------------------------------------------------------------------
-def edit(scene, rng, kind=None):
+EDIT_FORMS = {    # {0} is the object, {1} its new colour or place, or the new background
+    "colour": ("make {0} {1}", "make {0} {1}, please", "turn {0} {1}", "paint {0} {1}", "colour {0} {1}",
+               "change the colour of {0} to {1}", "change {0} to {1}", "{0} should be {1}",
+               "can you make {0} {1}?", "i want {0} to be {1}", "now make {0} {1}"),
+    "place": ("move {0} to {1}", "put {0} to {1}", "shift {0} to {1}", "move {0} over to {1}, please",
+              "can you move {0} to {1}?", "{0} should go to {1}"),
+    "remove": ("remove {0}", "delete {0}", "take {0} away", "take away {0}", "erase {0}", "without {0}",
+               "remove {0}, please", "get rid of {0}", "can you remove {0}?", "i don't want {0}"),
+    "background": ("make the background {1}", "change the background to {1}", "on a {1} background",
+                   "turn the background {1}", "put it on {1}", "the background should be {1}",
+                   "the same on {1}", "can you make the background {1}?", "paint the background {1}")}
+
+
+def names_of(obj, scene):
+    """How a request may name one object of a scene, without doubt: "the star", "the left one", "it", ..."""
+    others = [other for other in scene.objects if other is not obj]
+    names = [f"the {noun(obj, colour, size)}" for colour in (False, True) for size in (False, True)
+             if all(noun(obj, colour, size) != noun(other, colour, size) for other in others)]
+    if all(obj.colour != other.colour for other in others):
+        names.append(f"the {obj.colour} one")
+    if not others:
+        return [*names, "it", "the object"]
+    for words, (dx, dy) in {"left": (-1, 0), "right": (1, 0), "upper": (0, -1), "lower": (0, 1)}.items():
+        if all((obj.x - other.x) * dx + (obj.y - other.y) * dy > 0.12 for other in others):
+            of_kind = all(other.shape == obj.shape for other in others)
+            names += [f"the {words} one"] + [f"the {words} {obj.shape}"] * of_kind
+    return names
+
+
+def edit(scene, rng, kind=None, paraphrase=True):
     """(instruction, the scene after it), or None if a change of the wanted `kind` isn't possible.
 
-    An object that is the only one of its shape gets another "colour" or "place", or goes ("remove"); or the
-    "background" changes. Without a kind, any that is possible.
+    An object gets another "colour" or "place", or goes ("remove"); or the "background" changes. Without a
+    kind, any that is possible. Objects keep their order. paraphrase False: the plainest wording.
     """
-    shapes = [obj.shape for obj in scene.objects]
-    unique = [obj for obj in scene.objects if shapes.count(obj.shape) == 1]
-    kinds = ("colour", "place", "background") if unique else ("background",)
-    if unique and len(shapes) > 1:
+    named = [(obj, names) for obj in scene.objects if (names := names_of(obj, scene))]
+    kinds = ("colour", "place", "background") if named else ("background",)
+    if named and len(scene.objects) > 1:
         kinds += ("remove",)
     if kind is not None and kind not in kinds:
         return None
     any_kind = kind is None
-    if any_kind:
-        kind = pick(rng, kinds)
+    kind = kind or pick(rng, kinds)
+    form = pick(rng, EDIT_FORMS[kind]) if paraphrase else EDIT_FORMS[kind][0]
     if kind == "background":
         background = pick(rng, [name for name in BACKGROUNDS if name != scene.background])
-        return f"make the background {background}", replace(scene, background=background)
-    target = pick(rng, unique)
-    others = tuple(obj for obj in scene.objects if obj is not target)
-    if kind == "remove":
-        return f"remove the {target.shape}", replace(scene, objects=others)
+        return form.format("", background), replace(scene, background=background)
+    target, names = pick(rng, named)
+    name = pick(rng, names) if paraphrase else names[0]
+    others, value, changed = [other for other in scene.objects if other is not target], "", ()
     if kind == "colour":
         pairs = [pair for pair in TRAINING_PAIRS if pair[1] == target.shape and pair[0] != target.colour]
-        changed = replace(target, colour=pick(rng, pairs)[0])
-        return f"make the {target.shape} {changed.colour}", replace(scene, objects=others + (changed,))
-    moved = move(target, others, rng)
-    if moved is None:    # nowhere else is room for it
-        return edit(scene, rng, "background") if any_kind else None
-    where = region(moved).split(" ", 1)[1]    # without its "on", "at" or "in"
-    return f"move the {target.shape} to {where}", replace(scene, objects=others + (moved,))
+        value = pick(rng, pairs)[0]
+        changed = (replace(target, colour=value),)
+    elif kind == "place":
+        moved = move(target, others, rng)
+        if moved is None:    # nowhere else is room for it
+            return edit(scene, rng, "background", paraphrase) if any_kind else None
+        value, changed = region(moved).split(" ", 1)[1], (moved,)    # without its "on", "at" or "in"
+    at = next(i for i, obj in enumerate(scene.objects) if obj is target)
+    objects = scene.objects[:at] + changed + scene.objects[at + 1:]
+    return form.format(name, value), replace(scene, objects=objects)
+
+
+def describe_edit(before, after):
+    """The answer to UPSAMPLE_EDIT: describe(after), its objects in the order that they had before.
+
+    A move would change the order from left to right, and small language models copy better than they sort.
+    """
+    order = sorted(range(len(before.objects)), key=lambda i: before.objects[i].x)
+    if len(after.objects) == len(before.objects):
+        return on_background(regions_phrase([after.objects[i] for i in order]), after)
+    return describe(after)
 
 
 def move(obj, others, rng):
@@ -568,17 +564,11 @@ def perturb(scene, rng):
     """A scene that differs in one respect, to be captioned, not rendered: its objects may overlap.
 
     An object of another colour or shape, one less or more, two that have swapped places or colours, another
-    background, or everything; of a word its text or colour.
+    background, or everything.
     """
     kind = pick(rng, ("colour", "shape", "less", "more", "places", "colours", "background", "all"))
     if kind == "all":
-        make = make_word if scene.word else make_scene
-        return make(0, int(rng.integers(10 ** 9)))
-    if scene.word:
-        text = make_word(0, int(rng.integers(10 ** 9))).word.text
-        colour = pick(rng, list(COLOURS))
-        change = {"text": text} if kind in ("shape", "less", "more") else {"colour": colour}
-        return replace(scene, word=replace(scene.word, **change))
+        return make_scene(0, int(rng.integers(10 ** 9)))
     if kind == "background":
         return replace(scene, background=pick(rng, list(BACKGROUNDS)))
     objects = perturb_objects([scene.objects[i] for i in rng.permutation(len(scene.objects))], kind, rng)
@@ -631,63 +621,91 @@ def chimera(scene, rng, size=64):
 
 # ---- Questions -------------------------------------------------------------------------------------------
 QUESTIONS = ("colour", "shape", "count", "existence", "position", "background")
+# The wordings of a question, the standard one first. {0}, {1}: what it is about.
+QUESTION_FORMS = {
+    "colour": ("What colour is the {0}?", "What is the colour of the {0}?",
+               "Which colour does the {0} have?", "What color is the {0}?",
+               "Tell me the colour of the {0}.", "The {0} is of what colour?"),
+    "shape": ("What shape is the {0} object?", "Which shape is {0}?", "What is the {0} thing?",
+              "What shape does the {0} one have?", "Name the shape of the {0} object.",
+              "What is the shape of the {0} object?"),
+    "count": ("How many {0}s are there?", "How many {0}s do you see?", "Count the {0}s.",
+              "What is the number of {0}s?", "how many {0}s", "How many {0}s does the image show?"),
+    "existence": ("Is there {0}?", "Do you see {0}?", "Can you see {0}?", "Does the image have {0}?",
+                  "Is {0} in the image?", "Can {0} be seen?"),
+    "position": ("Where is the {0} relative to the {1}?", "Where is the {0}, seen from the {1}?",
+                 "On which side of the {1} is the {0}?", "Where does the {0} lie relative to the {1}?",
+                 "Where is the {0} in relation to the {1}?"),
+    "relation": ("Is the {0} {2} the {1}?", "Does the {0} lie {2} the {1}?",
+                 "Can you see the {0} {2} the {1}?", "Is it true that the {0} is {2} the {1}?"),
+    "background": ("What colour is the background?", "What is the colour of the background?",
+                   "Which colour is the background?", "What colour is behind everything?",
+                   "What is the background colour?", "On what colour is this?")}
+OBJECT_NOUNS = ("object", "shape", "thing")                        # in questions about all objects
+SPOKEN_RELATIONS = {"left of": ("to the left of", "on the left of"), "below": ("under", "beneath"),
+                    "right of": ("to the right of", "on the right of"), "above": ("over", "higher than")}
 
 
-def question(scene, rng, kind=None):
+def question(scene, rng, kind=None, paraphrase=False):
     """(kind, question, answer), or None where the scene can't answer it; kind: of QUESTIONS, drawn if None.
 
-    Existence and half of the position questions are answered yes or no, evenly; the others by a name. Of a
-    word: its text ("reading"), its colour or its background, whatever the kind.
+    Existence and half of the position questions are answered yes or no, evenly; the others by a name.
+    paraphrase: in any other wording of QUESTION_FORMS than the first.
     """
-    if scene.word:
-        return pick(rng, (("reading", "What word is there?", scene.word.text),
-                          ("colour", "What colour is the word?", scene.word.colour),
-                          ("background", "What colour is the background?", scene.background)))
     kind = kind or pick(rng, QUESTIONS)
     objects = scene.objects
     subject = pick(rng, objects)
     shapes = [obj.shape for obj in objects]
     colours = [obj.colour for obj in objects]
+
+    def ask_in_words(form, answer, *names):
+        forms = QUESTION_FORMS[form]
+        return kind, (pick(rng, forms[1:]) if paraphrase else forms[0]).format(*names), answer
     if kind == "background":
-        return kind, "What colour is the background?", scene.background
+        return ask_in_words(kind, scene.background)
     if kind == "colour" and shapes.count(subject.shape) == 1:
-        return kind, f"What colour is the {subject.shape}?", subject.colour
+        return ask_in_words(kind, subject.colour, subject.shape)
     if kind == "shape" and colours.count(subject.colour) == 1:
-        return kind, f"What shape is the {subject.colour} object?", subject.shape
+        return ask_in_words(kind, subject.shape, subject.colour)
     if kind == "count":
         if rng.random() < 0.4:
-            return kind, "How many objects are there?", NUMBERS[len(objects)]
+            noun_for_all = pick(rng, OBJECT_NOUNS) if paraphrase else "object"
+            return ask_in_words(kind, NUMBERS[len(objects)], noun_for_all)
         shape = subject.shape if rng.random() < 0.8 else pick(rng, SHAPES)
-        return kind, f"How many {shape}s are there?", NUMBERS[shapes.count(shape)]
+        count = shapes.count(shape)
+        return ask_in_words(kind, NUMBERS[count] if count else "none", shape)
     if kind == "existence":
         if rng.random() < 0.5:
-            return kind, f"Is there {article(noun(subject))}?", "yes"
+            return ask_in_words(kind, "yes", article(noun(subject)))
         present = set(zip(colours, shapes))
         similar = [(colour, shape) for colour, shape in PAIRS if (colour, shape) not in present
                    and (colour == subject.colour) != (shape == subject.shape)]
-        return kind, f"Is there {article(' '.join(pick(rng, similar)))}?", "no"
-    if kind == "position" and len(objects) == 2 and shapes[0] != shapes[1] and relation(*objects):
-        other = objects[0] if subject is objects[1] else objects[1]
-        return kind, *position_question(subject, other, rng)
+        return ask_in_words(kind, "no", article(" ".join(pick(rng, similar))))
+    if kind == "position":
+        pairs = [(a, b) for a, b in itertools.permutations(objects, 2)
+                 if shapes.count(a.shape) == shapes.count(b.shape) == 1 and relation(a, b)]
+        if pairs:
+            a, b = pick(rng, pairs)
+            truth = relation(a, b)
+            if rng.random() < 0.5:
+                return ask_in_words("position", truth, a.shape, b.shape)
+            asked = truth if rng.random() < 0.5 else pick(rng, [name for name in RELATIONS if name != truth])
+            words = pick(rng, SPOKEN_RELATIONS[asked]) if paraphrase else asked
+            return ask_in_words("relation", "yes" if asked == truth else "no", a.shape, b.shape, words)
     return None
 
 
-def position_question(subject, other, rng):
-    """(question, answer) about the relation of two objects, asked for by name or as yes or no."""
-    truth = relation(subject, other)
-    if rng.random() < 0.5:
-        false_ones = [name for name in RELATIONS if name != truth]
-        asked = truth if rng.random() < 0.5 else pick(rng, false_ones)
-        return f"Is the {subject.shape} {asked} the {other.shape}?", "yes" if asked == truth else "no"
-    return f"Where is the {subject.shape} relative to the {other.shape}?", truth
-
-
-def ask(scene, rng):
-    """(question, answer) about a scene, of a kind that it can answer."""
+def ask(scene, rng, kinds=QUESTIONS, paraphrase=False):
+    """(question, answer) about a scene, of one of the kinds that it can answer."""
     asked = None
     while asked is None:
-        asked = question(scene, rng)
+        asked = question(scene, rng, pick(rng, kinds), paraphrase)
     return asked[1:]
+
+
+# All but the first are asked of a noun phrase.
+MATCH_FORMS = (MATCH, "Does this image show {}?", "Does the picture show {}?", "Is this {}?",
+               "Do you see {}?", "Can you see {} here?", "Does it show {}?")
 
 
 def match_question(scene, rng):
@@ -701,19 +719,69 @@ def match_question(scene, rng):
     claimed = scene if rng.random() < 0.3 else perturb(scene, rng)
     own, text = (caption(described, np.random.default_rng(wording)) for described in (scene, claimed))
     same = sorted(map(sorted, parse_caption(own))) == sorted(map(sorted, parse_caption(text)))
+    forms = MATCH_FORMS if text.startswith(("a ", "an ", *NUMBERS)) else MATCH_FORMS[:1]
     if rng.random() < 0.5:
-        text, _ = paraphrase(text, rng)
-    return MATCH.format(text), "yes" if same else "no"
+        forms, (text, _) = MATCH_FORMS[:1], paraphrase(text, rng)
+    return pick(rng, forms).format(text.removesuffix(".")), "yes" if same else "no"
 
 
-def world_texts(n):
-    """What the tokenizer learns from: n captions, n questions with answers, each template n times."""
-    for i in range(n):
-        scene, rng = make_scene(0, i), np.random.default_rng(i)
-        yield caption(scene, rng)
-        yield " ".join((*ask(scene, rng), describe(scene)))
-    for text in (f"system\n{SYSTEM}", "user\n" + GENERATE.format("a"), f"user\n{DESCRIBE}", "assistant\n"):
-        yield from [text] * n
+# ---- Conversations that are not about an image, and prompts from outside ---------------------------------
+GREETING = "Hello! I draw circles, squares, triangles and stars, and answer questions about images of them."
+NO_IMAGE = "There is no image yet: ask for one, or show me one."
+OUTSIDE = "I know only up to four circles, squares, triangles and stars, in six colours."
+THANKS = "You are welcome."
+SMALL_TALK = {
+    GREETING: ("hello", "hi", "hey", "hello there", "hi there", "good morning", "good evening",
+               "who are you", "what can you do", "what are you", "help", "what are you for", "how are you",
+               "what do you know",
+               "can you help me", "what should i ask", "nice to meet you", "introduce yourself"),
+    THANKS: ("thanks", "thank you", "great", "nice", "well done", "perfect", "that is good", "ok", "cool",
+             "good job", "i like it", "wonderful", "thank you very much", "looks good")}
+THINGS = tuple(
+    "dog cat horse cow bird fish lion tiger bear mouse house tree car train boat plane bike chair table "
+    "lamp book phone apple banana pizza cake flower rose mountain river beach forest city street bridge "
+    "castle man woman child girl boy king queen robot dragon monster face hand eye nose hat shoe shirt "
+    "dress "
+    "hexagon pentagon rectangle oval heart cross arrow spiral moon sun cloud snowman ship rocket guitar "
+    "piano clock cup bottle window door garden lake island desert road bus truck duck frog snake spider "
+    "elephant monkey rabbit sheep pig chicken egg bread cheese soup computer pencil game portrait".split())
+OTHER_COLOURS = ("pink", "brown", "turquoise", "beige", "striped", "transparent", "rainbow", "spotted")
+OTHER_NUMBERS = ("five", "six", "seven", "eight", "nine", "ten", "twelve", "5", "6", "7", "a hundred",
+                 "many")
+SYLLABLES = tuple("ba be bo da di do fa fe go ka ki ko la le lo ma mi mo na no pa pe po ra ri ro sa se so "
+                  "ta te to va vo wa zo".split())
+
+
+def outside_prompt(rng):
+    """A prompt that asks for what the world doesn't have: other things, colours or numbers."""
+    def thing():
+        if rng.random() < 0.3:
+            return "".join(pick(rng, SYLLABLES) for _ in range(rng.integers(1, 4))) + pick(rng, "nrstlkm")
+        return pick(rng, THINGS)
+    kind, shape, colour = rng.random(), pick(rng, SHAPES), pick(rng, list(COLOURS))
+    if kind < 0.2:
+        body = f"{pick(rng, OTHER_NUMBERS)} {colour + ' ' if rng.random() < 0.5 else ''}{shape}s"
+    elif kind < 0.35:
+        body = article(f"{pick(rng, OTHER_COLOURS)} {shape}")
+    elif kind < 0.5:
+        body = article(thing())
+    elif kind < 0.65:
+        body = article(f"{pick(rng, (colour, 'small', 'big', 'old', 'white', 'beautiful'))} {thing()}")
+    elif kind < 0.9:
+        link = pick(rng, ("and", "on", "with", "in", "next to", "under", "behind", "riding", "near"))
+        body = f"{article(thing())} {link} {article(thing())}"
+    else:
+        both = [article(thing()), article(f"{colour} {shape}")]
+        body = "{} {} {}".format(both.pop(int(rng.integers(2))), pick(rng, ("and", "with", "on")), both[0])
+    text = pick(rng, REQUEST_FORMS).format(body)
+    return text[0].upper() + text[1:] if rng.random() < 0.2 else text
+
+
+def small_talk(rng):
+    """(what people say when they ask for nothing, what is answered)."""
+    answer = pick(rng, (GREETING, THANKS))
+    text = pick(rng, SMALL_TALK[answer]) + pick(rng, ("", "", "!", "?" if answer == GREETING else "."))
+    return (text[0].upper() + text[1:] if rng.random() < 0.4 else text), answer
 
 
 # ---- Prompts that score a model --------------------------------------------------------------------------
@@ -768,16 +836,46 @@ def skill_prompt(tag, pairs, rng):
     return {"tag": tag, "prompt": f"a photo of {text}", "include": include}
 
 
-def word_prompts(n=553, seed=0):
-    """`n` prompts for words, in turn from training ("word") and from HELD_OUT_WORDS ("new word").
+def upsampling_prompts(n=200, seed=0):
+    """`n` prompts as people type them, in the fields of `skill_prompts`, by what makes them hard: "relation"
+    of two groups, "list" of three or four, "denial", "capitals", "other words", "outside" (nothing to show).
 
-    Entries have the fields of `skill_prompts`, include is [{"word", "color"}].
+    A clause may have "size", an entry "background".
     """
-    prompts = []
-    for i in range(n):
-        novel = i % 2 == 1
-        word = make_word(10 ** 6 + seed, i, novel).word
-        prompts.append({"tag": "new word" if novel else "word",
-                        "prompt": f"the word '{word.text}' in {word.colour}",
-                        "include": [{"word": word.text, "color": word.colour}]})
-    return prompts
+    tags = ("relation", "list", "denial", "capitals", "other words", "outside")
+    rng, entries = np.random.default_rng((seed, 8)), []
+    while len(entries) < n:
+        tag, index = tags[len(entries) % len(tags)], int(rng.integers(10 ** 9))
+        if tag == "outside":
+            entries.append({"tag": tag, "prompt": outside_prompt(rng), "include": []})
+            continue
+        if tag == "relation":
+            text, _ = group_caption(rng)
+        else:
+            scene = make_scene(1, index)
+            if tag == "list" and len(scene.objects) < 3:
+                continue
+            text = caption(scene, rng, long=False)
+        prompt, parsed = paraphrase(text, rng)
+        is_denial = any(f" {word} " in f" {prompt.lower()} " for word in ("no", "not", "without"))
+        if prompt == text or (tag == "denial") != is_denial or (tag == "capitals") != prompt.isupper():
+            continue
+        entries.append(prompt_entry(tag, prompt, parsed))
+    return entries
+
+
+def prompt_entry(tag, prompt, parsed):
+    """An entry of `skill_prompts` that asks for what parse_caption or `paraphrase` found in a prompt."""
+    include = []
+    for shape, *words in parsed:
+        clause = {"class": shape, "count": number_of(words)}
+        for word in words:
+            clause |= {"color": word} if word in COLOURS else {"size": word} if word in SIZES else {}
+        include.append(clause)
+    sides = [word for words in parsed for word in words if word in ("left", "right", "above", "below")]
+    if len(parsed) == 2 and sides:
+        side = {"left": "left of", "right": "right of"}.get(sides[0], sides[0])
+        include = [include[1], {**include[0], "position": [side, 0]}]
+    entry = {"tag": tag, "prompt": prompt, "include": include}
+    grounds = [word for words in parsed for word in words if word in BACKGROUNDS]
+    return entry | ({"background": grounds[0]} if grounds else {})
