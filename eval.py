@@ -4,12 +4,13 @@ On the synthetic world of the miniature, whose images a judge of rules reads exa
 
     python eval.py judge                                    how far the judge itself can be trusted
     python eval.py alignment --ckpt weights/nano            text -> image, six skills, GenEval's rules
+    python eval.py upsampling --ckpt weights/nano           do upsampled prompts keep what was asked?
     python eval.py understanding --ckpt weights/nano        image -> text: questions and captions
     python eval.py reconstruction --ckpt weights/nano       image -> features -> image
-    python eval.py editing --ckpt weights/nano              image and change -> image
+    python eval.py editing --ckpt weights/nano              image and change -> image, by number of objects
     python eval.py binding --ckpt weights/nano              whose colour is it? the loss with colours swapped
     python eval.py figure4 | figure5                        the figures in miniature (--quick: a trial)
-    python eval.py ablation --what shift                    also queries, rope, ema, size, steps, guidance
+    python eval.py ablation --what upsample                 also stage2, supervision, queries, shift, ...
 
 What other people publish, for models of any size:
 
@@ -79,7 +80,6 @@ ALIGNMENT = (
     seed(0), whole("n-prompts", help="prompts (553; of --prompts the first so many, or all)"),
     whole("images", 4),
     flag("--novel", action="store_true", help="pairs of colour and shape never trained on"),
-    flag("--words", action="store_true", help="prompts for words, half of them never trained on"),
     whole("objects", 4, OBJECTS, help="prompts of so many objects or fewer"),
     flag("--upsample", action=argparse.BooleanOptionalAction,
          help="let the language model upsample each prompt first (as the checkpoint says)"),
@@ -98,12 +98,13 @@ COMMANDS = {
     "judge": ("miniature.scores", "run_judge",
               (seed(1), whole("n", 1000), whole("size", 64, Interval(16, 4096)))),
     "alignment": ("miniature.scores", "run_alignment", (*ALIGNMENT, *MODEL)),
+    "upsampling": ("miniature.scores", "run_upsampling", (seed(1), whole("n", 200), *READER)),
     "understanding": ("miniature.scores", "run_understanding", (*UNDERSTANDING, *READER)),
     "reconstruction": ("miniature.scores", "run_reconstruction",
                        (seed(1), whole("n", 200), *MODEL,
                         flag("--images", help="a folder of images instead of the world's"))),
     "binding": ("miniature.scores", "run_binding", (seed(1), whole("n", 256, Interval(2, 10 ** 9)), *MODEL)),
-    "editing": ("miniature.scores", "run_editing", (seed(1), whole("n", 200), *MODEL)),
+    "editing": ("miniature.scores", "run_editing", (seed(1), whole("n", 420), *MODEL)),
     "generate": ("evals.generation", "generate",
                  (seed(0), *MODEL, BENCH,
                   flag("--prompts", required=True, help="prompt file or folder as published"))),
@@ -133,8 +134,12 @@ COMMANDS = {
     "figure5": ("miniature.studies", "run_study", STUDY),
     "ablation": ("miniature.studies", "run_study",
                  (*STUDY, flag("--what", required=True,
-                               choices=("queries", "rope", "shift", "ema", "size", "steps", "guidance")),
-                  flag("--ckpt", default=NANO, help="model folder that generates for steps and guidance"))),
+                               choices=("stage2", "upsample", "supervision", "queries", "rope", "shift",
+                                        "ema", "size", "steps", "guidance")),
+                  flag("--ckpt", default=NANO,
+                       help="model folder that generates for steps and guidance, and that stage2 trains on"),
+                  flag("--inits", nargs=2, metavar=("WITH", "WITHOUT"),
+                       help="supervision: model folders with and without query supervision in stage 0"))),
     "speed": ("evals.speed", "speed", (whole("rounds", 5),)),
 }
 # Flags that have no effect: (commands, where that is so in words, a test of the arguments, the flags).
@@ -143,14 +148,15 @@ NO_EFFECT = (
     ("understanding", "without --data", lambda a: not a.data, "--task --images --official --annotations"),
     ("understanding", "with --write", lambda a: a.write, "--ckpt --device --dtype"),
     ("reconstruction", "with --images", lambda a: a.images, "--n --seed"),
-    ("alignment", "with --prompts", lambda a: a.prompts, "--novel --words"),
-    ("alignment", "with --words", lambda a: a.words, "--novel --objects"),
+    ("alignment", "with --prompts", lambda a: a.prompts, "--novel"),
     ("fid", "with --inception", lambda a: a.inception, "--ckpt --eva --dtype"),
     ("compare", "with --votes", lambda a: a.votes, "folders --prompts --bench --seed"),
     ("leakage", "without --prompts", lambda a: not a.prompts, "--bench"),
     ("leakage", "with --train", lambda a: a.train, "--n"),
     ("figure4 ablation", "in this study, which asks no questions", lambda a: True, "--n"),
-    ("ablation", "in a study that trains", lambda a: a.what not in ("steps", "guidance"), "--ckpt"),
+    ("ablation", "in this study", lambda a: a.what not in ("stage2", "steps", "guidance"), "--ckpt"),
+    ("ablation", "in this study", lambda a: a.what != "supervision", "--inits"),
+    ("ablation", "in a study of other folders", lambda a: a.what in ("stage2", "supervision"), "--init"),
     ("ablation", "in a study that trains nothing", lambda a: a.what in ("steps", "guidance"),
      "--steps --points --batch --init --eva --jobs --runs --bf16"),
 )
@@ -225,7 +231,8 @@ def check(args):
     last = values.get("seed", 0) + (values.get("seeds") or 1)        # each has a million seeds of images
     if last * values.get("best_of", 1) > 1000:
         raise ValueError("--seed is too large: with --seeds added, times --best-of, it must be below 1000")
-    if args.command in ("understanding", "reconstruction", "binding", "editing") and args.seed == 0:
+    unseen = ("understanding", "upsampling", "reconstruction", "binding", "editing")
+    if args.command in unseen and args.seed == 0:
         raise ValueError("--seed 0 is the world that models are trained on: take another for unseen images")
     if (file := values.get("write")) and (not file.lower().endswith(".tsv") or Path(file).is_dir()):
         raise ValueError(f"--write takes the name of a .tsv file, not {file!r}")

@@ -997,8 +997,8 @@ MISTAKES = {  # command line: what the sentence must name
     "understanding --write x.tsv --task mme": "--task", "understanding --write x.tsv --ckpt x": "--ckpt",
     "understanding --write x.tsv --device cpu": "--device", "understanding --eva x": "unrecognized",
     "reconstruction --images x --n 5": "--n has no effect", "alignment --prompts x --novel": "--novel",
-    "alignment --prompts x --words": "--words", "alignment --words --novel": "--novel",
-    "alignment --words --objects 2": "--objects", "fid --a x --b y --inception z --ckpt w": "--ckpt",
+    "alignment --words": "unrecognized", "upsampling --seed 0": "--seed 0 is the world",
+    "fid --a x --b y --inception z --ckpt w": "--ckpt",
     "compare --votes x --seed 1": "--seed", "compare a b --votes x": "folders has",
     "leakage --bench wise": "--bench",
     "leakage --train x --n 5": "--n has no effect", "figure4 --n 5": "--n has no effect",
@@ -1007,7 +1007,7 @@ MISTAKES = {  # command line: what the sentence must name
 HARMLESS = (  # flags without effect, but at their defaults
     "understanding --data x.tsv --n 600 --seed 1", "reconstruction --images x --n 200",
     "leakage --train x --bench geneval --n 20000", "compare --votes x --bench geneval --seed 0",
-    "alignment --words --objects 4", "fid --a x --b y --inception z --dtype auto")
+    "alignment --prompts x --objects 4", "fid --a x --b y --inception z --dtype auto")
 
 
 @pytest.mark.parametrize("line", HARMLESS)
@@ -1124,7 +1124,7 @@ BROKEN_FILES = {  # command line: [(what is in FILE: text, bytes, JSON, or rows 
             {"include": [{"class": "star", "count": 1, "color": {}}]}, {"background": []}, {"tag": {}},
             {"include": [{"class": "star", "count": 1, "position": ["above", -1]}]}, {"prompt": " "},
             {"include": [{"class": "star", "count": 1, "position": "above"}]}, {"background": "pink"},
-            {"include": [{"word": 3}]}, {"include": [{"word": "zz", "color": None}]})),
+            {"include": [{"word": "HI"}]}, {"include": [{"word": "HI", "color": None}]})),
         ({**FREE, "include": [{"class": "star", "count": 4, "size": "large"}]}, "'p' asks for has no room"),
         ({**FREE, "include": [{"class": "star", "count": 10 ** 8}]}, "asks for 4 objects or fewer")],
     "leakage --train /nowhere --prompts FILE.jsonl": [(ENTRY, "no shard or folder")],

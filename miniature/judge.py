@@ -10,12 +10,11 @@ otherwise.
 Reading order: image -> Seen (judge) -> does it show what was asked (hits, fits) -> a table (summarise); then
 captions.
 """
-import functools
 import itertools
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -36,14 +35,18 @@ SCALES = (0.94, 1.0, 1.06)         # radii around the area-equivalent one at whi
 # purple and orange on grey, which differ mostly in chroma). A diamond is 0.84 of a circle, a triangle upside
 # down 0.70 of a triangle.
 LEAST_IOU = {"circle": 0.85, "square": 0.82, "triangle": 0.78, "star": 0.68}
-LEAST_WORD_IOU = 0.6               # the same for a word; the overlap with another word is seldom above
+LEAST_OUTLINE = 0.9                # the same for an outline as it should be: round, straight, sharp corners
+OUTLINE_SCALES, OUTLINE_SHIFTS = (0.94, 0.97, 1.0, 1.03, 1.06), (-0.5, 0.0, 0.5)   # tried for it; in pixels
 
 
 # ---- pixels -> what is there ----------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class SeenObject:
-    """An object as judged: world.py's names or "unknown"; x, y and area in units of the side; match: IoU."""
+    """An object as judged: world.py's names or "unknown"; x, y and area in units of the side.
+
+    match: the IoU by which the shape was chosen; outline: the finer one of `outline_iou`.
+    """
     shape: str
     colour: str
     size: str
@@ -51,23 +54,14 @@ class SeenObject:
     y: float
     area: float
     match: float
-
-
-@dataclass(frozen=True)
-class SeenWord:
-    """A word as judged: its letters ("" where no word fits), its colour, the IoU with its rendering."""
-    text: str
-    colour: str
-    match: float
+    outline: float
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What the judge reads off an image: the background's name or "unknown"; the objects, best match first;
-    the word, where one was looked for."""
+    """What the judge sees in an image: the background's name or "unknown"; the objects, best match first."""
     background: str
     objects: tuple
-    word: SeenWord | None = None
 
 
 def nearest(colour, palette):
@@ -124,6 +118,11 @@ def median_colour(image, mask):
     return np.median(image[core if core.sum() > 4 else mask], 0)
 
 
+def sharpen(cover):
+    """How much of each pixel is the object, (H, W), with edges that are steeper, but at the same place."""
+    return np.clip(SHARPEN * (cover - 0.5) + 0.5, 0, 1)
+
+
 def soft_mask(away, colour, ground, allowed):
     """How much of each pixel is the object, in [0, 1], (H, W): 0 is the background's colour, 1 the object's.
 
@@ -131,7 +130,7 @@ def soft_mask(away, colour, ground, allowed):
     """
     toward = colour - ground
     cover = away @ toward / (toward @ toward)
-    return np.clip(SHARPEN * (cover - 0.5) + 0.5, 0, 1) * allowed
+    return sharpen(cover) * allowed
 
 
 def equivalent_radius(shape):
@@ -140,16 +139,17 @@ def equivalent_radius(shape):
     return math.sqrt(abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) / 2 / math.pi)
 
 
+def render_cover(corners, side):
+    """Coverage (side, side), in [0, 1], of a polygon; its corners (K, 2) in pixels from the top left."""
+    canvas = Image.new("L", (8 * side, 8 * side))
+    ImageDraw.Draw(canvas).polygon((8 * corners - 0.5).ravel().tolist(), fill=255)
+    return np.asarray(canvas.reduce(8), np.float32) / 255
+
+
 def render_templates():
     """Coverage (4 shapes * len(SCALES), GRID, GRID) of the outlines, in area-equivalent radii."""
-    fine, covers = 8 * GRID, []
-    for shape, corners in world.OUTLINES.items():
-        for scale in SCALES:
-            canvas = Image.new("L", (fine, fine))
-            points = (corners * scale / equivalent_radius(shape) / SPAN + 1) / 2 * fine - 0.5
-            ImageDraw.Draw(canvas).polygon([tuple(p) for p in points], fill=255)
-            covers.append(np.asarray(canvas.reduce(8), np.float32) / 255)
-    return np.stack(covers)
+    return np.stack([render_cover((corners * scale / equivalent_radius(shape) / SPAN + 1) / 2 * GRID, GRID)
+                     for shape, corners in world.OUTLINES.items() for scale in SCALES])
 
 
 TEMPLATES = render_templates()
@@ -174,6 +174,34 @@ def match_shape(cover, x, y, radius):
     return world.SHAPES[best // len(SCALES)], float(ious[best]), SCALES[best % len(SCALES)]
 
 
+def contour(cover):
+    """The inside (4 H, 4 W) of a soft mask's contour at one half, followed between its pixels (H, W)."""
+    height, width = cover.shape
+    return np.asarray(Image.fromarray(cover).resize((4 * width, 4 * height), Image.BILINEAR)) > 0.5
+
+
+def outline_iou(cover, shape, x, y, radius):
+    """The IoU of what the contours of a soft mask (H, W) and of a shape's true rendering enclose.
+
+    x, y, radius: as `match_shape` takes them. The best scale there is tried at other centres, too. True
+    renders have 0.93 or more, small stars least; a circle with waves of a tenth of its radius has 0.88.
+    """
+    reach = math.ceil(SPAN * radius)                                 # half of the window around the centre
+    row, column = round(y), round(x)
+    window = np.pad(cover, reach)[row:row + 2 * reach + 1, column:column + 2 * reach + 1].astype(np.float32)
+    inside = contour(window)
+    centre = np.array([x - column, y - row]) + reach + 0.5
+    corners = world.OUTLINES[shape] * radius / equivalent_radius(shape)
+
+    def iou(scale, dx=0.0, dy=0.0):
+        true = contour(sharpen(render_cover(corners * scale + centre + (dx, dy), len(window))))
+        return float(np.count_nonzero(inside & true) / np.count_nonzero(inside | true))
+
+    scale = max(OUTLINE_SCALES, key=iou)
+    dx = max(OUTLINE_SHIFTS, key=lambda dx: iou(scale, dx))
+    return max(iou(scale, dx, dy) for dy in OUTLINE_SHIFTS)
+
+
 def read_object(image, ground, piece, others):
     """One piece (H, W) of an image with this background -> SeenObject; `others`: all other pieces."""
     colour = median_colour(image, piece)
@@ -184,53 +212,14 @@ def read_object(image, ground, piece, others):
     shape, match, scale = match_shape(cover, x, y, radius)
     unit = radius * scale / equivalent_radius(shape) / SIDE      # radius of the outline in units of the side
     size = min(world.SIZES, key=lambda name: abs(math.log(unit / world.SIZES[name])))
+    outline = outline_iou(cover, shape, x, y, radius)
     shape = shape if match >= LEAST_IOU[shape] else "unknown"
     return SeenObject(shape, nearest(colour, world.COLOURS), size, (x + 0.5) / SIDE, (y + 0.5) / SIDE,
-                      area / SIDE ** 2, match)
+                      area / SIDE ** 2, match, outline)
 
 
-@functools.cache
-def word_templates():
-    """Coverage (words, SIDE, SIDE) of every word of world.TWO_LETTERS, rendered around the middle."""
-    scenes = [world.Scene("black", (), world.Word(text, "red", 0.5, 0.5)) for text in world.TWO_LETTERS]
-    low, high = (np.array(c, np.float32) for c in (world.BACKGROUNDS["black"], world.COLOURS["red"]))
-    toward = high - low
-    return np.stack([(world.render(scene, SIDE) - low) @ toward / (toward @ toward) for scene in scenes])
-
-
-def box_middle(mask):
-    """(row, column) of the middle of a mask's bounding box, rounded down."""
-    return tuple(int(np.flatnonzero(mask.any(axis))[[0, -1]].sum()) // 2 for axis in (1, 0))
-
-
-def read_word(image, ground, pieces):
-    """An image (SIDE, SIDE, 3), its background and the masks of what stands out from it -> SeenWord.
-
-    All pieces together are the word. The middle of their bounding box is laid over that of each word's
-    rendering, which is tried there and up to a pixel beside it.
-    """
-    if not pieces:
-        return SeenWord("", "unknown", 0.0)
-    letters = np.any(pieces, 0)
-    colour = median_colour(image, letters)
-    cover = soft_mask(image - ground, colour, ground, grow(grow(letters)))
-    templates, best = word_templates(), (0.0, 0)
-    middles = [box_middle(template > 0.5) for template in templates]
-    y, x = box_middle(letters)
-    for row, column in set(middles):
-        same_middle = [i for i, middle in enumerate(middles) if middle == (row, column)]
-        for dy, dx in itertools.product((-1, 0, 1), repeat=2):
-            moved = np.roll(cover, (row - y + dy, column - x + dx), (0, 1))
-            shared = np.minimum(templates[same_middle], moved).sum((1, 2))
-            ious = shared / (templates[same_middle].sum((1, 2)) + moved.sum() - shared)
-            best = max(best, (float(ious.max()), same_middle[int(ious.argmax())]))
-    match, index = best
-    text = world.TWO_LETTERS[index] if match >= LEAST_WORD_IOU else ""
-    return SeenWord(text, nearest(colour, world.COLOURS), match)
-
-
-def judge(image, words=False):
-    """What an image of the world shows: uint8 (S, S, 3), any S -> Seen. words: also look for a word.
+def judge(image):
+    """What an image of the world shows: uint8 (S, S, 3), any S -> Seen.
 
     The background is the border's median. Each connected piece that differs from it gets the palette's
     colour nearest to its eroded median, and the shape whose rendering it overlaps best; a piece that no
@@ -246,8 +235,7 @@ def judge(image, words=False):
     pieces = find_pieces(np.sqrt(((image - ground) ** 2).sum(2)))
     everything = np.any(pieces, 0)
     objects = [read_object(image, ground, piece, everything & ~piece) for piece in pieces]
-    return Seen(nearest(ground, world.BACKGROUNDS), tuple(sorted(objects, key=lambda o: -o.match)),
-                read_word(image, ground, pieces) if words else None)
+    return Seen(nearest(ground, world.BACKGROUNDS), tuple(sorted(objects, key=lambda o: -o.match)))
 
 
 def agrees(scene, seen, attributes=("shape", "colour", "size")):
@@ -297,23 +285,12 @@ def hits(entry, seen):
     return True
 
 
-def asked_word(entry):
-    """(the word, its colour or None) that an entry asks for; (None, None) if it asks for objects."""
-    for clause in entry["include"]:
-        if "word" in clause:
-            return clause["word"], clause.get("color")
-    return None, None
-
-
 def fits(entry, seen):
     """Does a judged image show exactly what an entry asks: as many objects as its clauses together, those of
     each with its class, and the colour, size, background and place that are asked for? Clauses may differ in
-    colour alone. Of an entry that asks for a word: that word, in its colour."""
+    colour alone."""
     if seen.background != entry.get("background", seen.background):
         return False
-    word, colour = asked_word(entry)
-    if word:
-        return seen.word.text == word and seen.word.colour == (colour or seen.word.colour)
     groups = []
     for clause in entry["include"]:
         group = [o for o in seen.objects if o.shape == clause["class"]
@@ -334,11 +311,13 @@ def hits_strictly(entry, seen):
     return hits(entry, seen) and len(seen.objects) == count_asked(entry)
 
 
+def outlines_are_true(seen):
+    """Are all objects of a judged image as round, straight and pointed as their shapes are?"""
+    return all(o.outline >= LEAST_OUTLINE for o in seen.objects)
+
+
 def colours_fit(entry, seen):
     """Are there as many objects as an entry asks, its colours among theirs, whatever their shapes?"""
-    word, colour = asked_word(entry)
-    if word:
-        return seen.word.colour == (colour or seen.word.colour)
     asked = Counter()
     for clause in entry["include"]:
         if "color" in clause:
@@ -347,16 +326,12 @@ def colours_fit(entry, seen):
 
 
 class Verdict(NamedTuple):
-    """An image under its entry: GenEval's verdict; the strict one; do the colours fit?"""
+    """An image under its entry: GenEval's verdict; the strict one (nothing else is in the image); do the
+    colours fit? outline: a hit whose objects, asked for or not, all have true outlines (LEAST_OUTLINE)."""
     hit: bool
     strict: bool
+    outline: bool
     colours: bool
-
-
-def judge_images(images, entries):
-    """What the judge sees in each uint8 image (H, W, 3); words, too, if any of the entries asks for one."""
-    words = any(asked_word(entry)[0] for entry in entries)
-    return [judge(image, words) for image in images]
 
 
 def judge_all(entries, seen):
@@ -367,21 +342,22 @@ def judge_all(entries, seen):
             hit, strict = hits(entry, image), hits_strictly(entry, image)
         else:
             hit = strict = fits(entry, image)
-        verdicts.append(Verdict(hit, strict, colours_fit(entry, image)))
+        verdicts.append(Verdict(hit, strict, hit and outlines_are_true(image), colours_fit(entry, image)))
     return verdicts
 
 
 def summarise(entries, verdicts):
-    """Entries and their Verdicts -> the table of `by_skill`, beside it the rates "strict" and "colours"."""
+    """Entries and their Verdicts -> the table of `by_skill`, beside it the rates "strict", "outline" and
+    "colours"."""
     tags = [entry["tag"] for entry in entries]
-    hit, strict, colours = (by_skill(tags, column) for column in zip(*verdicts))
-    return {skill: {**row, "strict": strict[skill]["score"], "colours": colours[skill]["score"]}
+    hit, *others = (by_skill(tags, column) for column in zip(*verdicts))
+    return {skill: row | {name: table[skill]["score"] for name, table in zip(Verdict._fields[1:], others)}
             for skill, row in hit.items()}
 
 
 def score_renders(entries, images):
     """uint8 images (H, W, 3) and one entry for each -> the table of `summarise`."""
-    return summarise(entries, judge_all(entries, judge_images(images, entries)))
+    return summarise(entries, judge_all(entries, map(judge, images)))
 
 
 def scene_for(entry, rng):
@@ -389,11 +365,6 @@ def scene_for(entry, rng):
 
     Open colours avoid HELD_OUT pairs. Three and more objects are small, as in the world.
     """
-    word, colour = asked_word(entry)
-    if word:
-        scene = world.make_word(1, int(rng.integers(10 ** 6)))
-        scene = replace(scene, word=replace(scene.word, text=word, colour=colour or scene.word.colour))
-        return replace(scene, background=entry.get("background", scene.background))
     clauses = entry["include"][::-1]             # the clause with a position, the last, comes first
     relation = clauses[0].get("position", (None,))[0] if clauses else None
     background = entry.get("background") or world.pick(rng, list(world.BACKGROUNDS))
@@ -413,7 +384,7 @@ def scene_for(entry, rng):
     return world.Scene(background, ())
 
 
-CLAUSE = {"class": str, "count": int, "color": str, "size": str, "word": str, "position": list[str | int]}
+CLAUSE = {"class": str, "count": int, "color": str, "size": str, "position": list[str | int]}
 
 
 def clause_is_known(clause, number, where):
@@ -424,8 +395,6 @@ def clause_is_known(clause, number, where):
               for name, hint in CLAUSE.items() if name in clause}
     if values.get("color", "red") not in world.COLOURS:
         return False
-    if "word" in values:
-        return values["word"] in world.TWO_LETTERS
     if "position" in values:
         position = values["position"]
         if len(position) != 2 or position[0] not in world.RELATIONS or position[1] not in range(number):

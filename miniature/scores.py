@@ -8,6 +8,7 @@ often a sheet OUT/NAME.png.
 import base64
 import csv
 import io
+import itertools
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +26,7 @@ from evals.report import (
     SHEET,
     by_skill,
     contact_sheet,
+    format_cell,
     jpeg,
     print_table,
     rate,
@@ -40,7 +42,7 @@ from miniature.judge import (
     count_asked,
     judge,
     judge_all,
-    judge_images,
+    outlines_are_true,
     read_entries,
     scene_for,
     score_renders,
@@ -84,14 +86,26 @@ def noise(image):
 DISTORTIONS = {"clean": unchanged, "JPEG 75": jpeg, "blur": blur, "noise": noise}
 
 
+def rate_agreement(scenes, seen):
+    """The rate of scenes of whose images (judged: Seen) everything is right; "outline": and every outline is
+    true as well."""
+    right = [agrees(scene, image) for scene, image in zip(scenes, seen, strict=True)]
+    true = [verdict and outlines_are_true(image) for verdict, image in zip(right, seen)]
+    return {**rate(right), "outline": sum(true) / len(true)}
+
+
 def rate_read_right(scenes, size, distort):
-    """The rate of scenes of whose distorted renders the judge reads everything right."""
-    scenes = tqdm(scenes, leave=False, disable=None)
-    return rate(agrees(scene, judge(distort(world.render(scene, size)))) for scene in scenes)
+    """`rate_agreement` of scenes and their distorted renders."""
+    seen = [judge(distort(world.render(scene, size))) for scene in tqdm(scenes, leave=False, disable=None)]
+    return rate_agreement(scenes, seen)
 
 
 def run_judge(args):
-    """How far the judge can be trusted: true images must pass in four conditions, others must not."""
+    """How far the judge can be trusted: true images must pass in four conditions, others must not.
+
+    outline: all objects' outlines are true, too (see `alignment`). Only clean and noisy ones must pass that:
+    what blurs the small stars blunts them.
+    """
     read_right, skills = {}, {}
     for name, novel in (("world", False), ("novel", True)):
         scenes = [world.make_scene(args.seed, i, novel) for i in range(args.n)]
@@ -131,23 +145,51 @@ def generate_images(pipe, entries, seed, best_of=1, **sampling):
     return images, seeds
 
 
-def states_what_was_asked(entry, text):
-    """Does an upsampled prompt name the objects of an entry, in their numbers and colours, and no others?"""
-    objects = []
-    for words in world.parse_caption(text):
-        objects += [set(words)] * world.number_of(words)
-    if len(objects) != count_asked(entry):
-        return False
-    for clause in entry["include"]:
-        asked = {clause["class"], clause.get("color", clause["class"])}
-        if sum(asked <= words for words in objects) < clause.get("count", 1):
+def side_of(words):
+    """(x, y), each -1, 0 or 1: where in the image, or on which side of the other, a parsed object lies."""
+    return np.array([("right" in words) - ("left" in words),
+                     len(words & {"bottom", "below"}) - len(words & {"top", "above"})])
+
+
+def states_relation(clause, words, others):
+    """Do a parsed object and those of the clause that "position" names lie as that asks, by their words?"""
+    relation, _ = clause["position"]
+    for other in others:
+        offset, direction = side_of(words) - side_of(other), np.array(world.RELATIONS[relation])
+        if offset @ direction <= 0 or offset @ direction < abs(offset @ direction[::-1]):
             return False
     return True
 
 
+def states_what_was_asked(entry, text):
+    """Does an upsampled prompt name the objects of an entry, in their numbers, and no others?
+
+    Their colours, sizes and background are those asked for, and they lie as asked, by the relation that the
+    prompt names or by the places that it gives them.
+    """
+    objects = [set(words) for words in world.parse_caption(text) for _ in range(world.number_of(words))]
+    if len(objects) != count_asked(entry):
+        return False
+    ground = entry.get("background")
+    if ground and any(words & set(world.BACKGROUNDS) != {ground} for words in objects):
+        return False
+    slots = [i for i, clause in enumerate(entry["include"]) for _ in range(clause.get("count", 1))]
+
+    def fit(order):
+        groups = [[words for at, words in zip(slots, order) if at == i] for i in range(len(slots))]
+        for i, words in zip(slots, order):
+            clause = entry["include"][i]
+            asked = {clause[name] for name in ("class", "color", "size") if name in clause}
+            if not asked <= words:
+                return False
+            if "position" in clause and not states_relation(clause, words, groups[clause["position"][1]]):
+                return False
+        return True
+    return any(map(fit, itertools.permutations(objects)))
+
+
 def choose_prompts(args):
-    """(the entries of --prompts, the first --n-prompts, of --words or of the skills, the name of the
-    results)"""
+    """(the entries of --prompts, the first --n-prompts, or of the skills; the name of the results)"""
     if args.prompts:
         entries = [entry for entry in read_entries(args.prompts) if count_asked(entry) <= args.objects]
         entries = entries[:args.n_prompts]                           # None: all
@@ -158,18 +200,21 @@ def choose_prompts(args):
                              "(--objects)")
         return entries, f"alignment-{Path(args.prompts).stem}"
     args.n_prompts = args.n_prompts or 553
-    if args.words:
-        return world.word_prompts(args.n_prompts, args.seed), "alignment-words"
     return world.skill_prompts(args.n_prompts, args.seed, args.novel, args.objects), "alignment"
 
 
 def run_alignment(args):
-    """Do images show what prompts of the six skills ask? Beside it: shuffled prompts, and true renders."""
+    """Do images show what prompts of the six skills ask? Beside it: shuffled prompts, and true renders.
+
+    strict: and nothing else. outline: and all objects, asked for or not, are as round, straight and pointed
+    as true ones: the outline's overlap (IoU) with the true shape is at least 0.9. colours: the colours asked
+    for are there, whatever the shapes.
+    """
     prompts, name = choose_prompts(args)
     pipe = load_pipeline(args)
     entries = [entry for entry in prompts for _ in range(args.images)]
     images, seeds = generate_images(pipe, entries, args.seed, args.best_of, upsample=args.upsample)
-    seen = judge_images(images, entries)
+    seen = [judge(image) for image in images]
     verdicts = judge_all(entries, seen)
     rng = np.random.default_rng(args.seed)
     renders = [world.render(scene_for(entry, rng), len(images[0])) for entry in entries]
@@ -180,7 +225,7 @@ def run_alignment(args):
     print_table("the same images under shuffled prompts", tables["shuffled"])
     print_table("the same prompts' true renders", tables["real"])
     texts = [pipe.upsampled.get((e["prompt"], seed), e["prompt"]) for e, seed in zip(entries, seeds)]
-    if pipe.upsampled and not args.words:
+    if pipe.upsampled:
         stated = rate(states_what_was_asked(entry, text) for entry, text in zip(entries, texts))
         tables["upsampled"] = {"overall": stated}
         print_table("upsampled prompts state what was asked", tables["upsampled"])
@@ -190,9 +235,36 @@ def run_alignment(args):
                           [verdicts[i].hit for i in shown], max(8, 4 * args.images))
     write_image(Path(args.out) / f"{name}.png", np.asarray(sheet))
     rows = [{"tag": entry["tag"], "prompt": entry["prompt"], "generated_from": text, "seed": seed,
-             "hit": verdict.hit, "strict": verdict.strict, "seen": asdict(image)}
+             "hit": verdict.hit, "strict": verdict.strict, "outline": verdict.outline, "seen": asdict(image)}
             for entry, text, seed, verdict, image in zip(entries, texts, seeds, verdicts, seen)]
     save_results(args, {**tables, "images": rows}, name)
+
+
+def run_upsampling(args):
+    """Do upsampled prompts keep what was asked? --n paraphrased prompts, whose answers a parser reads; and
+    those outside of this world ("a dog"), which the language model must decline.
+
+    A prompt is kept if the answer names just the objects asked for, in their numbers, colours, sizes and
+    places, on the background asked for. One that is declined isn't.
+    """
+    pipe, entries = load_pipeline(args), world.upsampling_prompts(args.n, args.seed)
+    prompts = [entry["prompt"] for entry in entries]
+    seeds = [args.seed * SEEDS + i for i in range(len(entries))]
+    rows = []
+    for part in batches(len(entries)):
+        answers = zip(entries[part], pipe.declined(prompts[part]),
+                      pipe.upsample_prompts(prompts[part], seeds[part]))
+        for entry, declined, text in answers:
+            outside = entry["tag"] == "outside"
+            right = declined is not None if outside else not declined and states_what_was_asked(entry, text)
+            rows.append({**entry, "answer": declined or text, "declined": declined is not None,
+                         "right": right})
+    table = by_skill([row["tag"] for row in rows], [row["right"] for row in rows])
+    print_table(f"{args.n} prompts upsampled", table)
+    failures = [f"  {row['prompt']!r} -> {row['answer']!r}" for row in rows if not row["right"]]
+    if failures:
+        print("\n".join(["\nnot right, the first of them", *failures[:20]]))
+    save_results(args, {"table": table, "prompts": rows})
 
 
 # ---- image -> text --------------------------------------------------------------------------------------
@@ -205,13 +277,14 @@ class Asked(NamedTuple):
     answer: str
 
 
-def draw_questions(seed, n, most=4):
-    """n Asked about scenes of the world `seed`, of at most `most` (>= 2) objects, the kinds in turn."""
+def draw_questions(seed, n, most=4, paraphrase=False):
+    """n Asked about scenes of the world `seed`, of at most `most` (>= 2) objects, the kinds in turn;
+    paraphrase: in other words than the standard ones."""
     asked, index = [], 0
     while len(asked) < n:
         kind = world.QUESTIONS[len(asked) % len(world.QUESTIONS)]
         scene = world.make_scene(seed, index, most=most)
-        found = world.question(scene, np.random.default_rng((seed, index)), kind)
+        found = world.question(scene, np.random.default_rng((seed, index)), kind, paraphrase)
         index += 1
         if found:                                                    # not every scene can answer every kind
             asked.append(Asked(scene, *found))
@@ -245,6 +318,12 @@ def rate_by_kind(asked, right):
     return table
 
 
+def rate_questions(pipe, asked):
+    """(the model's answers to Asked questions, the table of `rate_by_kind`)"""
+    answers = answer_all(pipe, [q.scene for q in asked], [q.question for q in asked])
+    return answers, rate_by_kind(asked, answers_right(answers, [q.answer for q in asked]))
+
+
 def rate_match_questions(pipe, scenes, seed):
     """The rates of right answers to world.match_question of scenes with one object, and with several, as far
     as there are any."""
@@ -258,16 +337,18 @@ def rate_match_questions(pipe, scenes, seed):
 
 
 def run_understanding(args):
-    """Questions of six kinds, beside what each kind's commonest training answer would score; captions;
-    matches.
+    """Questions of six kinds, in the standard words and paraphrased, beside what each kind's commonest
+    training answer would score; captions; matches.
 
     An answer is right if it is the expected one, whatever its case and a full stop. Captions: see
     `caption_truth`. Matches: does this caption say what the image shows? (world.match_question)
     """
     pipe, asked = load_pipeline(args), draw_questions(args.seed, args.n)
     scenes = [question.scene for question in asked]
-    answers = answer_all(pipe, scenes, [question.question for question in asked])
-    table = rate_by_kind(asked, answers_right(answers, [question.answer for question in asked]))
+    answers, table = rate_questions(pipe, asked)
+    paraphrased = draw_questions(args.seed, args.n, paraphrase=True)
+    paraphrased_answers, of_paraphrases = rate_questions(pipe, paraphrased)
+    table |= {f"{kind}, paraphrased": row for kind, row in of_paraphrases.items()}
     captions = answer_all(pipe, scenes, [DESCRIBE] * len(scenes))
     truths = [caption_truth(text, scene) for text, scene in zip(captions, scenes)]
     table["caption, objects"] = rate(objects for objects, _ in truths)
@@ -277,7 +358,9 @@ def run_understanding(args):
     rows = [{"question": q.question, "answer": answer, "expected": q.answer, "caption": caption,
              "caption_true": truth, "scene": asdict(q.scene)}
             for q, answer, caption, truth in zip(asked, answers, captions, truths)]
-    save_results(args, {"table": table, "answers": rows})
+    others = [{"question": q.question, "answer": answer, "expected": q.answer, "scene": asdict(q.scene)}
+              for q, answer in zip(paraphrased, paraphrased_answers)]
+    save_results(args, {"table": table, "answers": rows, "paraphrased": others})
 
 
 def write_questions(args):
@@ -297,6 +380,8 @@ def write_questions(args):
 # ---- image -> image -------------------------------------------------------------------------------------
 
 EDITS = ("again", "colour", "place", "remove", "background")     # "again": RECONSTRUCT; else world.edit
+# (kind, number of objects before the edit); the only object isn't removed.
+EDIT_CELLS = [(kind, number) for kind in EDITS for number in (1, 2, 3) if (kind, number) != ("remove", 1)]
 
 
 class Edit(NamedTuple):
@@ -308,11 +393,13 @@ class Edit(NamedTuple):
 
 
 def draw_edits(seed, n):
-    """n Edits of scenes of the world `seed`, the kinds in turn; scenes that rule a kind out are skipped."""
+    """n Edits of scenes of the world `seed`, EDIT_CELLS in turn; scenes that rule one out are skipped."""
     rng, edits, index = np.random.default_rng(seed), [], 0
     while len(edits) < n:
-        scene, kind = world.make_scene(seed, index), EDITS[len(edits) % len(EDITS)]
-        index += 1
+        kind, number = EDIT_CELLS[len(edits) % len(EDIT_CELLS)]
+        scene, index = world.make_scene(seed, index), index + 1
+        if len(scene.objects) != number:
+            continue
         change = (RECONSTRUCT, scene) if kind == "again" else world.edit(scene, rng, kind)
         if change:
             edits.append(Edit(kind, scene, *change))
@@ -331,32 +418,60 @@ def edit_is_right(edit, image):
     return all((o.shape, o.colour, world.region(o)) in places for o in moved)
 
 
-@torch.no_grad()
-def run_editing(args):
-    """Does the model generate an image again, changed as asked? --n unseen scenes, the kinds of world.edit
-    in turn, and "again" without a change; beside it, how often the image as it was would pass."""
-    pipe, edits = load_pipeline(args), draw_edits(args.seed, args.n)
-    given = [world.render(edit.before) for edit in edits]
-    seeds = [args.seed * SEEDS + i for i in range(len(edits))]
-    made = []
+def generate_edits(pipe, edits, seed):
+    """Edits -> (the images given, those generated from them as asked: uint8 (n, H, W, 3); their prompts as
+    upsampled, where the model does that)."""
+    given, made, texts = [world.render(edit.before) for edit in edits], [], []
+    seeds = [seed * SEEDS + i for i in range(len(edits))]
     for part in batches(len(edits)):
         prompts = [edit.instruction for edit in edits[part]]
         before = [Image.fromarray(image) for image in given[part]]
         made += list(to_uint8(pipe.images(prompts, seeds[part], images=before)))
-    kinds = [edit.kind for edit in edits]
+        texts += pipe.final_prompts(prompts, seeds[part], before, None)        # what it has just made them
+    return given, made, texts
+
+
+def edit_tables(edits, right, unchanged):
+    """Edits, which were done right and which images would pass unchanged -> {"kinds": by_skill's table by
+    kind, "numbers": by number of objects before the edit, "cells": by both}."""
+    kinds, numbers = [edit.kind for edit in edits], [str(len(edit.before.objects)) for edit in edits]
+    cells, tables = list(map(", ".join, zip(kinds, numbers))), {}
+    for name, tags in (("kinds", kinds), ("numbers", numbers), ("cells", cells)):
+        floor = by_skill(tags, unchanged)
+        tables[name] = {tag: {**row, "unchanged": floor[tag]["score"]}
+                        for tag, row in by_skill(tags, right).items() if name == "kinds" or tag != "overall"}
+    return tables
+
+
+def print_edit_tables(n, tables):
+    """Print the tables of `edit_tables`, those by number as a matrix of rates with intervals."""
+    print_table(f"{n} images edited", tables["kinds"])
+    matrix = {}
+    totals = {f"all, {number}": row for number, row in tables["numbers"].items()}
+    for name, row in {**tables["cells"], **totals}.items():
+        kind, number = name.split(", ")
+        matrix.setdefault(kind, {})[number] = format_cell("score", row["score"], row)
+    print_table("by the number of objects before the edit", matrix)
+
+
+@torch.no_grad()
+def run_editing(args):
+    """Does the model generate an image again, changed as asked? --n unseen scenes, the kinds of world.edit
+    and "again" without a change, for one, two and three objects in turn, as many of each; beside it, how
+    often the image as it was would pass."""
+    pipe, edits = load_pipeline(args), draw_edits(args.seed, args.n)
+    given, made, texts = generate_edits(pipe, edits, args.seed)
     right = [edit_is_right(edit, image) for edit, image in zip(edits, made)]
-    floor = by_skill(kinds, [edit_is_right(edit, image) for edit, image in zip(edits, given)])
-    table = by_skill(kinds, right)
-    for kind, row in table.items():
-        row["unchanged"] = floor[kind]["score"]
-    print_table(f"{args.n} images edited", table)
+    tables = edit_tables(edits, right, [edit_is_right(edit, image) for edit, image in zip(edits, given)])
+    print_edit_tables(args.n, tables)
     cells = []                                   # of the sheet: before and after, in turn
     for edit, before, after, verdict in list(zip(edits, given, made, right))[:32]:
         cells += [(before, world.describe(edit.before), True), (after, edit.instruction, verdict)]
     write_image(Path(args.out) / "editing.png", np.asarray(contact_sheet(*zip(*cells), 8)))
-    rows = [{"kind": edit.kind, "instruction": edit.instruction, "scene": world.describe(edit.before),
-             "right": verdict} for edit, verdict in zip(edits, right)]
-    save_results(args, {**table, "images": rows})
+    rows = [{"kind": edit.kind, "objects": len(edit.before.objects), "instruction": edit.instruction,
+             "scene": world.describe(edit.before), "generated_from": text, "right": verdict}
+            for edit, text, verdict in zip(edits, texts, right)]
+    save_results(args, {**tables, "images": rows})
 
 
 @torch.no_grad()
@@ -368,7 +483,10 @@ def vae_round_trip(pipe, pixels):
 
 
 def run_reconstruction(args):
-    """Both ceilings: what the VAE alone keeps of an image, and what CLIP features and the decoder keep."""
+    """Both ceilings: what the VAE alone keeps of an image, and what CLIP features and the decoder keep.
+
+    outline: fully right, and all objects' outlines are true (see `alignment`).
+    """
     pipe = load_pipeline(args)
     side = pipe.decoder.unet.config.sample_size * pipe.decoder.vae.factor
     scenes = [world.make_scene(args.seed, i) for i in range(args.n)]
@@ -382,7 +500,7 @@ def run_reconstruction(args):
     for name, made in (("VAE alone", torch.cat(vae_alone)), ("features and decoder", torch.cat(whole))):
         seen = [judge(image) for image in to_uint8(made)]
         but_shape = [agrees(scene, image, ("colour", "size")) for scene, image in zip(scenes, seen)]
-        table[name] = {"dB": psnr(made, truth).mean().item(), **rate(map(agrees, scenes, seen)),
+        table[name] = {"dB": psnr(made, truth).mean().item(), **rate_agreement(scenes, seen),
                        "shape aside": sum(but_shape) / args.n}
         rows.append(to_uint8(made[:12]))
     print_table(f"{args.n} unseen images: PSNR, rate judged fully right, right but for shape", table)
