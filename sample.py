@@ -5,7 +5,7 @@
     python sample.py --image cat.png --prompt "What is this?"              an answer, token by token
     python sample.py --image cat.png --reconstruct                         image -> 64 features -> image
     python sample.py --image cat.png --prompt "the same in snow" --draw    an image from an image and a text
-    python sample.py --chat                                                text and @files; /image generates
+    python sample.py --chat                                                text and images, both ways
     python sample.py --caption IMAGES --ckpt FOLDER --out shards/          images become training data
     python sample.py --ckpt FOLDER --dry-run                               what fits into this machine?
     python sample.py --ckpt FOLDER --export diffusers DIR                  DiT, UNet and VAE for diffusers
@@ -156,7 +156,7 @@ class Pipeline:
         self.resident = []              # the modules that are in memory
         self.seconds = {}               # part -> time spent in it
         self.negatives = {}             # (seed, steps, guidance) -> features (64, C); see `negative`
-        self.upsampled = {}             # (prompt, seed) -> upsampled prompt
+        self.upsampled = {}             # (prompt, seed, and an image's hash if any) -> upsampled prompt
 
     def read(self, name):
         """The object in a JSON file of the folder; {} where there is no such file."""
@@ -297,35 +297,51 @@ class Pipeline:
         """One prompt and one seed for each image -> CLIP features (B, 64, C), fp32.
 
         images: PIL images that are part of the prompts, one for each, as in the official text + image form.
-        upsample: generate from `upsample_prompts`; not used with images.
+        upsample: generate from `upsample_prompts`; the images stay beside them.
         """
         rows, vision = self.prompt_rows(self.final_prompts(prompts, seeds, images, upsample), images)
         return self.generate(rows, seeds, steps, guidance, vision)
 
     def final_prompts(self, prompts, seeds, images, upsample):
-        """The prompts that images are generated from: upsampled if wanted (None: as the checkpoint does)."""
+        """The prompts that images are generated from: upsampled if wanted. None: as the checkpoint does,
+        changes of images only where it learnt that, with `chat_images`."""
         if not all(prompt.strip() for prompt in prompts):
             raise ValueError("the prompt is empty")
-        wanted = self.setting("upsample", upsample) and images is None
-        return self.upsample_prompts(prompts, seeds) if wanted else prompts
+        taught = images is None or self.model.config.chat_images
+        wanted = self.setting("upsample", None) and taught if upsample is None else upsample
+        return self.upsample_prompts(prompts, seeds, images) if wanted else prompts
 
     @torch.no_grad()
-    def upsample_prompts(self, prompts, seeds):
+    def upsample_prompts(self, prompts, seeds, images=None):
         """Prompts -> upsampled prompts: "a red star" becomes "a large red star in the middle on a grey
         background", or something else with another seed. The language model decides what they leave open.
 
-        The DiT would have to decide it independently at every position. Prompt upsampling is DALL-E 3's
+        images: a PIL image in each prompt, which is then a change: the answer describes the image after it.
+        The DiT would have to decide it all independently at every position. Prompt upsampling is DALL-E 3's
         (Betker et al. 2023, section 3.5). An empty answer leaves a prompt as it is.
         """
-        keys = list(zip(prompts, seeds, strict=True))
-        missing = [key for key in dict.fromkeys(keys) if key not in self.upsampled]
+        question = data.UPSAMPLE if images is None else data.UPSAMPLE_EDIT
+        shown = [[]] * len(prompts) if images is None else [[image] for image in images]
+        keys = [(prompt, seed, *map(image_hash, each))
+                for prompt, seed, each in zip(prompts, seeds, shown, strict=True)]
+        missing = {key: each for key, each in zip(keys, shown) if key not in self.upsampled}
         for i in range(0, len(missing), BATCH):
-            batch = missing[i:i + BATCH]
-            conversations = [([(data.UPSAMPLE.format(prompt), None)], [[]]) for prompt, _ in batch]
-            generators = [torch.Generator().manual_seed(seed + TEXT * MAX_SEED) for _, seed in batch]
+            batch = list(missing)[i:i + BATCH]
+            conversations = [([(question.format(key[0]), None)], [missing[key]]) for key in batch]
+            generators = [text_generator(key[1]) for key in batch]
             texts = self.ask(conversations, UPSAMPLED_TOKENS, 1.0, top_p=NUCLEUS, generator=generators)
             self.upsampled |= {key: text.strip() or key[0] for key, text in zip(batch, texts)}
         return [self.upsampled[key] for key in keys]
+
+    def declined(self, prompts):
+        """What the language model says about each prompt of which it knows no image: a list, None for all
+        others. A model that was taught to ask for an image does so where it knows one; see `requests`."""
+        distinct, said = list(dict.fromkeys(prompts)) if self.requests else [], {}
+        for i in range(0, len(distinct), BATCH):
+            batch = distinct[i:i + BATCH]
+            said |= zip(batch, self.answers([None] * len(batch), batch, UPSAMPLED_TOKENS))
+        texts, accepted = [said.get(prompt, "").strip() for prompt in prompts], ("", *self.requests.values())
+        return [None if text in accepted else text for text in texts]
 
     def prompt_rows(self, prompts, images=None):
         """Prompts -> their token ids in the template of generation, and the images' `vision_inputs`."""
@@ -516,6 +532,7 @@ class Pipeline:
         images, a list of PIL images for each turn. on_text(piece) is called with each new piece of the text.
 
         A token of a byte-level BPE may end within a character: pieces wait until their characters are whole.
+        One of `requests` is returned, but is no text for on_text.
         """
         ids, sent = [], ""
 
@@ -523,15 +540,24 @@ class Pipeline:
             nonlocal sent
             if step[0] is not None:
                 ids.append(step[0])
-                text = self.tokenizer.decode(ids).rstrip("\ufffd")  # what half a character decodes to
+                text = "" if ids[0] in self.requests else self.tokenizer.decode(ids)
+                text = text.rstrip("\ufffd")                        # what half a character decodes to
                 if len(text) > len(sent):
                     on_text(text[len(sent):])
                     sent = text
         on_token = send if on_text else None
         text = self.ask([(turns, images)], max_new_tokens, temperature, on_token, **sampling)[0]
-        if on_text and len(text) > len(sent):
+        if on_text and text not in self.requests.values() and len(text) > len(sent):
             on_text(text[len(sent):])
         return text
+
+    @property
+    def requests(self):
+        """{id: answer} of the control tokens by which the model asks to generate an image instead of saying
+        something: data.IMG, from the message, and data.EDIT, from the last image, too. {}: it wasn't taught.
+        """
+        names = (data.IMG, data.EDIT) if self.model.config.chat_images else ()
+        return {self.tokenizer.special[name]: name for name in names}
 
     @torch.no_grad()
     def ask(self, conversations, max_new_tokens, temperature=0.0, on_token=None, top_p=1.0,
@@ -539,7 +565,8 @@ class Pipeline:
         """The next answer in each conversation (turns, images for each turn) of a batch: a list of strings.
 
         temperature None: temperature, top_p and top_k are the folder's own, of generation_config.json;
-        repetition_penalty None: that, too. An answer ends with a stop token, or as messages end.
+        repetition_penalty None: that, too. An answer ends with a stop token, or as messages end; one that
+        begins with one of `requests` is that alone.
         """
         own, top_k = self.answer_config, 0
         if temperature is None:
@@ -553,7 +580,8 @@ class Pipeline:
             answers = self.model.generate_text(
                 ids, mask, *self.batch_vision(vision), max_new_tokens, temperature, top_p,
                 repetition_penalty, stop_ids, on_token=on_token, generator=generator, top_k=top_k)
-        return [self.tokenizer.decode(ids) for ids in answers]
+        requests = [self.requests.get(int(ids[0]) if len(ids) else None) for ids in answers]
+        return [request or self.tokenizer.decode(ids) for request, ids in zip(requests, answers)]
 
     def conversation_rows(self, conversations):
         """Conversations as `ask` takes them -> token ids of each, and the vision inputs of all images."""
@@ -659,6 +687,11 @@ def to_uint8(pixels):
     return (pixels * 255).round().to(torch.uint8).movedim(-3, -1).cpu().numpy()
 
 
+def image_hash(image):
+    """What tells a PIL image from others of another size or with other pixels."""
+    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
+
+
 def image_grid(pixels, columns=None, least=192):
     """Images (B, 3, H, W) row by row on white -> one (3, H', W'); as good as square if columns is None.
 
@@ -718,6 +751,13 @@ def read_image(path):
 
 # ---- commands: images -------------------------------------------------------------------------------------
 
+def print_declined(pipe, prompt):
+    """Say so if the model knows no image of a prompt; what it generates all the same may be anything."""
+    for text in filter(None, pipe.declined([prompt])):
+        line = f'"{prompt}" is outside of what this model knows. It says: {text}'
+        print(data.printable(" ".join(line.split())), file=sys.stderr)
+
+
 def draw(pipe, args):
     """--prompt: a file for each image, image i with seed + i; a grid of all if they are several.
 
@@ -733,15 +773,16 @@ def draw(pipe, args):
     starts = range(0, args.n, BATCH)
     for i in tqdm(starts, desc="batches", leave=False, disable=None if len(starts) > 1 else True):
         batch = seeds[i:i + BATCH]
-        prompts = [args.prompt] * len(batch)
+        prompts, shown = [args.prompt] * len(batch), image and [image] * len(batch)
         if args.best_of > 1:
             pixels, batch = pipe.best_of(prompts, batch, args.best_of, **sampling)
         else:
-            pixels = pipe.images(prompts, batch, **sampling, images=image and [image] * len(batch))
+            pixels = pipe.images(prompts, batch, **sampling, images=shown)
         images.append(pixels)
-        for seed, each in zip(batch, pixels):
-            if (args.prompt, seed) in pipe.upsampled:
-                print(f"seed {seed}: {pipe.upsampled[args.prompt, seed]}", file=sys.stderr)
+        texts = pipe.final_prompts(prompts, batch, shown, args.upsample)             # still known
+        for seed, text, each in zip(batch, texts, pixels):
+            if text != args.prompt:
+                print(f"seed {seed}: {text}", file=sys.stderr)
             path = save_image(each, args.out, f"{name}-{seed}", {**about, "seed": seed})
     if args.n > 1:
         grid = image_grid(torch.cat(images))
@@ -799,24 +840,28 @@ def text_generator(seed):
 
 
 def print_reply(pipe, args, turns, images, generator):
-    """Print the next answer of a conversation as it grows; returns it."""
+    """Print the next answer of a conversation as it grows, unless it is one of pipe.requests; returns it."""
     text = pipe.reply(turns, images, args.max_new_tokens, args.temperature, print_piece, top_p=args.top_p,
                       repetition_penalty=args.repetition_penalty, generator=generator)
-    print()
+    if text not in pipe.requests.values():
+        print()
     return text
 
 
 def answer(pipe, args):
     """--image and maybe --prompt: the answer, on stdout, as it grows."""
     question = data.DESCRIBE if args.prompt is None else args.prompt
-    print_reply(pipe, args, [(question, None)], [[read_image(args.image)]], [text_generator(args.seed)])
+    turns, images = [(question, None)], [[read_image(args.image)]]
+    if print_reply(pipe, args, turns, images, [text_generator(args.seed)]) in pipe.requests.values():
+        print("this asks for an image instead of an answer: --draw generates it", file=sys.stderr)
 
 
 CHAT = """Write a message and press Enter. @path/to/image.png anywhere in it shows an image,
 @"my cat.png" one with a space in its name.
-/image a red circle   generates; what you write next is about that image
+{}/image a red circle   generates; what you write next is about that image
 /edit make it blue    edits the last image, generated or shown
 /new   begins a new conversation      /quit or Ctrl-D   ends      Ctrl-C   stops an answer"""
+JUST_ASK = "Ask for an image, or for a change of the last one, in your own words, or with a command:\n"
 EXAMPLES = {"/image": "a red circle", "/edit": "make it blue"}
 # @path, @"path" or @'path', after white space or a bracket; spaces may be escaped, as terminals do.
 SHOWN = re.compile(r"""(?<![^\s(\[])@(?:"([^"]+)"|'([^']+)'|((?:\\ |\S)+))\s?""")
@@ -853,22 +898,37 @@ class Chat:
         self.turns, self.images = [], []        # [(user, assistant)], the images of each turn
         self.last, self.unasked = None, False   # path of the last image; generated, and not asked about yet?
 
-    def generate(self, prompt, image):
-        """Generate from a prompt, and from an image if it isn't None; each time with the next seed."""
+    def context(self, paths):
+        """The conversation that a message with these images goes on with: its turns, their images, and the
+        paths of the message's own. A generated image comes back with the message that follows it."""
+        if paths or not self.unasked or self.pipe.model.visual is None:
+            return self.turns, self.images, paths
+        if self.pipe.requests:
+            return self.turns, self.images, [self.last]
+        return [], [], [self.last]                  # the model knows no such turn: the talk begins with it
+
+    def generate(self, prompt, answer, paths=()):
+        """Generate from the text of a message with these images (answer data.IMG), or from the last image,
+        too, if there is one (data.EDIT); each time with the next seed. Remember both if the model knows
+        such turns."""
+        shown = [read_image(path) for path in self.context(paths)[2]] if self.pipe.requests else []
+        image = (paths or [self.last])[-1] if answer == data.EDIT else None
         seed = (self.args.seed + self.generated) % MAX_SEED
         changes = {"prompt": prompt, "image": image, "seed": seed, "n": 1}
         self.generated += 1
         self.last = draw(self.pipe, argparse.Namespace(**{**vars(self.args), **changes}))
         self.unasked = True
+        if self.pipe.requests:
+            self.turns = [*self.turns, (prompt, answer if image else data.IMG)]
+            self.images = [*self.images, shown]
 
     def say(self, text):
-        """Print the answer to a message, with @paths of images in it, and remember both once it is whole."""
+        """Print the answer to a message, with @paths of images in it, or generate the image that the model
+        asks for instead; remember both once that is done."""
         paths, message = shown_images(text)
         if len(paths) > BATCH:
             raise ValueError(f"a message shows at most {BATCH} images")
-        turns, images = self.turns, self.images
-        if self.unasked and not paths and self.pipe.model.visual is not None:
-            turns, images, paths = [], [], [self.last]  # the talk about a generated image begins with it
+        turns, images, paths = self.context(paths)
         shown = [read_image(path) for path in paths]
         message = message or data.DESCRIBE
         try:
@@ -876,6 +936,9 @@ class Chat:
                                 self.generator)
         except TooLong as error:
             raise TooLong(f"{error}, or begin a /new conversation") from None
+        if reply in self.pipe.requests.values():
+            self.generate(message, reply, paths)
+            return
         self.turns, self.images = [*turns, (message, reply)], [*images, shown]
         self.last, self.unasked = paths[-1] if paths else self.last, False
 
@@ -890,11 +953,11 @@ class Chat:
         if command == "/new":
             self.restart()
         elif command == "/image":
-            self.generate(prompt, None)
+            self.generate(prompt, data.IMG)
         elif command == "/edit" and self.last is None:
             raise ValueError("there is no image to edit yet: generate one with /image or show one with @")
         elif command == "/edit":
-            self.generate(prompt, self.last)
+            self.generate(prompt, data.EDIT)
         elif command.startswith("/"):
             raise ValueError(f"there is no command {command}: use /image, /edit, /new or /quit")
         elif command:
@@ -915,7 +978,7 @@ def read_line():
 def chat(pipe, args):
     """--chat: a conversation, line by line from stdin. A mistake costs a line, and Ctrl-C an answer, but not
     the conversation; Ctrl-C between two answers ends it."""
-    print(CHAT, file=sys.stderr)
+    print(CHAT.format(JUST_ASK * bool(pipe.requests)), file=sys.stderr)
     conversation = Chat(pipe, args)
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
@@ -1135,7 +1198,7 @@ TALK = {*RUN, "max_new_tokens", "temperature", "top_p", "repetition_penalty", "m
 DRAW = GENERATE | {"prompt", "n", "best_of", "upsample", "min_pixels", "max_pixels"}
 READS = {
     "draw": DRAW,
-    "edit": GENERATE | {"prompt", "n", "image", "draw", "min_pixels", "max_pixels"},
+    "edit": GENERATE | {"prompt", "n", "image", "draw", "upsample", "min_pixels", "max_pixels"},
     "strip": GENERATE | {"prompt", "steps_strip", "upsample"},
     "answer": TALK | {"prompt", "image"},
     "reconstruct": DECODE | {"image", "reconstruct"},
@@ -1162,8 +1225,8 @@ def add_image_flags(add):
         help="of the noise, and of answers with --temperature")
     add("--best-of", type=number(int, Interval(1, 1000)), default=1, help="of so many images keep the one "
         "that the model itself scores best (VQAScore)")
-    add("--upsample", action=argparse.BooleanOptionalAction, help="let the language model fill in what the "
-        "--prompt leaves open before it is used (as the checkpoint does; official ones don't)")
+    add("--upsample", action=argparse.BooleanOptionalAction, help="let the language model say in full what "
+        "the --prompt asks for before it is used (as the checkpoint does; official ones don't)")
     add("--steps", type=number(*SAMPLING["steps"]),
         help="Euler steps of the DiT (the checkpoint's, else 30)")
     add("--cfg", type=number(*SAMPLING["cfg"]),
@@ -1335,6 +1398,8 @@ def run(argv):
         raise ValueError("no effect without --temperature: leave out --seed")
     target = args.export[1] if name == "export" else args.out
     with nullcontext() if name == "answer" else output_folder(target):
+        if name in ("draw", "strip"):
+            print_declined(pipe, args.prompt)
         COMMANDS[name](pipe, args)
     if pipe.seconds:
         times = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in pipe.seconds.items())
