@@ -1,9 +1,9 @@
 """The studies: the paper's figures and the ablations in miniature, `python eval.py figure4 | figure5 |
 ablation`.
 
-A study trains each of its runs with several seeds on equally many images, from the same language model and a
-fresh DiT, and measures it several times on the way. Two ablations train nothing: --ckpt generates with each
-value of one setting. Whatever is done is kept: the same line again goes on where it stopped.
+A study trains each of its runs with several seeds on equally many images, and measures it several times on
+the way; captions and prompts are upsampled. Two ablations train nothing: --ckpt generates with each value of
+one setting. Whatever is done is kept: the same line again goes on where it stopped.
 """
 import itertools
 import math
@@ -25,25 +25,40 @@ from checkpoint import POSITIVE, Interval, read_json, typed, write_json
 from data import DESCRIBE
 from evals.charts import draw_charts
 from evals.distances import clip_features, frechet
-from evals.report import BATCH, print_table, read_records, save_results, write_image, write_text
+from evals.report import BATCH, FORMATS, read_records, save_results, wilson, write_image, write_text
 from miniature import world
-from miniature.judge import caption_truth, scene_for, score_renders
-from miniature.scores import answer_all, answers_right, draw_questions, generate_images
+from miniature.judge import caption_truth, count_asked, scene_for, score_renders
+from miniature.scores import SEEDS, answer_all, answers_right, draw_questions, generate_images
+from model import BLIP3o
 from sample import Pipeline
 
-# `runs` is {name: flags of train.py}, `flags` are those of all runs, `panels` the charts of the figure;
+# `runs` is {name: flags of train.py}, `start` and `flags` are those of all runs, in which {init} is --init;
+# `typed` names the runs whose captions and prompts are not upsampled, `panels` the charts of the figure;
 # other keys replace the defaults in USUAL. `vary` is the argument of Pipeline.images that takes `values`.
+START = "--stage 1 --fresh --init {init}"
 SMALL = "--dit dim=128,n_layers=4,n_heads=4,n_kv_heads=2,ffn_dim=352"
 STUDIES = {
     # 64 fresh queries for all: CLIP + MSE maps query i to feature i.
     "figure4": dict(
         runs={"CLIP + MSE": "--design clip-mse", "CLIP + flow matching": f"{SMALL} --design clip-fm",
               "VAE + flow matching": f"{SMALL} --design vae-fm"},
-        flags="--queries 64", seeds=3,
-        panels=("alignment", "colours", "Frechet", "feature spread")),
+        flags="--queries 64", points=10,
+        panels=("alignment", "Frechet", "feature spread", "pixel spread")),
     "figure5": dict(
-        runs={"sequential": "--joint 0", "joint": "--joint 0.5"}, flags=SMALL, seeds=2, objects=2,
+        runs={"sequential": "--joint 0", "joint": "--joint 0.5"}, flags=SMALL, objects=2,
         panels=("alignment", "Frechet", "questions", "captions")),
+    # Both at stage 2's learning rate, which ends near zero: they differ in their data alone.
+    "stage2": dict(
+        runs={"stage 2": "--stage 2", "more of stage 1": "--stage 1"}, start="--init {ckpt} --lr 1.2e-3",
+        steps=800, batch=128, objects=4, panels=("alignment", "Frechet")),
+    "upsample": dict(
+        runs={"upsampled": "", "as typed": ""}, flags=SMALL, typed=("as typed",),
+        panels=("alignment", "colours", "Frechet", "gap, t = 0.05")),
+    # train.py keeps queries that stage 0 supervised, and trains others.
+    "supervision": dict(
+        runs={"query supervision": "--init {inits[0]}", "learnt queries": "--init {inits[1]}"},
+        start="--stage 1 --fresh", flags=SMALL, objects=4,
+        panels=("alignment", "colours", "Frechet", "gap, t = 0.05")),
     "queries": dict(
         runs={"16 queries": "--queries 16", "64 queries": "--queries 64"}, flags=SMALL,
         panels=("alignment", "colours", "Frechet")),
@@ -62,21 +77,24 @@ STUDIES = {
               "width 192, 6 layers": "--dit dim=192,n_layers=6,n_heads=6,n_kv_heads=2,ffn_dim=512"},
         panels=("alignment", "colours", "Frechet")),
     "steps": dict(
-        vary="steps", values=(4, 8, 15, 30, 60), x_label="Euler steps", n_prompts=100, seeds=3, objects=4,
+        vary="steps", values=(4, 8, 15, 30, 60), x_label="Euler steps", objects=4,
         panels=("alignment", "colours", "Frechet")),
     "guidance": dict(
-        vary="guidance", values=(1, 1.5, 2, 3, 5), x_label="guidance", n_prompts=100, seeds=3, objects=4,
+        vary="guidance", values=(1, 1.5, 2, 3, 5), x_label="guidance", objects=4,
         panels=("alignment", "Frechet", "feature spread")),
 }
 PANELS = {"alignment": "Alignment: % of images that show what was asked",
           "colours": "Colours: % with as many objects, and the colours asked",
-          "Frechet": "Frechet distance to true images (own CLIP)",
-          "feature spread": "CLIP features: difference of images of a prompt",
+          "Frechet": "Image quality: Frechet distance to true images (own CLIP)",
+          "feature spread": "Diversity: difference of images of a prompt (CLIP features)",
+          "pixel spread": "Diversity: difference of images of a prompt (pixels, 0 to 1)",
           "questions": "Understanding: % of questions answered right",
           "captions": "Understanding: % of captions right in all objects",
           "gap, t = 0.02": "Loss of shuffled less true prompts at t = 0.02",
           "gap, t = 0.05": "Loss of shuffled less true prompts at t = 0.05"}
-USUAL = {"steps": 400, "points": 5, "batch": 64, "seeds": 1, "n_prompts": 48, "images": 2, "n": 120,
+# Numbers that are rates, and the number that counts their trials.
+RATES = {"alignment": "images", "colours": "images", "questions": "scenes", "captions": "scenes"}
+USUAL = {"steps": 2000, "points": 5, "batch": 64, "seeds": 3, "n_prompts": 128, "images": 2, "n": 120,
          "objects": 1}
 # The same with --quick, to see that everything runs; its figures mean nothing.
 QUICK = {"steps": 4, "points": 2, "batch": 8, "seeds": 1, "n_prompts": 6, "images": 2, "n": 12}
@@ -99,14 +117,15 @@ def encode_images(pipe, images):
 
 def measure_images(pipe, args, seed, generate):
     """Alignment, Frechet distance and spread of the uint8 images (H, W, 3) that generate(entries) makes of
-    --n-prompts prompts, --images of each."""
-    prompts = world.skill_prompts(args.n_prompts, seed, most=args.objects)
+    up to --n-prompts prompts for at most --objects objects, --images of each."""
+    prompts = [entry for entry in world.skill_prompts(args.n_prompts, seed, most=args.objects)
+               if count_asked(entry) <= args.objects]
     entries = [entry for entry in prompts for _ in range(args.images)]
     images, rng = generate(entries), np.random.default_rng((seed, 1))
     renders = [world.render(scene_for(entry, rng), len(images[0])) for entry in entries]
     made, real = encode_images(pipe, images), encode_images(pipe, renders)                     # (N, 64, C)
     scores = score_renders(entries, images)["overall"]
-    return {"alignment": scores["score"], "colours": scores["colours"],
+    return {"images": len(images), "alignment": scores["score"], "colours": scores["colours"],
             "Frechet": frechet(made.mean(1), real.mean(1)), "feature spread": spread(made, args.images),
             "pixel spread": spread(np.stack(images) / np.float32(255), args.images)}
 
@@ -118,18 +137,29 @@ def measure_understanding(pipe, args):
     answers = answer_all(pipe, scenes, [question.question for question in asked])
     captions = answer_all(pipe, scenes, [DESCRIBE] * args.n)
     true = [caption_truth(text, scene)[0] for text, scene in zip(captions, scenes)]
-    return {"questions": sum(answers_right(answers, [question.answer for question in asked])) / args.n,
-            "captions": sum(true) / args.n}
+    right = answers_right(answers, [question.answer for question in asked])
+    return {"scenes": args.n, "questions": sum(right) / args.n, "captions": sum(true) / args.n}
 
 
-def measure(folder, args, seed, understands=False, **sampling):
-    """The numbers of a model folder, with the image parts of --eva; understands: also of reading images."""
+def measure(folder, args, seed, upsample=None, understands=False, **sampling):
+    """The numbers of a model folder, with the image parts of --eva; understands: also of reading images.
+    upsample, sampling: as Pipeline.images takes them.
+
+    All images of a prompt are generated from one upsampled prompt: so they differ by what follows the
+    language model.
+    """
     pipe = Pipeline(folder, eva=args.eva)
     pipe.sampling = Pipeline(args.eva).sampling                      # all runs sample alike
     if args.quick:
         pipe.sampling = pipe.sampling | {"steps": 2, "decoder_steps": 2}
-    numbers = measure_images(pipe, args, seed,
-                             lambda entries: generate_images(pipe, entries, seed, **sampling)[0])
+
+    def generate(entries):
+        if pipe.setting("upsample", upsample):
+            prompts = [entry["prompt"] for entry in entries[::args.images]]
+            texts = pipe.upsample_prompts(prompts, [seed * SEEDS + i for i in range(len(prompts))])
+            entries = [{**entry, "prompt": texts[i // args.images]} for i, entry in enumerate(entries)]
+        return generate_images(pipe, entries, seed, upsample=False, **sampling)[0]
+    numbers = measure_images(pipe, args, seed, generate)
     if understands:              # a frozen language model is that of --init, which also has the vision tower
         reader = pipe if pipe.model.visual is not None else Pipeline(args.init)
         numbers |= measure_understanding(reader, args)
@@ -153,8 +183,8 @@ def read_log(run):
 
 
 def read_run(run, step):
-    """What a run's log says of its first `step` steps: images, seconds of training, and at small t the gap:
-    the loss of shuffled prompts less that of true ones, zero for a DiT that ignores its condition."""
+    """What a run's log says of its first `step` steps: images, also a second, minutes, and at small t the
+    gap: the loss of shuffled prompts less that of true ones, zero for a DiT that ignores its condition."""
     rows, samples, seconds = read_log(run), 0, 0.0
     if step not in rows:
         raise ValueError(f"{run / 'log.jsonl'} lacks step {step}: delete {run}, to train it anew")
@@ -164,7 +194,8 @@ def read_run(run, step):
             samples = row["samples"]
     gaps = {f"gap, t = {t}": rows[step][f"_shuffled@{t}"] - rows[step][f"_true@{t}"] for t in (0.02, 0.05)
             if {f"_true@{t}", f"_shuffled@{t}"} <= rows[step].keys()}
-    return {"step": step, "samples": samples, "seconds": seconds, **gaps}
+    return {"step": step, "samples": samples, "images/s": samples / max(seconds, 1e-9),
+            "minutes": seconds / 60, **gaps}
 
 
 class Trainer:
@@ -178,14 +209,19 @@ class Trainer:
         self.jobs = {(name, seed): folder / re.sub(r"[^\w.]+", "-", f"{name} {seed}").lower()
                      for seed in range(args.seeds) for name in study["runs"]}
 
+    def upsample(self, name):
+        """Are the captions and prompts of a run upsampled?"""
+        return name not in self.study.get("typed", ())
+
     def command(self, name, seed, run):
         """The flags of train.py for one run."""
-        args, flags = self.args, " ".join((self.study.get("flags", ""), self.study["runs"][name]))
+        args, study = self.args, self.study
+        flags = " ".join((study.get("start", START), study.get("flags", ""), study["runs"][name]))
         if args.quick:
             flags = re.sub(r"n_layers=\d+", "n_layers=1", flags)
-        words = ["--stage", 1, "--fresh", "--init", args.init, "--eva", args.eva, *flags.split(),
-                 "--seed", seed, "--steps", args.steps, "--batch", args.batch,
-                 "--world", f"objects={args.objects}", *["--bf16"] * args.bf16,
+        words = [*(word.format(**vars(args)) for word in flags.split()), "--eva", args.eva,
+                 "--seed", seed, "--steps", args.steps, "--batch", args.batch, *["--bf16"] * args.bf16,
+                 "--world", f"objects={args.objects},upsample={int(self.upsample(name))}",
                  "--save-every", self.every, "--log-every", math.gcd(20, self.every),
                  "--out", run, "--save", run / "model-{step}"]
         return [str(word) for word in words]
@@ -216,18 +252,19 @@ class Trainer:
             raise ValueError(f"{run} was killed before {absent[0]} was written: delete {run}, to train it "
                              "anew")
 
-    def measure_point(self, run, step):
+    def measure_point(self, name, run, step):
         """The numbers of a run after `step` steps, from its measured.json if that asked the same."""
         args, note = self.args, run / f"model-{step:06d}" / "measured.json"
         asked = {"n_prompts": args.n_prompts, "images": args.images, "seed": args.seed, "n": args.n}
         stored = read_json(note) if note.exists() else {}
         if stored.get("asked") != asked:
             understands = "questions" in self.study["panels"]
-            numbers = measure(note.parent, args, args.seed, understands, upsample=False)
+            numbers = measure(note.parent, args, args.seed, self.upsample(name), understands)
             stored = {"asked": asked, "numbers": numbers}
             write_json(note, stored)
         numbers = typed(stored.get("numbers"), dict, Interval(), f"{note}: numbers")
-        needed = {"feature spread", *(name for name in self.study["panels"] if not name.startswith("gap"))}
+        needed = {panel for panel in self.study["panels"] if not panel.startswith("gap")}
+        needed |= {RATES[panel] for panel in needed & RATES.keys()}
         if not needed <= numbers.keys() or not {int, float} >= set(map(type, numbers.values())):
             raise ValueError(f"{note} doesn't hold the numbers of this study: delete it, to measure again")
         return {**read_run(run, step), **numbers}
@@ -239,7 +276,7 @@ class Trainer:
         for step in self.points:
             if self.stopped:
                 break
-            numbers.append(self.measure_point(run, step))
+            numbers.append(self.measure_point(name, run, step))
             self.measured.update()
         return numbers
 
@@ -284,6 +321,12 @@ def fill_settings(args, study):
     if not ("questions" in study["panels"]) < args.objects <= 4:
         raise ValueError("--objects must lie between 1 and 4 (figure5, which asks where objects lie: 2), "
                          f"not {args.objects}")
+    if "{inits[0]}" in str(study):
+        args.inits = args.inits or [args.init] * 2
+        configs = [BLIP3o.from_pretrained(folder, "meta").config for folder in args.inits]
+        if [config.queries_supervised for config in configs] != [True, False] and not args.quick:
+            raise ValueError("--inits names two model folders: stage 0 supervised the queries of the first, "
+                             "and not those of the second")
 
 
 def train_runs(args, study, folder, out):
@@ -291,6 +334,9 @@ def train_runs(args, study, folder, out):
     torch.set_num_threads(max(1, torch.get_num_threads() // args.jobs))
     trainer = Trainer(args, study, Path(args.runs) / folder)
     runs = trainer.all()
+    if "{ckpt}" in study.get("start", ""):
+        before = measure(args.ckpt, args, args.seed, True)
+        runs["before"] = [[{"step": step, **before} for step in trainer.points]]
     for run in trainer.jobs.values():
         write_text(out / f"{run.name}.jsonl", (run / "log.jsonl").read_text())
     return runs
@@ -306,9 +352,9 @@ def vary_setting(args, study):
 
 
 def chart(runs, true, panel, x, x_label):
-    """One panel of `draw_charts`: a line for each run, its mean over seeds, in a band from the least to the
-    largest; of distances also the true images' own, the best that can be had."""
-    scale = 100 if "%" in PANELS[panel] else 1
+    """One panel of `draw_charts`: a line for each run, its mean over seeds, in a band from the lowest to the
+    highest; of the Frechet distance also the true images' own, the best that can be had."""
+    scale = 100 if panel in RATES else 1
     lines = {}
     for name, seeds in runs.items():
         if panel not in seeds[0][0]:                                 # CLIP + MSE has no loss at a time t
@@ -317,21 +363,48 @@ def chart(runs, true, panel, x, x_label):
         for point in zip(*seeds):                                    # of all seeds
             values = [row[panel] * scale for row in point]
             lines[name].append((point[0][x], min(values), float(np.mean(values)), max(values)))
-    if panel in true and scale == 1:
+    if panel == "Frechet":
         points = next(iter(runs.values()))[0]
         lines["true images"] = [(row[x], true[panel], true[panel], true[panel]) for row in points]
     return PANELS[panel], x_label, lines
 
 
+def cell_text(column, last):
+    """The last points of all seeds -> one number as text, 61.2 % [57.8, 64.5], 60.1 to 62.9: the mean, of a
+    rate with Wilson's interval, trials of all seeds together; the lowest and the highest seed."""
+    if column not in last[0]:
+        return ""
+    values = [numbers[column] for numbers in last]
+    scale, digits = (100, ".1f") if column in RATES else (1, FORMATS.get(column, ".1f"))
+    mean, lowest, highest = (f"{scale * v:{digits}}" for v in (np.mean(values), min(values), max(values)))
+    if column in RATES:
+        trials = sum(numbers[RATES[column]] for numbers in last)
+        low, high = wilson(float(np.mean(values)) * trials, trials)
+        mean += f" % [{100 * low:.1f}, {100 * high:.1f}]"
+    return mean + f", {lowest} to {highest}" * (len(values) > 1)
+
+
+def markdown(runs, columns):
+    """{name: [[numbers at each point] of each seed]} -> a table in Markdown of the last points, a row for
+    each run; its corner says what a cell is."""
+    last = {name: [points[-1] for points in seeds] for name, seeds in runs.items()}
+    columns = [column for column in columns if any(column in rows[0] for rows in last.values())]
+    lines = [["mean [95 % interval], lowest to highest seed", *columns], ["---"] * (len(columns) + 1)]
+    lines += [[name, *(cell_text(column, rows) for column in columns)] for name, rows in last.items()]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def run_study(args):
     """The paper's figures and what people ask about them, in miniature. Each trains its runs on equally many
-    images, and goes on where it stopped; numbers are in OUT/STUDY/results.json, the figure and the logs of
-    training beside it.
+    images, and goes on where it stopped; numbers are in OUT/STUDY/results.json, the table of the last points
+    (table.md), the figure and the logs of training beside it.
 
     figure4: CLIP features by regression, CLIP features by flow matching, or VAE latents by flow matching?
     And how much do the images of a prompt differ? figure5: is the language model better frozen or trained
-    along? ablation --what: number of queries, RoPE, shift of time, EMA, size of the DiT; without training,
-    Euler steps and guidance of --ckpt.
+    along? ablation --what: stage 2, or as many more images of stage 1 (both from --ckpt); upsampled captions
+    and prompts, or as typed; query supervision, or learnt queries (--inits: the models of both stages 0);
+    number of queries, RoPE, shift of time, EMA, size of the DiT; without training, Euler steps and guidance
+    of --ckpt.
     """
     study = STUDIES[getattr(args, "what", args.command)]
     name = f"ablation-{args.what}" if args.command == "ablation" else args.command
@@ -348,11 +421,12 @@ def run_study(args):
     rng = np.random.default_rng((args.seed, 2))
     true = measure_images(Pipeline(args.eva), args, args.seed,
                           lambda entries: [world.render(scene_for(entry, rng)) for entry in entries])
-    last, columns = {}, (*study["panels"], "feature spread", "seconds")
-    for name, seeds in {**runs, "true images": [[true]]}.items():
-        last[name] = {key: float(np.mean([points[-1][key] for points in seeds]))
-                      for key in columns if key in seeds[0][-1]}
-    print_table(f"{folder}, the last point: means over seeds ({args.seeds})", last)
+    # Nothing upsampled the prompts of true images: their spread is another quantity.
+    true = {key: number for key, number in true.items() if "spread" not in key}
+    columns = (*study["panels"], "colours", "feature spread", "pixel spread", "images/s", "minutes")
+    table = markdown({**runs, "true images": [[true]]}, dict.fromkeys(columns))
+    print(f"\n{folder}, the last point, seeds: {args.seeds}\n{table}")
+    write_text(out / "table.md", table)
     figure = draw_charts([chart(runs, true, panel, x, x_label) for panel in study["panels"]])
     write_image(out / "figure.png", np.asarray(figure))
     save_results(args, {"runs": runs, "true images": true}, f"{folder}/results")
