@@ -1,0 +1,147 @@
+"""The table of a speedrun: `python -m miniature.speedrun OUT` prints, as Markdown, what
+miniature/speedrun.sh has got in OUT so far, and writes it to OUT/table.md.
+
+A stage's folder OUT/STAGE is a run of train.py, an evaluation's OUT/eval/NAME has its results; each start of
+them leaves a file clock-TIME with two numbers: cores and seconds.
+"""
+import os
+import platform
+import re
+import sys
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from checkpoint import Parser, from_json, read_file, read_json, run_command
+from evals.report import format_cell, write_text
+from miniature.studies import read_log
+from train import RunState, states
+
+RUNS = ("clip", "vae", "captions", "0", "decoder", "1", "2")     # folders in OUT, in order
+NO_LOSSES = {"step", "samples", "per_s", "wait", "lr", "grad", "skipped"}         # of a line of log.jsonl
+
+
+def machine():
+    """In words: the processor, its cores, whether it has products in bf16, and the versions."""
+    cpu, info = platform.processor() or platform.machine(), ""
+    if os.path.exists("/proc/cpuinfo"):
+        info = read_file("/proc/cpuinfo").decode("utf-8", "replace")
+    name = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
+    bf16 = re.search(r"avx512_bf16|amx_bf16", info)
+    return (f"{name[1].strip() if name else cpu}, {os.cpu_count()} cores, {bf16[0] if bf16 else 'no bf16'}, "
+            f"torch {torch.__version__}, Python {platform.python_version()}")
+
+
+def clock(folder):
+    """{cores: seconds} of all starts of what has this folder; one whose file a crash left empty is lost."""
+    seconds = Counter()
+    for file in folder.glob("clock-*"):
+        if numbers := re.fullmatch(r"([12]) ([0-9]{1,9})\n", read_file(file).decode("ascii", "replace")):
+            seconds[int(numbers[1])] += int(numbers[2])
+    return seconds
+
+
+def two_core_minutes(folders):
+    """Minutes of two cores that folders took together: their core minutes, halved."""
+    return sum(cores * seconds for folder in folders for cores, seconds in clock(folder).items()) / 120
+
+
+def outcome(rows):
+    """What a log (rows: those of studies.read_log) ends at: its last probe, without those of other prompts
+    and of none; the last losses where a stage has no probe."""
+    probes = [row for row in rows if any(name.startswith("_") for name in row)]
+    last = (probes or rows or [{}])[-1]
+    numbers = {name.lstrip("_"): value for name, value in last.items() if isinstance(value, int | float)
+               and (name[0] == "_" if probes else name not in NO_LOSSES)
+               and not name.startswith(("_shuffled", "_null", "flow, t"))}
+    return ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
+
+
+def stage_row(run):
+    """A stage's cells: images, minutes on one core and on both, how it was computed, what it ends at."""
+    rows = list(read_log(run).values())
+    images = max((row["samples"] for row in rows if "samples" in row), default=0)
+    seconds, how = clock(run), ""
+    for folder in states(run)[-1:]:
+        flags = from_json(RunState, read_json(folder / "state.json"), folder / "state.json").args
+        how = " and ".join(name for name in ("bf16", "compile") if flags.get(name)) or "fp32"
+    return [f"{images:,}", f"{seconds[1] / 60:.1f}", f"{seconds[2] / 60:.1f}", how, outcome(rows)]
+
+
+def rates(content, path=()):
+    """Yield (path, row) of every rate, {"score": ..., "low": ..., "high": ...}, in results of eval.py."""
+    for name, value in content.items():
+        if isinstance(value, dict) and {"score", "low", "high"} <= value.keys():
+            yield (*path, name), value
+        elif isinstance(value, dict):
+            yield from rates(value, (*path, name))
+
+
+def in_words(name, row):
+    """A rate with its name, its interval and, where there is one, its PSNR."""
+    cells = [format_cell(key, row[key], row).strip() for key in ("dB", "score") if key in row]
+    return " ".join([name, *cells])
+
+
+def scores(content):
+    """Results of eval.py in one cell: all rates of the first table, of later ones "overall", if they have
+    it."""
+    tables = {}
+    for path, row in rates(content):
+        tables.setdefault(path[:-1], {})[path[-1]] = row
+    cells = []
+    for path, table in tables.items():
+        shown, title = table, ""
+        if cells:
+            title = f"{', '.join(path)}: "
+            shown = {"overall": table["overall"]} if "overall" in table else table
+        cells.append(title + ", ".join(in_words(name, row) for name, row in shown.items()))
+    return "; ".join(cells)
+
+
+def table(out):
+    """The text of the table of a speedrun's folder `out`. ValueError for a file in it that is broken."""
+    runs, evaluations = [out / name for name in RUNS], sorted(out.glob("eval/*/"))
+    lines = ["| stage | images | minutes, one core | minutes, both cores | computed in | ends at |",
+             "|---|---|---|---|---|---|"]
+    lines += [f"| {run.name} | {' | '.join(stage_row(run))} |" for run in runs]
+    lines += ["", f"Training: {two_core_minutes(runs):.1f} minutes of two cores; with evaluations "
+              f"{two_core_minutes(runs + evaluations):.1f}. On: {'; '.join(machines(out))}."]
+    lines += ["", "| evaluation | minutes, one core | scores |", "|---|---|---|"]
+    for folder in evaluations:
+        results = [scores(read_json(file)) for file in sorted(folder.glob("*.json"))]
+        lines.append(f"| {folder.name} | {clock(folder)[1] / 60:.1f} | {' '.join(results)} |")
+    return "\n".join(lines) + "\n"
+
+
+def machines(out):
+    """The machines that a speedrun has run on, this one included: they stand in OUT/machines.txt."""
+    file = out / "machines.txt"
+    names = read_file(file).decode("utf-8", "replace").splitlines() if file.exists() else []
+    if machine() not in names:
+        names.append(machine())
+        write_text(file, "\n".join(names) + "\n")
+    return names
+
+
+def run(argv):
+    """Print the table and write it; ValueError for a folder that isn't there."""
+    parser = Parser("speedrun.py", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("out", type=Path, help="folder of miniature/speedrun.sh")
+    out = parser.parse_args(argv).out
+    if not out.is_dir():
+        raise ValueError(f"there is no folder {out}")
+    text = table(out)
+    write_text(out / "table.md", text)
+    print(text)
+
+
+def main(argv=None):
+    """Returns the exit code: 2, and one sentence, for what can't be read."""
+    return run_command("speedrun.py", partial(run, argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

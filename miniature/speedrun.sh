@@ -1,0 +1,174 @@
+#!/usr/bin/env bash
+# From nothing to scored weights on two CPU cores:
+#
+#     bash miniature/speedrun.sh [OUT]        OUT: a folder, runs/speedrun by default
+#     QUICK=1 bash miniature/speedrun.sh      see in minutes that all of it runs; its numbers mean nothing
+#
+# The same line goes on wherever it was stopped. OUT/nano are the weights, with a log of each stage in
+# OUT/nano/logs; OUT/table.md says what each stage took and what came out; OUT/STAGE and OUT/eval/NAME have
+# states, curves, previews, results, and as output.txt what was printed. All paths are relative to the
+# repository. PYTHON names another python. Needs bash 4.4.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+quick=${QUICK:-} python=${PYTHON:-python}
+out=${1:-runs/speedrun${quick:+-quick}}
+nano=$out/nano
+export OMP_NUM_THREADS=1                # a process for each core: tensors are small, threads would only wait
+
+# Of a stage, whatever isn't in train.py's RECIPES. captions: what stage 0 begins with; a vision tower learns
+# shapes many times sooner where an image shows one, and nothing but its description is asked for.
+recipe() {
+    local small=${quick:+ --steps 4 --batch 8} dit=dim=64,n_layers=1,n_heads=2,n_kv_heads=1,ffn_dim=176
+    case $1 in
+        captions) echo "--fresh --world captions=1,objects=1${small:- --steps 1000}" ;;
+        0 | 2) echo "$small" ;;
+        1) echo "--fresh$small${quick:+ --dit $dit}" ;;
+        *) echo "--fresh$small" ;;
+    esac
+}
+
+everything() {
+    # Side by side only what writes different files: clip and stage 0 both write config.json.
+    train clip vae
+    train captions
+    train 0 decoder
+    train 1
+    train 2
+    evaluate alignment alignment
+    evaluate novel alignment --novel
+    evaluate as-typed alignment --no-upsample
+    evaluate free-prompts alignment --prompts assets/free_prompts.jsonl
+    evaluate understanding understanding
+    evaluate editing editing
+    evaluate upsampling upsampling
+    evaluate reconstruction reconstruction
+    evaluate judge judge
+    until_running 0
+}
+
+# ---- what runs: by its name, which is its folder in OUT --------------------------------------------------
+
+declare -A pid cores began clock command
+
+# start NAME CORES COMMAND...: in the background
+start() {
+    local name=$1
+    cores[$name]=$2 began[$name]=$SECONDS clock[$name]=$out/$name/clock-$(date +%s)
+    shift 2
+    mkdir -p "$out/$name"
+    echo "$(date +%H:%M) $out/$name on ${cores[$name]} of 2 cores, prints into its output.txt"
+    echo "$(date) on ${cores[$name]} of 2 cores: $*" >> "$out/$name/output.txt"
+    "$@" >> "$out/$name/output.txt" 2>&1 &
+    pid[$name]=$!
+}
+
+# A file for each start has its cores and seconds: no crash loses more than a tick.
+note_time() {
+    echo "${cores[$1]} $((SECONDS - began[$1]))" > "${clock[$1]}"
+}
+
+# A second later: the time, and what has ended.
+tick() {
+    local name output
+    sleep 1
+    for name in "${!pid[@]}"; do
+        output=$out/$name/output.txt
+        note_time "$name"
+        if kill -0 "${pid[$name]}" 2> /dev/null; then continue; fi
+        wait "${pid[$name]}" || give_up 1 "$out/$name failed: see the end of $output"
+        unset "pid[$name]"
+        # A training that somebody else has stopped ends without an error, too.
+        if [[ $(tail -n 1 "$output") == stopped* ]]; then give_up 1 "$out/$name was stopped"; fi
+        finish "$name"
+    done
+}
+
+until_running() {
+    while ((${#pid[@]} > $1)); do tick; done
+}
+
+# Remember that NAME is done, by its command: with another one it isn't.
+finish() {
+    local file
+    for file in log.jsonl curves.png; do
+        if [[ -f $out/$1/$file ]]; then
+            mkdir -p "$nano/logs"
+            cp "$out/$1/$file" "$nano/logs/$1.${file##*.}"
+        fi
+    done
+    echo "${command[$1]}" > "$out/$1/done"
+}
+
+# is_done NAME COMMAND
+is_done() {
+    command[$1]=$2
+    [[ -f $out/$1/done && $(< "$out/$1/done") == "$2" ]]
+}
+
+# Stop what runs; trainings save their state. SIGTERM, as a shell has its background jobs ignore SIGINT.
+halt() {
+    local name
+    if ((${#pid[@]})); then kill -TERM "${pid[@]}" 2> /dev/null || true; fi
+    for name in "${!pid[@]}"; do
+        wait "${pid[$name]}" || true
+        note_time "$name"
+        unset "pid[$name]"
+    done
+}
+
+# give_up CODE SENTENCE
+give_up() {
+    trap - INT TERM HUP                 # a second Ctrl-C ends this at once
+    halt
+    echo "speedrun.sh: $2" >&2
+    exit "$1"
+}
+
+# train STAGE...: side by side, a core each; where one ends, the other goes on with both
+train() {
+    local stage left=() launch extra
+    for stage; do
+        if ! is_done "$stage" "$(recipe "$stage")"; then left+=("$stage"); fi
+    done
+    if ((${#left[@]} == 0)); then return; fi
+    launch=("$python")
+    if ((${#left[@]} == 1)); then
+        launch=("$python" -m torch.distributed.run --standalone --nproc_per_node=2)
+    fi
+    for stage in "${left[@]}"; do
+        read -ra extra <<< "${command[$stage]} $bf16 $([[ $stage == 0 || $stage == captions ]] || echo "$compile")"
+        start "$stage" $((3 - ${#left[@]})) "${launch[@]}" train.py --stage "${stage/captions/0}" "${extra[@]}" --quiet \
+            --init "$nano" --save "$nano" --out "$out/$stage"
+    done
+    until_running $((${#left[@]} - 1))
+    halt
+    train "$@"
+}
+
+# evaluate NAME COMMAND...: of eval.py, on one core, as soon as one is free
+evaluate() {
+    local name=eval/$1
+    shift
+    if is_done "$name" "$*${quick:+ (quick)}"; then return; fi
+    if [[ $1 != judge ]]; then set -- "$@" --ckpt "$nano"; fi
+    if [[ $quick && $1 == alignment ]]; then
+        set -- "$@" --n-prompts 6 --images 1
+    elif [[ $quick ]]; then
+        set -- "$@" --n 6
+    fi
+    until_running 1
+    start "$name" 1 "$python" eval.py "$@" --out "$out/$name"
+}
+
+# ---- the run ---------------------------------------------------------------------------------------------
+
+bf16='' compile=''                      # what doesn't pay where the CPU has no products in bf16
+if grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2> /dev/null; then
+    bf16=--bf16
+    if [[ ! $quick ]] && command -v "${CXX:-g++}" > /dev/null; then compile=--compile; fi
+fi
+mkdir -p "$nano"
+trap 'give_up 130 "stopped; the same line goes on from here"' INT TERM HUP
+"$python" -m miniature.speedrun "$out"
+everything
+"$python" -m miniature.speedrun "$out"
