@@ -3584,7 +3584,8 @@ def test_stages_build_one_model_folder(tiny, monkeypatch, tmp_path):
     probe, = [row for row in read_log(tmp_path / "1") if "_cosine" in row]
     times = {f"_{name}@{t}" for name in ("true", "shuffled", "null") for t in (0.02, 0.05, 0.3)}
     assert set(probe) == {"step", "_cosine", "_retrieval", "_positive@0.15", "_hard_negative@0.15"} | times
-    assert model.BLIP3o.from_pretrained(folder, "meta").config.queries_supervised    # stage 0 said so
+    config = model.BLIP3o.from_pretrained(folder, "meta").config
+    assert config.chat_images and not config.queries_supervised      # stage 0 said so
 
 
 TRAIN_LINES = [("clip",), ("vae",), ("0",), ("decoder",), ("1",), ("2",), ("1", "--design", "clip-mse"),
@@ -3794,7 +3795,9 @@ def test_run_stopped_by_a_signal_goes_on_exactly(tiny, vae_run, monkeypatch, tmp
             os.kill(os.getpid(), getattr(signal, name))
         return losses
     disturb(monkeypatch, pretrain.VaeStage, [3], stop)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)            # under nohup it would stay ignored
     assert run_training(*VAE_RUN, "--out", tmp_path) == 0
+    signal.signal(signal.SIGHUP, before)
     assert (tmp_path / "latest").read_text() == "step-000003"
     assert "goes on from" in capsys.readouterr().out
     assert run_training(*VAE_RUN, "--out", tmp_path) == 0

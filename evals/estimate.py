@@ -99,7 +99,7 @@ def estimate_sampling(args):
 
 # What each stage trains, and what else it runs; in the order of the columns.
 PARTS = ("EVA-CLIP", "VAE", "UNet", "Qwen ViT", "LLM", "queries", "DiT")
-TRAINED = {"clip": {"EVA-CLIP"}, "vae": {"VAE"}, "decoder": {"UNet"}, "0": {"Qwen ViT", "LLM", "queries"},
+TRAINED = {"clip": {"EVA-CLIP"}, "vae": {"VAE"}, "decoder": {"UNet"}, "0": {"Qwen ViT", "LLM"},
            "1": {"queries", "DiT"}, "2": {"queries", "DiT"}}
 FROZEN = {"decoder": {"EVA-CLIP", "VAE"}, "1": {"EVA-CLIP", "LLM"}, "2": {"EVA-CLIP", "LLM"}}
 PROMPT = 160                        # tokens of a long caption in its template
