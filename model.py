@@ -191,7 +191,7 @@ PRESETS = {
     "nano": dict(  # small enough for a laptop; vocabulary size and token ids come from the caller
         text=dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
                   head_dim=32, num_key_value_heads=2, mrope_section=[4, 6, 6], tie_word_embeddings=True,
-                  rope_theta=10.0),    # an image has 4 x 4 tokens: columns must turn its slow dimensions
+                  rope_theta=10.0),    # with 1e6, M-RoPE can't tell the 4 columns of an image apart
         vision=dict(depth=4, hidden_size=96, num_heads=4, intermediate_size=256, patch_size=8,
                     window_size=32, fullatt_block_indexes=[1, 3], out_hidden_size=128),
         dit=dict(in_channels=48, patch_size=1, dim=192, n_layers=6, n_heads=6, n_kv_heads=2, ffn_dim=512,

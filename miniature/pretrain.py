@@ -2,7 +2,7 @@
 
     clip    EVA-CLIP tower, with a text tower and heads that are thrown away afterwards
     vae     pixels <-> latents
-    0       language model and vision tower from random weights, the states of the queries supervised
+    0       language model and vision tower from random weights, and, if asked for, supervised queries
 
 The paper has EVA-CLIP, SDXL's VAE and Qwen2.5-VL for these. The stages have train.Stage's form; train.py
 picks them. B batch, L tokens, C width of the image features, E of the contrastive embedding, S side of an
@@ -268,7 +268,7 @@ class VaeStage(train.Stage):
         return [(self.trained.decode(latents) / 2 + 0.5).clamp(0, 1), train.to_unit_range(batch["pixels"])]
 
 
-# ---- stage 0 from random weights, the queries supervised ------------------------------------------------
+# ---- stage 0 from random weights ------------------------------------------------------------------------
 
 class SupervisedCollate(train.ConversationCollate):
     """Conversations, and beside them prompts with the targets (B, n_query, D) of the queries' states
@@ -288,16 +288,16 @@ class SupervisedCollate(train.ConversationCollate):
 
 
 def whiten(patch_embed, config, size, n=512):
-    """Set the vision tower's first layer so that the world's patches come out of it white, in their principal
-    components (as Jordan's CIFAR-10 speedrun, 2024, does with convolutions).
+    """Set the vision tower's first layer so that the world's patches come out of it white, in their
+    principal components (as the first convolution of Jordan's CIFAR-10 speedrun, arXiv 2404.00498).
 
-    Random weights pass on little but the mean colour of a patch, whose variance is 2,500 times that of edges:
-    shapes are then learnt late.
+    Random weights pass on little but the mean colour of a patch, whose variance is 2,500 times that of
+    edges: shapes are then learnt late.
     """
     renders = np.stack([world.render(world.make_scene(0, i), size) for i in range(n)])
     patches, _ = data.to_patches(data.to_pixels(renders), config.patch_size, config.spatial_merge_size)
-    covariance = (patches.T @ patches).double() / len(patches)                   # (3 t p p,) * 2
-    values, vectors = torch.linalg.eigh(covariance)                              # ascending
+    second_moments = (patches.T @ patches).double() / len(patches)               # (3 t p p, 3 t p p)
+    values, vectors = torch.linalg.eigh(second_moments)                          # ascending
     top = slice(-config.hidden_size, None)
     scale = (values[top] + 1e-5 * values[-1]).rsqrt()                            # noise stays small
     weight = (vectors[:, top] * scale).T.to(patch_embed.proj.weight)
@@ -305,7 +305,7 @@ def whiten(patch_embed, config, size, n=512):
 
 
 class SupervisedUnderstandingStage(train.UnderstandingStage):
-    """Stage 0 of the miniature: conversations, and query supervision.
+    """Stage 0 of the miniature: conversations, and with --world query_supervision=1 query supervision.
 
     Left to chance, the states of the latent queries encode which words a prompt holds, hardly which belong
     together: exchanging two colours moved them by 2 % of what another prompt does, and the DiT learnt to

@@ -378,10 +378,8 @@ def test_edits_do_what_they_say():
         else:
             assert said == world.describe(after)
         for kind in world.EDIT_FORMS:
-            changed = world.edit(scene, rng, kind, paraphrase=False)
+            changed = world.edit(scene, rng, kind)
             assert changed is None or check_edit(changed[0], scene, changed[1]) == kind
-            plain = r"(make|move|remove) (the .+|it)" if kind != "background" else r"make the background \w+"
-            assert changed is None or re.fullmatch(plain, changed[0])
     assert len(kinds) == 15 and min(kinds.values()) >= 5 and len(wordings) >= 36, kinds
     assert {"it", "the object", "the left one", "the upper star", "the red one"} <= names
     full, single = make_scene(11, 1347), Scene("white", (CIRCLE,))    # there is no room for its triangle
@@ -1904,7 +1902,8 @@ def test_speedrun_gives_idle_cores_work_and_goes_on_after_a_failure(tmp_path):
     assert first.returncode == 1
     assert error == f"speedrun.sh: {out}/2 failed: see the end of {out}/2/output.txt\n"
     assert sorted(stages()[:2]) == [("clip", False), ("vae", False)]
-    assert stages()[2:] == [("0", True), ("0", False), ("decoder", False), ("0", True), ("1", True), ("2", True)]
+    both = [("0", True), ("1", True), ("2", True)]
+    assert stages()[2:] == [("0", True), ("0", False), ("decoder", False), *both]
     calls.unlink()
     (tmp_path / "calls.mended").touch()
     second = start_speedrun(out, PYTHON=str(stub), CALLS=str(calls))

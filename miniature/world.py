@@ -283,6 +283,7 @@ SIZE_SYNONYMS = {synonym: size for size, synonyms in WORDS_OF_SIZE.items() for s
 # What stands between two objects -> the side that the first and the second lie on.
 SIDES = {"left of": ("left", "right"), "right of": ("right", "left"), "above": ("above", "below"),
          "below": ("below", "above"), "under": ("below", "above")}
+SIDE_WORDS = ("left", "right", "above", "below")    # of a phrase of parse_caption
 # What a query target can say of an object; "of two": there are two objects in all.
 CAPTION_WORDS = (*NUMBERS[2:], *SIZES, *COLOURS, *SHAPES, *BACKGROUNDS, "left", "right", "above", "below",
                  "top", "bottom", "middle", "of one", "of two", "of three", "of four")
@@ -315,6 +316,11 @@ def parse_caption(text):
 def number_of(words):
     """How many objects a parsed phrase stands for: its number word, else 1."""
     return next((NUMBERS.index(word) for word in words if word in NUMBERS), 1)
+
+
+def named_words(parsed, names):
+    """Those words of all parsed phrases that are among `names`, in their order."""
+    return [word for words in parsed for word in words if word in names]
 
 
 def upsample_caption(scene, text, parsed):
@@ -385,7 +391,7 @@ def paraphrase(text, rng):
     parsed = parse_caption(text)
     if not parsed or any(name in text.lower() for name in REGIONS):
         return text, parsed
-    sides = [word for words in parsed for word in words if word in ("left", "right", "above", "below")]
+    sides = named_words(parsed, SIDE_WORDS)
     axis = {"right": "left", "below": "above"}.get(sides[0], sides[0]) if sides else None
     form = pick(rng, SIDE_FORMS[axis] if sides else PAIR_FORMS)
     turned = sides[:1] in (["right"], ["below"])    # the caption's first object is the {1} of a SIDE_FORM
@@ -401,7 +407,7 @@ def paraphrase(text, rng):
     absent = [shape for shape in SHAPES if all(words[0] != shape for words in parsed)]
     if absent and rng.random() < 0.08:
         body += pick(rng, DENIALS).format(pick(rng, absent))
-    backgrounds = [word for word in parsed[0] if word in BACKGROUNDS]
+    backgrounds = named_words(parsed, BACKGROUNDS)
     if backgrounds:
         body = pick(rng, BACKGROUND_FORMS).format(body, synonym(backgrounds[0], rng))
     request = pick(rng, REQUEST_FORMS).format(body)
@@ -505,11 +511,11 @@ def names_of(obj, scene):
     return names
 
 
-def edit(scene, rng, kind=None, paraphrase=True):
+def edit(scene, rng, kind=None):
     """(instruction, the scene after it), or None if a change of the wanted `kind` isn't possible.
 
     An object gets another "colour" or "place", or goes ("remove"); or the "background" changes. Without a
-    kind, any that is possible. Objects keep their order. paraphrase False: the plainest wording.
+    kind, any that is possible. Objects keep their order.
     """
     named = [(obj, names) for obj in scene.objects if (names := names_of(obj, scene))]
     kinds = ("colour", "place", "background") if named else ("background",)
@@ -519,12 +525,12 @@ def edit(scene, rng, kind=None, paraphrase=True):
         return None
     any_kind = kind is None
     kind = kind or pick(rng, kinds)
-    form = pick(rng, EDIT_FORMS[kind]) if paraphrase else EDIT_FORMS[kind][0]
+    form = pick(rng, EDIT_FORMS[kind])
     if kind == "background":
         background = pick(rng, [name for name in BACKGROUNDS if name != scene.background])
         return form.format("", background), replace(scene, background=background)
     target, names = pick(rng, named)
-    name = pick(rng, names) if paraphrase else names[0]
+    name = pick(rng, names)
     others, value, changed = [other for other in scene.objects if other is not target], "", ()
     if kind == "colour":
         pairs = [pair for pair in TRAINING_PAIRS if pair[1] == target.shape and pair[0] != target.colour]
@@ -533,7 +539,7 @@ def edit(scene, rng, kind=None, paraphrase=True):
     elif kind == "place":
         moved = move(target, others, rng)
         if moved is None:    # nowhere else is room for it
-            return edit(scene, rng, "background", paraphrase) if any_kind else None
+            return edit(scene, rng, "background") if any_kind else None
         value, changed = region(moved).split(" ", 1)[1], (moved,)    # without its "on", "at" or "in"
     at = next(i for i, obj in enumerate(scene.objects) if obj is target)
     objects = scene.objects[:at] + changed + scene.objects[at + 1:]
@@ -733,18 +739,18 @@ THANKS = "You are welcome."
 SMALL_TALK = {
     GREETING: ("hello", "hi", "hey", "hello there", "hi there", "good morning", "good evening",
                "who are you", "what can you do", "what are you", "help", "what are you for", "how are you",
-               "what do you know",
-               "can you help me", "what should i ask", "nice to meet you", "introduce yourself"),
+               "what do you know", "can you help me", "what should i ask",
+               "nice to meet you", "introduce yourself"),
     THANKS: ("thanks", "thank you", "great", "nice", "well done", "perfect", "that is good", "ok", "cool",
              "good job", "i like it", "wonderful", "thank you very much", "looks good")}
 THINGS = tuple(
     "dog cat horse cow bird fish lion tiger bear mouse house tree car train boat plane bike chair table "
     "lamp book phone apple banana pizza cake flower rose mountain river beach forest city street bridge "
     "castle man woman child girl boy king queen robot dragon monster face hand eye nose hat shoe shirt "
-    "dress "
-    "hexagon pentagon rectangle oval heart cross arrow spiral moon sun cloud snowman ship rocket guitar "
-    "piano clock cup bottle window door garden lake island desert road bus truck duck frog snake spider "
-    "elephant monkey rabbit sheep pig chicken egg bread cheese soup computer pencil game portrait".split())
+    "dress hexagon pentagon rectangle oval heart cross arrow spiral moon sun cloud snowman ship rocket "
+    "guitar piano clock cup bottle window door garden lake island desert road bus truck duck frog snake "
+    "spider elephant monkey rabbit sheep pig chicken egg bread cheese soup computer pencil game "
+    "portrait".split())
 OTHER_COLOURS = ("pink", "brown", "turquoise", "beige", "striped", "transparent", "rainbow", "spotted")
 OTHER_NUMBERS = ("five", "six", "seven", "eight", "nine", "ten", "twelve", "5", "6", "7", "a hundred",
                  "many")
@@ -872,10 +878,10 @@ def prompt_entry(tag, prompt, parsed):
         for word in words:
             clause |= {"color": word} if word in COLOURS else {"size": word} if word in SIZES else {}
         include.append(clause)
-    sides = [word for words in parsed for word in words if word in ("left", "right", "above", "below")]
+    sides = named_words(parsed, SIDE_WORDS)
     if len(parsed) == 2 and sides:
         side = {"left": "left of", "right": "right of"}.get(sides[0], sides[0])
         include = [include[1], {**include[0], "position": [side, 0]}]
     entry = {"tag": tag, "prompt": prompt, "include": include}
-    grounds = [word for words in parsed for word in words if word in BACKGROUNDS]
-    return entry | ({"background": grounds[0]} if grounds else {})
+    backgrounds = named_words(parsed, BACKGROUNDS)
+    return entry | ({"background": backgrounds[0]} if backgrounds else {})
