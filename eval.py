@@ -8,6 +8,7 @@ On the synthetic world of the miniature, whose images a judge of rules reads exa
     python eval.py understanding --ckpt weights/nano        image -> text: questions and captions
     python eval.py reconstruction --ckpt weights/nano       image -> features -> image
     python eval.py editing --ckpt weights/nano              image and change -> image, by number of objects
+    python eval.py chat --ckpt weights/nano                 image, change, question: who confuses what?
     python eval.py binding --ckpt weights/nano              whose colour is it? the loss with colours swapped
     python eval.py figure4 | figure5                        the figures in miniature (--quick: a trial)
     python eval.py ablation --what upsample                 also stage2, supervision, queries, shift, ...
@@ -105,6 +106,7 @@ COMMANDS = {
                         flag("--images", help="a folder of images instead of the world's"))),
     "binding": ("miniature.scores", "run_binding", (seed(1), whole("n", 256, Interval(2, 10 ** 9)), *MODEL)),
     "editing": ("miniature.scores", "run_editing", (seed(1), whole("n", 420), *MODEL)),
+    "chat": ("miniature.scores", "run_chat", (seed(1), whole("n", 100), *MODEL)),
     "generate": ("evals.generation", "generate",
                  (seed(0), *MODEL, BENCH,
                   flag("--prompts", required=True, help="prompt file or folder as published"))),
@@ -231,7 +233,7 @@ def check(args):
     last = values.get("seed", 0) + (values.get("seeds") or 1)        # each has a million seeds of images
     if last * values.get("best_of", 1) > 1000:
         raise ValueError("--seed is too large: with --seeds added, times --best-of, it must be below 1000")
-    unseen = ("understanding", "upsampling", "reconstruction", "binding", "editing")
+    unseen = ("understanding", "upsampling", "reconstruction", "binding", "editing", "chat")
     if args.command in unseen and args.seed == 0:
         raise ValueError("--seed 0 is the world that models are trained on: take another for unseen images")
     if (file := values.get("write")) and (not file.lower().endswith(".tsv") or Path(file).is_dir()):

@@ -10,6 +10,7 @@ import csv
 import io
 import itertools
 from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,7 @@ import torch
 from PIL import Image, ImageFilter
 from tqdm import tqdm
 
-from data import DESCRIBE, RECONSTRUCT, to_pixels
+from data import DESCRIBE, EDIT, IMG, RECONSTRUCT, to_pixels
 from evals.distances import psnr
 from evals.report import (
     BATCH,
@@ -48,7 +49,7 @@ from miniature.judge import (
     score_renders,
     summarise,
 )
-from sample import Pipeline, to_uint8
+from sample import Chat, Pipeline, parse, to_uint8
 
 TRAINING_WORLD = 0                 # the seed of the scenes that models are trained on
 SEEDS = 10 ** 6                    # so many images, each with its own seed, belong to one value of --seed
@@ -507,6 +508,77 @@ def run_reconstruction(args):
     sheet = np.concatenate([np.concatenate(list(row), 1) for row in rows])
     write_image(Path(args.out) / "reconstruction.png", sheet)
     save_results(args, {"table": table})
+
+
+# ---- conversations: text and images, both ways ------------------------------------------------------------
+
+def scene_of(seen):
+    """What the judge has seen -> a Scene that can be changed and asked about."""
+    return world.Scene(seen.background, tuple(world.Object(o.shape, o.colour, o.size, o.x, o.y)
+                                              for o in seen.objects))
+
+
+def hold_conversation(chat, entry, rng):
+    """Lead a sample.Chat through a request (of an entry), a change of its image and a question about that.
+
+    Returns a row for each turn: {"turn", "message", "answer" (None: there was no image to go on with),
+    "confused": it answered with text where an image was due, with a fresh one where a change was, or with an
+    image to a question; "right"}. Change and question are drawn from what the judge sees in the last image.
+    """
+    rows = []
+
+    def say(turn, message, due=None):
+        chat.read(message)
+        answer = chat.turns[-1][1]
+        confused = answer != due if due else answer in chat.pipe.requests.values()
+        rows.append({"turn": turn, "message": message, "answer": answer, "confused": confused})
+        return None if chat.last is None else np.asarray(Image.open(chat.last).convert("RGB"))
+
+    image = say("request", entry["prompt"], IMG)
+    rows[0]["right"] = image is not None and judge_all([entry], [judge(image)])[0].hit
+    if image is None:
+        return rows + [{"turn": turn, "message": None, "answer": None, "confused": False, "right": False}
+                       for turn in ("change", "question")]
+    before = scene_of(judge(image))
+    kinds = rng.permutation(EDITS[1:])           # of which "background" is always possible
+    kind, change = next((kind, change) for kind in kinds if (change := world.edit(before, rng, kind)))
+    image = say("change", change[0], EDIT)
+    made = edit_is_right(Edit(kind, before, *change), image)
+    rows[1]["right"] = rows[1]["answer"] == EDIT and made
+    scene = scene_of(judge(image))
+    kinds = world.QUESTIONS if scene.objects else ("background",)
+    question, truth = world.ask(scene, rng, kinds, paraphrase=rng.random() < 0.5)
+    say("question", question)
+    rows[2] |= {"expected": truth, "right": answers_right([rows[2]["answer"]], [truth])[0]}
+    return rows
+
+
+def run_chat(args):
+    """Do conversations work as people have them with sample.py --chat? --n of three turns: a request for an
+    image, a change of it, a question about what came out. The model alone decides what it answers with.
+
+    Right is an image that shows what was asked for, or what the last one showed, changed as asked, and the
+    true answer. confused: text where an image was due, an image where text was, a fresh image for a change.
+    """
+    pipe, folder = load_pipeline(args), Path(args.out) / "chat"
+    if not pipe.requests:
+        raise ValueError(f"the model in {args.ckpt} was never taught to answer with images: its config.json "
+                         "doesn't say nano_blip3o.chat_images")
+    entries = [entry for entry in world.upsampling_prompts(2 * args.n, args.seed) if entry["include"]]
+    rows = []
+    for i, entry in enumerate(tqdm(entries[:args.n], disable=None)):
+        seed = args.seed * SEEDS + 2 * i
+        _, flags = parse(["--chat", "--ckpt", args.ckpt, "--out", str(folder), "--seed", str(seed)])
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            rows.append(hold_conversation(Chat(pipe, flags), entry, np.random.default_rng(seed)))
+    table = {turns[0]["turn"]: {**rate(row["right"] for row in turns),
+                                "confused": sum(row["confused"] for row in turns) / args.n}
+             for turns in zip(*rows)}
+    whole = rate(all(row["right"] for row in turns) for turns in rows)
+    table["all three"] = {**whole, "confused": sum(any(row["confused"] for row in turns)
+                                                   for turns in rows) / args.n}
+    print_table(f"{args.n} conversations of three turns", table)
+    save_results(args, {"table": table, "conversations": rows})
 
 
 # ---- binding: whose colour is it? -----------------------------------------------------------------------

@@ -40,6 +40,7 @@ everything() {
     evaluate free-prompts alignment --prompts assets/free_prompts.jsonl
     evaluate understanding understanding
     evaluate editing editing
+    evaluate chat chat
     evaluate upsampling upsampling
     evaluate reconstruction reconstruction
     evaluate judge judge

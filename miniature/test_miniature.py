@@ -992,6 +992,51 @@ def test_editing_command(monkeypatch, tmp_path, capsys):
     assert first["objects"] == 2 and first["generated_from"] == f"{first['instruction']}, in full"
 
 
+def test_chat_command(monkeypatch, tmp_path):
+    """A talker that does everything right in even conversations; in odd ones it never edits, or never draws.
+    Changes and questions are those of the image that it has made."""
+    entries = [e for e in world.upsampling_prompts(12, 1) if e["include"]][:6]
+    asked, changes, answers = {e["prompt"]: e for e in entries}, {}, {}
+
+    class Talker:
+        pipe, last, count = SimpleNamespace(requests={1: data.IMG, 2: data.EDIT}), None, 0
+
+        def __init__(self, pipe, flags):
+            self.turns, self.faulty, self.out = [], Talker.count % 2, Path(flags.out)
+            self.mute = Talker.count == 5
+            Talker.count += 1
+
+        def read(self, message):
+            if len(self.turns) < 2 and not self.mute:
+                scene = changes[message] if self.turns else scene_for(asked[message], default_rng(0))
+                edits = self.turns and not self.faulty
+                self.last = self.out / f"{Talker.count}-{len(self.turns)}.png"
+                self.out.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(render(scene)).save(self.last)
+                self.turns.append((message, data.EDIT if edits else data.IMG))
+            else:
+                self.turns.append((message, answers.get(message, "hello")))
+
+    def spy(function, memory):
+        def run(*args, **kwargs):
+            found = function(*args, **kwargs)
+            memory.update([found] if found else ())
+            return found
+        return run
+    monkeypatch.setattr(world, "edit", spy(world.edit, changes))
+    monkeypatch.setattr(world, "ask", spy(world.ask, answers))
+    monkeypatch.setattr(scores, "Pipeline", lambda *_, **__: Talker.pipe)
+    monkeypatch.setattr(scores, "Chat", Talker)
+    results = run(tmp_path, "chat", "--n", 6)
+    table = results["table"]
+    assert {turn: (row["score"] * 6, row["confused"] * 6) for turn, row in table.items()} == {
+        "request": (5, 1), "change": (3, 2), "question": (5, 0), "all three": (3, 3)}
+    turns = results["conversations"][5]
+    assert [row["answer"] for row in turns] == ["hello", None, None] and turns[0]["confused"]
+    monkeypatch.setattr(Talker.pipe, "requests", {})
+    assert evaluation.main(f"chat --n 2 --out {tmp_path}".split()) == 2
+
+
 def test_reconstruction_command(tiny_folder, tmp_path):
     """PSNR is that of Pipeline.reconstruct's images, with the scenes' numbers as seeds."""
     table = run(tmp_path, "reconstruction", "--ckpt", tiny_folder, "--n", 3)["table"]
@@ -1935,6 +1980,7 @@ def test_speedrun_from_nothing_to_scores(tmp_path):
         assert images == "32" and float(one) + float(both) > 0 and how and ends_at, stage
         assert (tmp_path / "nano" / "logs" / f"{stage}.jsonl").exists()
     assert float(re.search(r"Training: ([0-9.]+) minutes of two cores", text)[1]) > 0
-    scored = {"alignment", "novel", "as-typed", "free-prompts", "understanding", "editing", "reconstruction"}
+    scored = {"alignment", "novel", "as-typed", "free-prompts", "understanding", "editing", "chat",
+              "reconstruction"}
     assert all("%" in rows[name][1] and float(rows[name][0]) > 0 for name in scored | {"judge"})
     assert printed.endswith(f"{text}\n")
