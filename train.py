@@ -88,7 +88,7 @@ RECIPES = {
     "clip":    dict(steps=3000, batch=64, lr=2e-3, final_lr=0.01, warmup=100, optimizer="adamw"),
     "vae":     dict(steps=3000, batch=16, lr=2e-3, final_lr=0.01, warmup=100, optimizer="adamw"),
     "0":       dict(steps=9000, batch=16, lr=1e-3, final_lr=0.01, warmup=100, optimizer="muon"),
-    "decoder": dict(steps=3500, batch=16, lr=2e-3, final_lr=0.01, warmup=100, optimizer="adamw"),
+    "decoder": dict(steps=3500, batch=16, lr=1e-3, final_lr=0.01, warmup=100, optimizer="muon"),
     "1":       dict(steps=3200, batch=128, lr=2e-3, final_lr=0.025, warmup=100, optimizer="muon"),
     "2":       dict(steps=800, batch=128, lr=1.2e-3, final_lr=0.0, warmup=50, optimizer="muon"),
 }
@@ -98,7 +98,7 @@ PAPER = {
     "2": dict(steps=10_000, batch=512, lr=1e-4, final_lr=0.0, warmup=30, optimizer="adamw", ema=0.9999),
 }
 FEATURE_NOISE = 0.2          # decoder: largest standard deviation of the noise on its features
-MAX_LOSS_WEIGHT = 300.0      # decoder: cap of the loss weight 1 + sigma^2 (1: as Emu2)
+MAX_LOSS_WEIGHT = 16.0       # decoder: cap of the loss weight 1 + sigma^2 (1: as Emu2)
 NULL_DECODER = 0.1           # decoder: probability of the negative features instead of the image's
 HELD_OUT = 64                # held-out samples of a probe
 PREVIEWS = 16                # and of a preview of stages 1 and 2

@@ -24,13 +24,15 @@ NO_LOSSES = {"step", "samples", "per_s", "wait", "lr", "grad", "skipped"}       
 
 
 def machine():
-    """In words: the processor, its cores, whether it has products in bf16, and the versions."""
+    """In words: the GPU, if any, the processor, its cores, whether it has products in bf16, versions."""
     cpu, info = platform.processor() or platform.machine(), ""
     if os.path.exists("/proc/cpuinfo"):
         info = read_file("/proc/cpuinfo").decode("utf-8", "replace")
     name = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
     bf16 = re.search(r"avx512_bf16|amx_bf16", info)
-    return (f"{name[1].strip() if name else cpu}, {os.cpu_count()} cores, {bf16[0] if bf16 else 'no bf16'}, "
+    bf16 = bf16[0] if bf16 else "no bf16"
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    return (f"{gpu}{name[1].strip() if name else cpu}, {os.cpu_count()} cores, {bf16}, "
             f"torch {torch.__version__}, Python {platform.python_version()}")
 
 
@@ -67,6 +69,7 @@ def stage_row(run):
     for folder in states(run)[-1:]:
         flags = from_json(RunState, read_json(folder / "state.json"), folder / "state.json").args
         how = " and ".join(name for name in ("bf16", "compile") if flags.get(name)) or "fp32"
+        how += " on a GPU" * (flags.get("device", "cpu") != "cpu")
     return [f"{images:,}", f"{seconds[1] / 60:.1f}", f"{seconds[2] / 60:.1f}", how, outcome(rows)]
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to scored weights on two CPU cores:
+# From nothing to scored weights on two CPU cores, or on a GPU:
 #
 #     bash miniature/speedrun.sh [OUT]        OUT: a folder, runs/speedrun by default
 #     QUICK=1 bash miniature/speedrun.sh      see in minutes that all of it runs; its numbers mean nothing
@@ -125,7 +125,7 @@ give_up() {
     exit "$1"
 }
 
-# train STAGE...: side by side, a core each; where one ends, the other goes on with both
+# train STAGE...: side by side, a core each; where one ends, the other goes on with both, unless on a GPU
 train() {
     local stage left=() launch extra
     for stage; do
@@ -133,15 +133,15 @@ train() {
     done
     if ((${#left[@]} == 0)); then return; fi
     launch=("$python")
-    if ((${#left[@]} == 1)); then
+    if [[ ! $gpu ]] && ((${#left[@]} == 1)); then
         launch=("$python" -m torch.distributed.run --standalone --nproc_per_node=2)
     fi
     for stage in "${left[@]}"; do
-        read -ra extra <<< "${command[$stage]} $bf16 $([[ $stage == 0 || $stage == captions ]] || echo "$compile")"
+        read -ra extra <<< "${command[$stage]} $how $([[ $stage == 0 || $stage == captions ]] || echo "$compile")"
         start "$stage" $((3 - ${#left[@]})) "${launch[@]}" train.py --stage "${stage/captions/0}" "${extra[@]}" --quiet \
             --init "$nano" --save "$nano" --out "$out/$stage"
     done
-    until_running $((${#left[@]} - 1))
+    until_running $((${#gpu} ? 0 : ${#left[@]} - 1))
     halt
     train "$@"
 }
@@ -151,7 +151,7 @@ evaluate() {
     local name=eval/$1
     shift
     if is_done "$name" "$*${quick:+ (quick)}"; then return; fi
-    if [[ $1 != judge ]]; then set -- "$@" --ckpt "$nano"; fi
+    if [[ $1 != judge ]]; then set -- "$@" --ckpt "$nano" --dtype fp32; fi
     if [[ $quick && $1 == alignment ]]; then
         set -- "$@" --n-prompts 6 --images 1
     elif [[ $quick ]]; then
@@ -163,9 +163,13 @@ evaluate() {
 
 # ---- the run ---------------------------------------------------------------------------------------------
 
-bf16='' compile=''                      # what doesn't pay where the CPU has no products in bf16
-if grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2> /dev/null; then
-    bf16=--bf16
+# Not bf16, and not compiled, where that doesn't pay: on CPUs without products in bf16, and on a GPU, which
+# waits for the CPU to launch kernels of so small tensors.
+how='' compile='' gpu=$("$python" -c 'import torch; print("yes" if torch.cuda.is_available() else "")')
+if [[ $gpu ]]; then
+    how='--no-bf16 --workers 4' compile=--no-compile
+elif grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2> /dev/null; then
+    how=--bf16
     if [[ ! $quick ]] && command -v "${CXX:-g++}" > /dev/null; then compile=--compile; fi
 fi
 mkdir -p "$nano"

@@ -1898,7 +1898,7 @@ def test_table_of_a_speedrun(tmp_path, capsys):
            {"step": 40, "samples": 320, "flow": 0.4, "per_s": 8.0, "lr": 1e-3}]
     (run / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
     (tmp_path / "0" / "log.jsonl").write_text(json.dumps(log[0]))
-    state = {"step": 40, "updates": 40, "args": {"bf16": True, "compile": True}}
+    state = {"step": 40, "updates": 40, "args": {"bf16": True, "compile": True, "device": "cuda"}}
     (run / "step-000040" / "state.json").write_text(json.dumps(state))
     for name, content in ("7", "1 90\n"), ("8", "2 60\n"), ("9", "2 30\n"), ("10", ""):
         (run / f"clock-{name}").write_text(content)
@@ -1911,7 +1911,7 @@ def test_table_of_a_speedrun(tmp_path, capsys):
     text = (tmp_path / "table.md").read_text()
     assert capsys.readouterr().out == 2 * f"{text}\n" and text.count(speedrun.machine()) == 1
     rows = table_rows(text)
-    assert rows["1"] == ["320", "1.5", "1.5", "bf16 and compile", "cosine 0.25, true@0.3 0.125"]
+    assert rows["1"] == ["320", "1.5", "1.5", "bf16 and compile on a GPU", "cosine 0.25, true@0.3 0.125"]
     assert rows["0"] == ["160", "0.0", "0.0", "", "flow 0.5"] and rows["2"] == ["0", "0.0", "0.0", "", ""]
     assert rows["alignment"] == ["0.5", "counting 50.0 % [25.0, 75.0], overall 60.0 % [25.0, 75.0]; "
                                  "real: overall 50.0 % [25.0, 75.0]"]
