@@ -87,10 +87,10 @@ SHARED = dict(ema=0.999, beta2=0.95, weight_decay=0.0, clip=1.0, max_nonfinite=1
 RECIPES = {
     "clip":    dict(steps=3000, batch=64, lr=2e-3, final_lr=0.01, warmup=100, optimizer="adamw"),
     "vae":     dict(steps=3000, batch=16, lr=2e-3, final_lr=0.01, warmup=100, optimizer="adamw"),
-    "0":       dict(steps=9000, batch=16, lr=1e-3, final_lr=0.01, warmup=100, optimizer="muon"),
+    "0":       dict(steps=5000, batch=48, lr=1e-3, final_lr=0.01, warmup=100, optimizer="muon"),
     "decoder": dict(steps=3500, batch=16, lr=1e-3, final_lr=0.01, warmup=100, optimizer="muon"),
-    "1":       dict(steps=3200, batch=128, lr=2e-3, final_lr=0.025, warmup=100, optimizer="muon"),
-    "2":       dict(steps=800, batch=128, lr=1.2e-3, final_lr=0.0, warmup=50, optimizer="muon"),
+    "1":       dict(steps=4400, batch=192, lr=2e-3, final_lr=0.025, warmup=100, optimizer="muon"),
+    "2":       dict(steps=1100, batch=192, lr=1.2e-3, final_lr=0.0, warmup=50, optimizer="muon"),
 }
 # The paper's: stage 1 from 1e-4 to 1e-5 in 150k steps of 512, stage 2 from 1e-4 to 0 in 10k.
 PAPER = {
@@ -341,8 +341,8 @@ class GenerationStage(Stage):
         check_use(args, {"fresh": resumes or not continues,
                          "flow": (design_of(stored) if continues else args.design) != "clip-mse"})
         wanted = {"llm"} | ({"visual"} if args.joint or args.prompt_images else set())
-        if continues or not (args.queries or args.paper):
-            wanted |= {"queries"} & parts
+        if continues or stored.queries_supervised and not (args.queries or args.paper):
+            wanted |= {"queries"} & parts        # other queries are learnt with the generator, so as fresh
         if continues:
             wanted.add("regressor" if stored.mse_channels else "dit")
         dtype = torch.float32 if args.joint else args.frozen_dtype

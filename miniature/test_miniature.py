@@ -1087,23 +1087,23 @@ def open_study(line, folder):
     return args, studies.Trainer(args, study, folder)
 
 
-def without_supervision(folder, target):
-    """A copy of a model folder whose stage 0 says that it didn't supervise the queries."""
+def with_supervision(folder, target):
+    """A copy of a model folder whose stage 0 says that it supervised the queries."""
     shutil.copytree(folder, target)
     config = json.loads((target / "config.json").read_text())
-    config["nano_blip3o"]["queries_supervised"] = False
+    config["nano_blip3o"]["queries_supervised"] = True
     (target / "config.json").write_text(json.dumps(config))
     return target
 
 
 def test_studies_train_what_they_say(monkeypatch, tmp_path):
-    """Their queries are those of stage 0, frozen unless all is trained, or ones that are trained; captions
-    are upsampled but in one run; all studies have the budget at which alignment shows."""
+    """Their queries are fresh and trained, or those that stage 0 supervised, which are frozen; captions are
+    upsampled but in one run; all studies have the budget at which alignment shows."""
     for part in train.EvaClip, train.PixelDecoder:               # loaded once
         monkeypatch.setattr(part, "from_pretrained", cache(part.from_pretrained))
     made = {}
     taught = load_file(Path(NANO) / "model.safetensors")["model.latent_queries"].float()
-    learnt = ["--inits", NANO, str(without_supervision(NANO, tmp_path / "learnt"))]
+    learnt = ["--inits", str(with_supervision(NANO, tmp_path / "supervised")), NANO]
     for study in (name for name, spec in studies.STUDIES.items() if "runs" in spec):
         line = study if study.startswith("figure") else f"ablation --what {study}"
         own, trainer = open_study(" ".join((line, *learnt * (study == "supervision"))), tmp_path)
@@ -1114,10 +1114,11 @@ def test_studies_train_what_they_say(monkeypatch, tmp_path):
             args = train.arguments(["--device", "cpu", *trainer.command(name, 1, tmp_path / "run")])
             model = train.build_stage(args).trained
             made.setdefault(study, []).append((args, model.config))
-            fresh, queries = study in ("figure4", "queries"), model.latent_queries
+            supervised, queries = name == "query supervision", model.latent_queries
+            fresh = not supervised and study != "stage2"             # which trains the shipped model on
             assert model.config.n_query == (64 if study == "figure4" or name == "64 queries" else 16)
             assert (queries.shape != taught.shape or not torch.equal(queries.detach(), taught)) == fresh
-            assert queries.requires_grad == (fresh or args.joint > 0 or name == "learnt queries")
+            assert queries.requires_grad != supervised
             assert model.config.shift == (float(name.split()[1]) if study == "shift" else 5)
             assert args.world["upsample"] == trainer.upsample(name) == (name != "as typed")
             assert (args.world["objects"], args.seed) == (own.objects, 1)
