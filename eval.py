@@ -24,6 +24,7 @@ What other people publish, for models of any size:
     python eval.py leakage --train SHARDS --prompts FILE    were evaluation prompts trained on?
     python eval.py neighbours --a DIR --train SHARDS        were images copied from training?
     python eval.py speed                                    beside transformers, diffusers and webdataset
+    python eval.py gpu                                      a GPU: is it exact, how much memory, how fast?
 """
 import argparse
 import sys
@@ -143,6 +144,7 @@ COMMANDS = {
                   flag("--inits", nargs=2, metavar=("WITH", "WITHOUT"),
                        help="supervision: model folders with and without query supervision in stage 0"))),
     "speed": ("evals.speed", "speed", (whole("rounds", 5),)),
+    "gpu": ("evals.gpu", "gpu", (flag("--quick", action="store_true", help="tiny: see that it runs"),)),
 }
 # Flags that have no effect: (commands, where that is so in words, a test of the arguments, the flags).
 NO_EFFECT = (
@@ -241,20 +243,21 @@ def check(args):
 
 
 def main(argv=None):
-    """Run one command; returns the exit code: 0, 2 after a mistake (one sentence on stderr), 130 after
-    Ctrl-C."""
+    """Run one command; returns the exit code: 0, 1 if `gpu` found a failure, 2 after a mistake (one sentence
+    on stderr), 130 after Ctrl-C."""
     return run_command("eval.py", partial(run, argv))
 
 
 def run(argv):
-    """What the command line asks for; raises ValueError for what can't be meant."""
+    """What the command line asks for -> the command's exit code, or None; raises ValueError for what can't
+    be meant."""
     args = parse(argv)
     command = choose(args)
     for folder in {Path(args.out), Path(getattr(args, "write", None) or args.out).parent}:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):                     # what can't be written is found now
             pass
-    command(args)
+    return command(args)
 
 
 if __name__ == "__main__":

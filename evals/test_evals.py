@@ -29,7 +29,18 @@ import eval as command_line
 import sample
 from clip_decoder import EvaClip
 from conftest import gap
-from evals import distances, generation, leakage, preference, report, speed, understanding
+from evals import (
+    distances,
+    explain,
+    generation,
+    gpu,
+    leakage,
+    preference,
+    report,
+    speed,
+    understanding,
+)
+from model import rotate_half_split
 
 
 # ---- shared ----------------------------------------------------------------------------------------
@@ -952,6 +963,49 @@ def test_reading_equals_webdataset(tmp_path):
     pytest.importorskip("webdataset", reason="needs pip install webdataset")
     row = speed.benchmark_reading(tmp_path, 1, n=4, shape=(60, 80), size=32)
     assert row["apart"] == 0 and min(row["images_per_s"]) > 0 and not (tmp_path / "speed.tar").exists()
+
+
+# ---- a GPU's checklist -----------------------------------------------------------------------------
+@pytest.mark.slow
+def test_gpu_checklist_runs_on_a_cpu(run, tmp_path, monkeypatch, capsys):
+    """Every section has its rows, of which a CPU leaves out those that need CUDA; both files are there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    results = run("gpu --quick", "gpu.json")
+    rows, table = results["rows"], (tmp_path / "gpu.md").read_text()
+    assert list(results["seconds"]) == [title for title, _, _ in gpu.SECTIONS] and all(results["machine"])
+    assert {row["section"] for row in rows} == set(results["seconds"])
+    assert all(row["value"] is not None or row["ok"] or row["note"] == gpu.NEEDS_CUDA for row in rows)
+    assert not any(row["ok"] is False for row in rows) and sum(row["ok"] is True for row in rows) > 12
+    assert all(row["check"] in table for row in rows) and "FAILED" not in capsys.readouterr().out
+    checks = [row["check"] for row in rows]
+    assert all(any(f"{name} against" in check for check in checks) for name in gpu.BOUNDS)
+
+
+def test_gpu_sections_are_guarded(run, monkeypatch):
+    """What raises, is too slow or beyond its bound is in the table, the rest runs, the exit code is 1."""
+    def raises(bench):
+        raise RuntimeError("no kernel")
+
+    def too_small(bench):
+        raise torch.OutOfMemoryError("2 GiB")
+
+    def too_slow(bench):
+        while True:
+            pass
+
+    def measures(bench):
+        bench.row("far", 2.0, "m", bound=1.0)
+        bench.row("near", 0.5, "m", bound=1.0)
+    sections = tuple((check.__name__, check, 1.5) for check in (raises, too_small, too_slow, measures))
+    monkeypatch.setattr(gpu, "SECTIONS", sections)
+    rows = run("gpu --quick", "gpu.json", code=1)["rows"]
+    assert [row["ok"] for row in rows] == [False, None, False, False, True]
+    errors = [row["note"].split(":")[0] for row in rows[:3]]
+    assert errors == ["RuntimeError", "OutOfMemoryError", "TimeoutError"]
+    monkeypatch.setattr(gpu, "SECTIONS", sections[1:2])
+    assert run("gpu --quick", "gpu.json")["rows"][0]["note"] == "OutOfMemoryError: 2 GiB"
+    monkeypatch.setattr(gpu, "LIMIT", 0)
+    assert run("gpu --quick", "gpu.json")["rows"][0]["check"] == "skipped"
 
 
 # ---- mistakes --------------------------------------------------------------------------------------
