@@ -29,8 +29,10 @@ from types import NoneType, UnionType
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -356,13 +358,15 @@ def save_weights(module_or_tensors, path, dtype=None):
     """Write a module's state dict, or {name: tensor}, to the safetensors file `path`, atomically.
 
     dtype None keeps each tensor's own. Raises ValueError, and writes nothing, if a number isn't finite (or
-    wouldn't be as `dtype`), or beside an index of shards, which would hide the new file.
+    wouldn't be as `dtype`), for a model in int8, or beside an index of shards, which would hide the new
+    file.
     """
     if any(Path(path).parent.glob("[!.]*.safetensors.index*.json")):
         raise ValueError(f"{Path(path).parent} holds a checkpoint in shards: save to another folder")
     tensors = module_or_tensors
     if isinstance(tensors, torch.nn.Module):
         tensors = tensors.state_dict()
+    refuse_int8(tensors)
     tensors = {name: t.detach().to("cpu", dtype or t.dtype).contiguous() for name, t in tensors.items()}
     for name, t in tensors.items():
         if t.is_floating_point() and not t.isfinite().all():
@@ -370,6 +374,12 @@ def save_weights(module_or_tensors, path, dtype=None):
                              f"{path} is not written")
     with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
+
+
+def refuse_int8(tensors):
+    """Raise ValueError if the {name: tensor} of a model are in int8."""
+    if any(t.dtype == torch.int8 for t in tensors.values()):
+        raise ValueError("a model in int8 can't be saved: load it as bf16 or fp32, and save that")
 
 
 def check_writable(folder):
@@ -599,6 +609,89 @@ def folder_parts(folder):
     return parts
 
 
+# ---- int8 -------------------------------------------------------------------------------------------------
+
+INT8_LEAST = 2 ** 16   # weights of a linear layer that becomes int8: smaller ones take little memory
+EMBEDDING = "_embed"   # in the names of small layers that all others depend on: they stay floats
+INT8_BLOCK = 2 ** 20   # weights that a CPU dequantises at a time: they stay in its cache
+INT8_ROWS = 4          # a CPU multiplies so many rows, or fewer, fastest without dequantising
+
+
+class Int8(NamedTuple):
+    """What `load_strict` takes as a dtype for a model in int8: the linear layers that `quantise_linears`
+    chooses are Int8Linear, all else is `rest`, the dtype of the activations."""
+    rest: torch.dtype
+
+    def __str__(self):
+        return "int8"
+
+
+def activation_dtype(dtype):
+    """The torch dtype of the activations of a model loaded as `dtype`, a torch dtype or Int8."""
+    return dtype.rest if isinstance(dtype, Int8) else dtype
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with weight-only quantisation: (..., in) -> (..., out), for inference without gradient.
+
+    weight (out, in) int8 and scale (out,), see `quantise`; bias (out,) or None. The activations stay floats.
+    """
+
+    def __init__(self, linear, dtype):
+        super().__init__()
+        weight, scale = quantise(linear.weight.detach(), dtype)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("scale", scale)
+        self.register_parameter("bias", linear.bias)
+
+    @torch.no_grad()
+    def forward(self, x):
+        """x (..., in) -> (..., out), in x's dtype."""
+        rows = x.flatten(0, -2)  # (R, in)
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            y = F.linear(rows, self.weight.to(x.dtype)) * self.scale  # torch.compile fuses the three
+        elif 0 < len(rows) <= INT8_ROWS and x.shape[-1] % 32 == 0:  # of other widths the kernel may crash
+            y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale.bfloat16()).to(x.dtype)
+        else:
+            y = rows.new_empty(len(rows), len(self.weight))
+            n = block_rows(self.weight)
+            block = rows.new_empty(n, x.shape[-1])
+            for weight, out in zip(self.weight.split(n), y.split(n, dim=1)):
+                torch.mm(rows, block[:len(weight)].copy_(weight).t(), out=out)
+            y *= self.scale
+        y = y if self.bias is None else y + self.bias
+        return y.unflatten(0, x.shape[:-1])
+
+
+def block_rows(weight):
+    """How many rows of a weight (out, in) have about INT8_BLOCK numbers."""
+    return max(16, INT8_BLOCK // weight.shape[1])
+
+
+def quantise(weight, dtype):
+    """A weight (out, in) -> int8 (out, in) and scale (out,) as `dtype`: weights are about integer * scale,
+    and the largest of a row is 127. Scales are bf16 numbers in any dtype: the model is the same in all."""
+    integers = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    if weight.is_meta:  # a thousand layers of which only the sizes matter
+        return integers, torch.empty(len(weight), dtype=dtype, device="meta")
+    largest = torch.maximum(weight.amax(1), -weight.amin(1)).float()
+    scale = (largest / 127).clamp(min=torch.finfo(torch.float32).tiny).bfloat16()  # rows of zeros, too
+    n = block_rows(weight)
+    for part, divisor, out in zip(weight.split(n), scale.float().split(n), integers.split(n)):
+        out.copy_((part.float() / divisor[:, None]).round_().clamp_(-127, 127))
+    return integers, scale.to(dtype)
+
+
+def quantise_linears(module, dtype):
+    """Replace the linear layers of a module, on any device, by Int8Linear for activations of a dtype: those
+    of INT8_LEAST weights or more whose name has no EMBEDDING. Returns the names of their weights."""
+    names = [name for name, part in module.named_modules() if name and isinstance(part, nn.Linear)
+             and part.weight.numel() >= INT8_LEAST and EMBEDDING not in name]
+    for name in names:
+        module.set_submodule(name, Int8Linear(module.get_submodule(name), dtype))
+    return {f"{name}.weight" for name in names}
+
+
 # ---- strict loading ---------------------------------------------------------------------------------------
 
 MOST_TENSORS = 20_000  # of one model; the largest known here has 2,000
@@ -607,9 +700,10 @@ MOST_TENSORS = 20_000  # of one model; the largest known here has 2,000
 def load_strict(build, tensors, source, device="cpu", dtype=torch.float32):
     """build() with weights from tensors {parameter name: Stored or Tensor}, in eval mode.
 
-    The module is built on "meta" and the tensors are assigned, so that they exist once. Raises ValueError
-    before anything is read, unless names and shapes match exactly; `source` names their origin in its
-    message. A module of more than MOST_TENSORS isn't built. On device "meta" nothing is read.
+    dtype: a torch dtype or Int8. The module is built on "meta" and the tensors are assigned, so that they
+    exist once; int8 is made tensor by tensor, from each as it lies in its file. Raises ValueError before
+    anything is read, unless names and shapes match exactly; `source` names their origin in its message.
+    A module of more than MOST_TENSORS isn't built. On device "meta" nothing is read.
     """
     if not tensors:
         raise ValueError(no_weights(source))
@@ -635,10 +729,15 @@ def load_strict(build, tensors, source, device="cpu", dtype=torch.float32):
     problems = misfits(module, tensors)
     if problems:
         raise ValueError(f"the weights in {source} don't fit {type(module).__name__}: {problems}")
-    state = {}
-    for name, tensor in tensors.items():
-        stored = isinstance(tensor, Stored)
-        state[name] = read_tensor(tensor, device, dtype) if stored else tensor.to(device, dtype)
+    rest, state = activation_dtype(dtype), {}
+    quantised = quantise_linears(module, rest) if isinstance(dtype, Int8) else ()
+    # Large ones first: the pages of the file that one maps count as memory, too, until the next.
+    for name, tensor in sorted(tensors.items(), key=lambda item: -math.prod(item[1].shape)):
+        kind = None if name in quantised else rest
+        tensor = read_tensor(tensor, device, kind) if isinstance(tensor, Stored) else tensor.to(device, kind)
+        if name in quantised:
+            tensor, state[name.removesuffix("weight") + "scale"] = quantise(tensor, rest)
+        state[name] = tensor
     module.load_state_dict(state, assign=True)
     return module.eval()
 

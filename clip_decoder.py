@@ -23,6 +23,7 @@ from torch import nn
 from checkpoint import (
     FLOATS,
     Interval,
+    activation_dtype,
     from_json,
     load_strict,
     no_weights,
@@ -181,7 +182,7 @@ EVA_EXTRAS = ("norm.", "head.", "text.", "logit_scale", "mask_token")
 def fuse_biases(tensors, device, dtype):
     """{name: Stored} -> the same, but q_bias and v_bias of original EVA-CLIP files as one tensor, qkv.bias:
     [q | 0 | v], as EVA-CLIP has no key bias. What doesn't fit stays, for load_strict to report."""
-    fused = dict(tensors)
+    fused, dtype = dict(tensors), activation_dtype(dtype)
     for stem in [name.removesuffix("q_bias") for name in tensors if name.endswith("attn.q_bias")]:
         q, v = fused[stem + "q_bias"], fused.get(stem + "v_bias")
         if v and (q.shape, q.dtype) == (v.shape, v.dtype) and len(q.shape) == 1 and q.dtype in FLOATS:
@@ -733,8 +734,8 @@ class UNet(nn.Module):
 
     def save_pretrained(self, folder, dtype=None):
         """Write config.json and weights into `folder` (the UNet's own), so that diffusers loads them."""
-        write_json(Path(folder) / "config.json", written(UNET_FIXED, self.config))
         save_weights(self, Path(folder) / "diffusion_pytorch_model.safetensors", dtype)
+        write_json(Path(folder) / "config.json", written(UNET_FIXED, self.config))
 
 
 # ---- Euler schedule: the noise levels of sampling ---------------------------------------------------------

@@ -214,13 +214,26 @@ def load_image(file, square=None):
                                                    f"{MAX_PIXELS // 2 ** 20} million are the most")
             ImageOps.exif_transpose(image, in_place=True)
             image.load()
-            image = to_rgb(image)
+            image = as_generated(to_rgb(image), image.info.get(ENLARGED))
             return image if square is None else crop_square(image, square)
     except Exception as error:  # broken bytes make PIL raise half a dozen kinds
         causes = {UnidentifiedImageError: "not an image", Image.DecompressionBombError: "too many pixels"}
         cause = causes.get(type(error), "broken image")
         why = f"it is none of {', '.join(FORMATS)}" if cause == "not an image" else sentence(error)
         raise BadSample(cause, f"{name} can't be read as an image: {why}") from None
+
+
+ENLARGED = "nano_blip3o_enlarged"  # the note in a PNG of sample.py: each pixel became a square of this side
+
+
+def as_generated(image, scale):
+    """A PIL image that sample.py enlarged by `scale`, a string, as it was before: models read the pixels
+    that they made. All others, as after a change in another program, stay as they are."""
+    if scale is None or not re.fullmatch("[1-9][0-9]{0,3}", scale):
+        return image
+    size = [side // int(scale) for side in image.size]
+    small = image.resize([max(1, side) for side in size], Image.NEAREST)
+    return small if small.resize(image.size, Image.NEAREST).tobytes() == image.tobytes() else image
 
 
 def to_rgb(image):

@@ -338,7 +338,7 @@ class NextDiT(nn.Module):
         """
         if cond.ndim != 3 or cond.shape[-1] != self.config.cond_dim:
             raise ValueError(f"cond must be (B, L, {self.config.cond_dim}), not {tuple(cond.shape)}")
-        c = self.caption_projection(cond.to(self.patch_embedder.proj.weight.dtype))  # (B, L, D)
+        c = self.caption_projection(cond.to(self.patch_embedder.proj.bias.dtype))  # (B, L, D)
         pooled = self.time_caption_embed["caption_embedder"](c.mean(1))  # (B, M)
         return ConditionCache(pooled, [layer.context(c, n_uniform) for layer in self.layers])
 
@@ -365,7 +365,7 @@ class NextDiT(nn.Module):
         rope = rope_2d if self.config.rope == "2d" else rope_3d
         rope = rope(height, width, self.config.head_dim, self.config.rope_theta, x.device)  # cos, sin
 
-        h = self.patch_embedder(x.to(self.patch_embedder.proj.weight.dtype))  # (B, N, D)
+        h = self.patch_embedder(x.to(self.patch_embedder.proj.bias.dtype))  # (B, N, D)
         for layer, context in zip(self.layers, cache.contexts):
             h = maybe_checkpoint(layer, self.checkpointing, h, mod, rope, context)
         out = self.norm_out(h, mod)  # (B, N, p p C)

@@ -60,7 +60,7 @@ def seed(default):
 
 READER = (flag("--ckpt", default=NANO, help="model folder"),
           flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, ..."),
-          flag("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16")))
+          flag("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16", "int8")))
 MODEL = (*READER,
          flag("--eva", help="folder with EVA-CLIP and the diffusion-decoder, if --ckpt has none"))
 BENCH = flag("--bench", choices=("geneval", "dpg", "wise", "mjhq"), default="geneval",

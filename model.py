@@ -526,8 +526,9 @@ class Transformer(nn.Module):
 
     def head(self, hidden):
         """Hidden states (..., D) -> logits (..., V)."""
-        tied = self.config.tie_word_embeddings
-        return F.linear(hidden, self.embed_tokens.weight if tied else self.lm_head.weight)
+        if self.config.tie_word_embeddings:
+            return F.linear(hidden, self.embed_tokens.weight)
+        return self.lm_head(hidden)
 
     def rope(self, positions, dtype):
         """positions (B, L), or (3, B, L) for M-RoPE -> cos and sin (B, 1, L, hd)."""
@@ -856,11 +857,12 @@ class BLIP3o(nn.Module):
 
         Weights are stored as `dtype`; None keeps theirs. Everything else in the folder stays: other files,
         unknown keys of config.json, tensors of components that this model lacks. Raises ValueError if it
-        holds shards, whose index would contradict the new file.
+        holds shards, whose index would contradict the new file, and for a model in int8.
         """
-        folder = Path(folder)
+        folder, state = Path(folder), self.state_dict()
+        checkpoint.refuse_int8(state)
         tensors = {official_name(name): tensor.detach().to("cpu", dtype or tensor.dtype)
-                   for name, tensor in self.state_dict().items()}
+                   for name, tensor in state.items()}
         stored_as = next(iter(tensors.values())).dtype
         if (folder / WEIGHTS).exists():
             own = {component(key) for key in tensors}

@@ -2,6 +2,9 @@
 
     python sample.py --prompt "a red circle above a blue square" --n 4     images
     python sample.py --prompt "a red circle" --steps-strip                 one image on its way from noise
+    python sample.py --prompt "a red circle | a blue star" --steps-gif     images on their way, as a GIF
+    python sample.py --explain "a red circle left of a blue star"          a look inside, as a page
+    python sample.py --prompt "a red circle" --contact-sheet               all that it does, in one image
     python sample.py --image cat.png --prompt "What is this?"              an answer, token by token
     python sample.py --image cat.png --reconstruct                         image -> 64 features -> image
     python sample.py --image cat.png --prompt "the same in snow" --draw    an image from an image and a text
@@ -20,6 +23,7 @@ B images, L tokens, C channels of a CLIP feature, D width of the LLM, H W pixels
 import argparse
 import glob
 import hashlib
+import html
 import json
 import math
 import os
@@ -46,8 +50,10 @@ from tqdm import tqdm
 import data
 from checkpoint import (
     COUNT,
+    Int8,
     Interval,
     Parser,
+    activation_dtype,
     atomic_write,
     file_lock,
     folder_parts,
@@ -81,10 +87,13 @@ DECODER_PIXELS = 4 * 1024 ** 2          # of one batch of the decoder
 PROMPT_IMAGE = 448                      # side of an image inside a prompt
 CONTEXT = 32768                         # context length of a model whose config.json doesn't state it
 UPSAMPLED_TOKENS, NUCLEUS = 128, 0.9    # longest upsampled prompt, and the top-p that it is sampled with
-FRAMES = 8                              # of --steps-strip
+FRAMES, GIF_FRAMES = 8, 12              # of --steps-strip and --steps-gif
+GIF_PROMPTS, GIF_COLOURS = 4, 48        # at most; colours of small images, which need no more
+GIF_PAUSE, GIF_END = 180, 2500          # milliseconds of a frame and of the last one
+LEAST = 256                             # pixels that a side of a saved image has at least
 OUT = "runs/samples"                    # --out
 LINE = 100_000                          # characters of a line of --chat
-TEXTS = ("prompt", "instruction", "short_instruction")
+TEXTS = ("prompt", "explain", "instruction", "short_instruction")
 LONG = "Describe this image in one paragraph of about 90 words."
 SHORT = "Describe this image in one short sentence."
 SHORT_TOKENS = 32                       # longest short caption
@@ -129,7 +138,8 @@ class Pipeline:
     """The parts of one model folder, each read from disk when first used, and what they do together.
 
     device    "auto" is CUDA where there is one, else the CPU
-    dtype     "auto" is bf16 on CUDA, else fp32; the VAE is always fp32
+    dtype     "auto" is bf16 on CUDA, else fp32; "int8": large linear layers in int8, all else as "auto"; the
+              VAE is always fp32
     offload   keep only one component in memory at a time
     compiled  torch.compile the DiT and the UNet
     eva       the folder with EVA-CLIP and the diffusion-decoder, if it is another one
@@ -147,7 +157,8 @@ class Pipeline:
         if not self.config:
             raise ValueError(f"there is no model in {folder}: it has no config.json")
         self.device = pick_device(device)
-        self.dtype = pick_dtype(dtype, self.device)
+        self.precision = pick_dtype(dtype, self.device)              # of the weights, maybe Int8
+        self.dtype = activation_dtype(self.precision)
         file = self.folder / "config.json"
         upsample = section(self.config, "nano_blip3o", file).get("upsample_prompts", False)
         upsample = typed(upsample, bool, None, f"{file}: nano_blip3o.upsample_prompts")
@@ -183,10 +194,10 @@ class Pipeline:
     @cached_property
     def model(self):
         """Vision tower, LLM, queries and DiT, as far as the folder has them."""
-        model = BLIP3o.from_pretrained(self.folder, "meta", self.dtype).eval()
+        model = BLIP3o.from_pretrained(self.folder, "meta", self.precision).eval()
 
         def part(name, key):
-            return getattr(BLIP3o.from_pretrained(self.folder, self.device, self.dtype, {key}), name)
+            return getattr(BLIP3o.from_pretrained(self.folder, self.device, self.precision, {key}), name)
         for name in ("visual", "llm", "dit", "regressor"):
             module = getattr(model, name)
             if module is not None:
@@ -219,13 +230,13 @@ class Pipeline:
     @cached_property
     def eva(self):
         """The image encoder."""
-        read = partial(EvaClip.from_pretrained, self.eva_folder, dtype=self.dtype)
+        read = partial(EvaClip.from_pretrained, self.eva_folder, dtype=self.precision)
         return self.load_when_called(read(device="meta"), partial(read, device=self.device))
 
     @cached_property
     def decoder(self):
         """The pixel decoder; ValueError if the folder has none."""
-        folder, device, dtype = self.eva_folder, self.device, self.dtype
+        folder, device, dtype = self.eva_folder, self.device, self.precision
         if "unet" not in folder_parts(folder):
             raise ValueError(f"there is no diffusion-decoder in {folder} to decode features with: --eva "
                              "names a folder that has one")
@@ -287,7 +298,7 @@ class Pipeline:
         are generated in the same batch: the language model and the DiT come into memory once.
         """
         self.image_size(size)           # fail early
-        rows, vision = self.prompt_rows(self.final_prompts(prompts, seeds, images, upsample), images)
+        rows, vision = self.final_rows(prompts, seeds, images, upsample)
         guided = self.setting("decoder_cfg", decoder_guidance) != 1 and not self.model.config.latents
         features = self.generate(rows, seeds, steps, guidance, vision, seeds if guided else ())
         negative = self.negative(seeds, steps, guidance) if guided else None
@@ -297,9 +308,9 @@ class Pipeline:
         """One prompt and one seed for each image -> CLIP features (B, 64, C), fp32.
 
         images: PIL images that are part of the prompts, one for each, as in the official text + image form.
-        upsample: generate from `upsample_prompts`; the images stay beside them.
+        upsample: generate from `upsample_prompts`, see `final_rows`.
         """
-        rows, vision = self.prompt_rows(self.final_prompts(prompts, seeds, images, upsample), images)
+        rows, vision = self.final_rows(prompts, seeds, images, upsample)
         return self.generate(rows, seeds, steps, guidance, vision)
 
     def final_prompts(self, prompts, seeds, images, upsample):
@@ -310,6 +321,15 @@ class Pipeline:
         taught = images is None or self.model.config.chat_images
         wanted = self.setting("upsample", None) and taught if upsample is None else upsample
         return self.upsample_prompts(prompts, seeds, images) if wanted else prompts
+
+    def final_rows(self, prompts, seeds, images, upsample):
+        """`prompt_rows` of `final_prompts`. A model that was taught to describe an image after its change
+        generates it from that description alone: query states would follow what the image shows now."""
+        texts = self.final_prompts(prompts, seeds, images, upsample)
+        if images is not None and self.model.config.chat_images:
+            images = [image if text == prompt else None
+                      for image, text, prompt in zip(images, texts, prompts, strict=True)]
+        return self.prompt_rows(texts, images)
 
     @torch.no_grad()
     def upsample_prompts(self, prompts, seeds, images=None):
@@ -344,13 +364,16 @@ class Pipeline:
         return [None if text in accepted else text for text in texts]
 
     def prompt_rows(self, prompts, images=None):
-        """Prompts -> their token ids in the template of generation, and the images' `vision_inputs`."""
-        if images is None:
-            return [data.prompt_ids(self.tokenizer, prompt) for prompt in prompts], None
-        # The aspect ratio is not kept: matches official.
-        vision = [self.vision_inputs(image.resize((PROMPT_IMAGE, PROMPT_IMAGE))) for image in images]
-        counts = [self.image_tokens(inputs) for inputs in vision]
-        return [data.prompt_ids(self.tokenizer, prompt, n) for prompt, n in zip(prompts, counts)], vision
+        """Prompts and their images (or None) -> their token ids in the template of generation, and the
+        images' `vision_inputs`."""
+        rows, vision = [], []
+        for prompt, image in zip(prompts, images or [None] * len(prompts), strict=True):
+            count = 0
+            if image is not None:       # its aspect ratio is not kept: matches official
+                vision.append(self.vision_inputs(image.resize((PROMPT_IMAGE, PROMPT_IMAGE))))
+                count = self.image_tokens(vision[-1])
+            rows.append(data.prompt_ids(self.tokenizer, prompt, count))
+        return rows, vision
 
     def condition(self, prompts, images=None):
         """Prompts, as they are, and maybe a PIL image in each -> the DiT's condition (B, n_query, D)."""
@@ -664,12 +687,12 @@ def pick_device(name):
 
 
 def pick_dtype(name, device):
-    """"auto", or a name of DTYPES -> torch dtype."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if name not in DTYPES:
-        raise ValueError(f"there is no dtype {name!r}: use auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
+    """"auto", "int8" or a name of DTYPES -> torch dtype, or Int8."""
+    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
+    named = {"auto": auto, **DTYPES, "int8": Int8(auto)}
+    if name not in named:
+        raise ValueError(f"there is no dtype {name!r}: use {', '.join(named)}")
+    return named[name]
 
 
 def draw_noise(seeds, shape, stream):
@@ -699,11 +722,15 @@ def image_grid(pixels, columns=None, least=192):
     """
     B, _, H, W = pixels.shape
     columns = columns or math.ceil(math.sqrt(B))
-    factor = math.ceil(least / min(H, W))
-    cells = pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3)         # (B, 3, f H, f W)
+    cells = enlarged(pixels, math.ceil(least / min(H, W)))                           # (B, 3, f H, f W)
     cells = F.pad(cells, (2, 2, 2, 2), value=1.0)
     cells = F.pad(cells, (0, 0, 0, 0, 0, 0, 0, -B % columns), value=1.0)          # (rows columns, 3, h, w)
     return cells.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+
+
+def enlarged(pixels, factor):
+    """Pixels (..., H, W) -> (..., factor H, factor W): each becomes a square."""
+    return pixels.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
 
 
 def slug(text):
@@ -712,32 +739,45 @@ def slug(text):
 
 
 def save_image(pixels, folder, name, about):
-    """Write pixels (3, H, W) in [0, 1] to folder/name.png, print where, return the path.
+    """Write pixels (3, H, W) in [0, 1] to folder/name.png, print where, return the path; see `unused_path`.
 
-    `about`, a dict of what the image was made from, is kept in the file. A file of that name made from
-    anything else is never overwritten: the new one gets a number.
+    `about`, a dict of what the image was made from, is kept in the file. Where a side has less than LEAST
+    pixels, each becomes a square of several; data.load_image undoes that.
     """
     if not torch.isfinite(pixels).all():
         raise ValueError("the image has pixels that are no numbers: the weights are broken, or too large "
                          "for this --dtype (try fp32)")
-    folder, about, number = Path(folder), json.dumps(about), 1
-    path = folder / f"{name}.png"
-    while os.path.lexists(path) and made_from(path) != about:
-        number += 1
-        path = folder / f"{name}-{number}.png"
-    note = PngInfo()
+    about, note, scale = json.dumps(about), PngInfo(), math.ceil(LEAST / min(pixels.shape[1:]))
+    path = unused_path(folder, f"{name}.png", about)
     note.add_text("nano_blip3o", about)
+    if scale > 1:
+        note.add_text(data.ENLARGED, str(scale))
     with atomic_write(path) as temporary:
-        Image.fromarray(to_uint8(pixels)).save(temporary, "PNG", pnginfo=note)
+        Image.fromarray(to_uint8(enlarged(pixels, scale))).save(temporary, "PNG", pnginfo=note)
     print(path, flush=True)
     return path
 
 
+def unused_path(folder, name, about):
+    """folder/name, a path to write to. A file of that name made from anything else than `about`, a JSON
+    string, is never overwritten: the new one is called name-v2, and so on."""
+    first = path = Path(folder, name)
+    number = 1
+    while os.path.lexists(path) and made_from(path) != about:
+        number += 1
+        path = first.with_name(f"{first.stem}-v{number}{first.suffix}")
+    return path
+
+
 def made_from(path):
-    """The `about` that `save_image` kept in a file, as a string; None in whatever isn't its."""
+    """The `about` that a written PNG, GIF or page keeps, as a string; None in whatever isn't ours."""
     try:
-        with open_file(path) as file, Image.open(file, formats=["PNG"]) as image:
-            return image.info.get("nano_blip3o")
+        with open_file(path) as file:
+            if Path(path).suffix == ".html":
+                head = file.read(10 ** 5).decode(errors="ignore")
+                return html.unescape(re.search('<meta name="nano_blip3o" content="(.*)">', head)[1])
+            with Image.open(file, formats=["PNG", "GIF"]) as image:
+                return image.info.get("nano_blip3o") or image.info["comment"].decode()
     except Exception:                            # broken bytes make PIL raise half a dozen kinds
         return None
 
@@ -751,9 +791,11 @@ def read_image(path):
 
 # ---- commands: images -------------------------------------------------------------------------------------
 
-def print_declined(pipe, prompt):
+def print_declined(pipe, prompts):
     """Say so if the model knows no image of a prompt; what it generates all the same may be anything."""
-    for text in filter(None, pipe.declined([prompt])):
+    for prompt, text in zip(prompts, pipe.declined(prompts)):
+        if text is None:
+            continue
         line = f'"{prompt}" is outside of what this model knows. It says: {text}'
         print(data.printable(" ".join(line.split())), file=sys.stderr)
 
@@ -761,15 +803,16 @@ def print_declined(pipe, prompt):
 def draw(pipe, args):
     """--prompt: a file for each image, image i with seed + i; a grid of all if they are several.
 
-    --best-of k: each is the best of k candidates, and its file name has that one's own seed. --draw: the
-    same from an --image and a --prompt together. Returns the path of the last file.
+    --best-of k: each is the best of k candidates, and its file name has that one's own seed; the grid's has
+    those of the first and the last file. --draw: the same from an --image and a --prompt together. Returns
+    the path of the last file.
     """
     sampling = {"steps": args.steps, "guidance": args.cfg, "decoder_steps": args.decoder_steps,
                 "decoder_guidance": args.decoder_cfg, "size": args.size and (args.size,) * 2,
                 "upsample": args.upsample}
     image = None if args.image is None else read_image(args.image)
     seeds, about, name = range(args.seed, args.seed + args.n), settings(pipe, args), slug(args.prompt)
-    images = []
+    images, saved = [], []
     starts = range(0, args.n, BATCH)
     for i in tqdm(starts, desc="batches", leave=False, disable=None if len(starts) > 1 else True):
         batch = seeds[i:i + BATCH]
@@ -783,10 +826,11 @@ def draw(pipe, args):
         for seed, text, each in zip(batch, texts, pixels):
             if text != args.prompt:
                 print(f"seed {seed}: {text}", file=sys.stderr)
-            path = save_image(each, args.out, f"{name}-{seed}", {**about, "seed": seed})
+            path = save_image(each, args.out, f"{name}-seed{seed}", {**about, "seed": seed})
+            saved.append(seed)
     if args.n > 1:
-        grid = image_grid(torch.cat(images))
-        path = save_image(grid, args.out, f"{name}-{seeds[0]}-to-{seeds[-1]}", {**about, "n": args.n})
+        name = f"{name}-grid-of-{args.n}-seed{saved[0]}-to-seed{saved[-1]}"
+        path = save_image(image_grid(torch.cat(images)), args.out, name, {**about, "n": args.n})
     return str(path)
 
 
@@ -802,15 +846,73 @@ def steps_strip(pipe, args):
     pixels = pipe.pixels(features, [args.seed] * len(features), args.decoder_steps, args.decoder_cfg,
                          args.size and (args.size,) * 2)
     about = {**settings(pipe, args), "frames": len(frames)}
-    save_image(image_grid(pixels, len(frames)), args.out, f"{slug(args.prompt)}-{args.seed}-steps", about)
+    name = f"{slug(args.prompt)}-seed{args.seed}-steps"
+    save_image(image_grid(pixels, len(frames)), args.out, name, about)
     print(f"left to right: after {', '.join(map(str, frames.tolist()))} steps; upper row: the state itself, "
           "lower row: the predicted final image", file=sys.stderr)
+
+
+def prompts_of(args):
+    """The prompts of a command line: --steps-gif takes several, separated by " | "."""
+    text = args.prompt if args.explain is None else args.explain
+    return [prompt.strip() for prompt in text.split(" | ")] if args.steps_gif else [text]
+
+
+def steps_gif(pipe, args):
+    """--steps-gif: from noise to image as an animation, an image of each prompt side by side.
+
+    What the decoder makes of the state x_t itself, as in the upper row of --steps-strip.
+    """
+    prompts = prompts_of(args)
+    states = [pipe.trajectory(prompt, args.seed, args.steps, args.cfg, args.upsample)[0]
+              for prompt in prompts]
+    time = torch.linspace(0, 1, GIF_FRAMES)
+    chosen = ((len(states[0]) - 1) * (2 - time) * time).round().long().unique()    # most happens at the end
+    features = torch.stack(states, 1)[chosen].flatten(0, 1)                 # (frames prompts, 64, C)
+    pixels = pipe.pixels(features, [args.seed] * len(features), args.decoder_steps, args.decoder_cfg,
+                         args.size and (args.size,) * 2)
+    rows = [to_uint8(image_grid(row, len(prompts), LEAST)) for row in pixels.split(len(prompts))]
+    colours = GIF_COLOURS if pixels.shape[-1] < LEAST else 256
+    film = Image.fromarray(np.concatenate(rows))                                    # one palette for all
+    film = film.quantize(colours, kmeans=3, dither=Image.Dither.NONE)               # rare colours count, too
+    frames = [film.crop((0, i * len(row), film.width, (i + 1) * len(row))) for i, row in enumerate(rows)]
+    about = json.dumps({**settings(pipe, args), "frames": len(frames)})
+    more = f"-and-{len(prompts) - 1}-more" * (len(prompts) > 1)
+    path = unused_path(args.out, f"{slug(prompts[0])}{more}-seed{args.seed}-steps.gif", about)
+    with atomic_write(path) as temporary:
+        frames[0].save(temporary, "GIF", save_all=True, append_images=frames[1:], loop=0, comment=about,
+                       duration=[*[GIF_PAUSE] * (len(frames) - 1), GIF_END])
+    print(path, flush=True)
+
+
+def explain(pipe, args):
+    """--explain: a page about what happens between a prompt and its image, which needs no network."""
+    from evals.explain import explain_page
+    args = argparse.Namespace(**{**vars(args), "prompt": args.explain})
+    about = json.dumps({**settings(pipe, args), "explain": True})
+    page, _ = explain_page(pipe, args.prompt, args.seed, about, args.steps, args.cfg, args.decoder_steps,
+                           args.decoder_cfg, args.size and (args.size,) * 2, args.upsample)
+    path = unused_path(args.out, f"{slug(args.prompt)}-seed{args.seed}-explained.html", about)
+    with atomic_write(path) as temporary:
+        temporary.write_text(page, "utf-8")
+    print(path, flush=True)
+
+
+def contact_sheet(pipe, args):
+    """--contact-sheet: what the model generates from a prompt, and what else it does with that image."""
+    from evals import sheet
+    sampling = {"steps": args.steps, "guidance": args.cfg, "decoder_steps": args.decoder_steps,
+                "decoder_guidance": args.decoder_cfg, "size": args.size and (args.size,) * 2,
+                "upsample": args.upsample}
+    image = np.array(sheet.contact_sheet(list(sheet.cells(pipe, args.prompt, args.seed, sampling))))
+    name = f"{slug(args.prompt)}-seed{args.seed}-sheet"
+    save_image(torch.from_numpy(image).permute(2, 0, 1) / 255, args.out, name, settings(pipe, args))
 
 
 def settings(pipe, args):
     """The settings that are recorded in the PNG: all that its pixels depend on."""
     about = {"prompt": args.prompt, "seed": args.seed, "ckpt": args.ckpt, "best_of": args.best_of,
-             "dtype": str(pipe.dtype).removeprefix("torch."), "device": pipe.device.type}
+             "dtype": str(pipe.precision).removeprefix("torch."), "device": pipe.device.type}
     names = ("eva", "image", "size", "min_pixels", "max_pixels")
     about |= {name: getattr(args, name) for name in names if getattr(args, name)}
     if args.image is not None:          # another image may have come under this name
@@ -1186,8 +1288,9 @@ def export_transformer(dit, grid, target):
 
 # ---- command line -----------------------------------------------------------------------------------------
 
-COMMANDS = {"draw": draw, "edit": draw, "strip": steps_strip, "answer": answer, "reconstruct": reconstruct,
-            "chat": chat, "caption": caption, "export": export}
+COMMANDS = {"draw": draw, "edit": draw, "strip": steps_strip, "gif": steps_gif, "sheet": contact_sheet,
+            "explain": explain, "answer": answer, "reconstruct": reconstruct, "chat": chat,
+            "caption": caption, "export": export}
 
 # The flags that each command reads: any other would have no effect with it, and is refused.
 RUN = {"ckpt", "device", "dtype", "offload"}
@@ -1200,6 +1303,9 @@ READS = {
     "draw": DRAW,
     "edit": GENERATE | {"prompt", "n", "image", "draw", "upsample", "min_pixels", "max_pixels"},
     "strip": GENERATE | {"prompt", "steps_strip", "upsample"},
+    "gif": GENERATE | {"prompt", "steps_gif", "upsample"},
+    "sheet": GENERATE | {"prompt", "contact_sheet", "upsample"},
+    "explain": GENERATE - {"compile"} | {"explain", "upsample"},    # what is compiled can't be listened to
     "answer": TALK | {"prompt", "image"},
     "reconstruct": DECODE | {"image", "reconstruct"},
     "chat": GENERATE | TALK | {"chat", "upsample"},
@@ -1207,6 +1313,7 @@ READS = {
     "export": {"ckpt", "device", "dtype", "eva", "export"},     # --dtype auto depends on the device
     "dry-run": DRAW | {"dry_run"}}       # said after a command that generates
 NAMES = {"draw": "on images from a --prompt", "edit": "with --draw", "strip": "with --steps-strip",
+         "gif": "with --steps-gif", "sheet": "with --contact-sheet",
          "answer": "on answers about an --image"}               # the others have a flag of their name
 
 PIXELS = Interval(1, 16384 * 28 ** 2)   # up to the limit of the released preprocessor
@@ -1219,6 +1326,12 @@ def add_image_flags(add):
     add("--draw", action="store_true", help="generate from --image and --prompt instead of answering")
     add("--reconstruct", action="store_true", help="send --image through the 64 features and back")
     add("--steps-strip", action="store_true", help="show the sampling steps of one image as a strip")
+    add("--steps-gif", action="store_true", help="show them as an animation (GIF); up to four prompts, "
+        "separated by ' | ', stand side by side: --prompt \"a red star | a blue circle\"")
+    add("--contact-sheet", action="store_true", help="show in one image what the model does with a prompt: "
+        "generate, from noise, change, describe, reconstruct")
+    add("--explain", metavar="PROMPT", help="write a page that shows what happens between a prompt and its "
+        "image: tokens, attention, steps (HTML, opens from disk)")
     add("--n", type=number(int, Interval(1, 10 ** 4)), default=1,
         help="number of images, with seeds from --seed on")
     add("--seed", type=number(int, Interval(0, MAX_SEED - 1)), default=0,
@@ -1265,7 +1378,8 @@ def add_model_flags(add):
     add("--ckpt", default=str(nano), help="model folder (weights/nano)")
     add("--eva", help="folder with EVA-CLIP and the diffusion-decoder, if --ckpt has none (as train.py's)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
-    add("--dtype", default="auto", help=f"auto, {', '.join(DTYPES)}")
+    add("--dtype", default="auto", help=f"auto, {', '.join(DTYPES)}; or int8: large linear layers take a "
+        "byte a weight, all else is as auto")
     add("--offload", action="store_true", help="keep only the part in memory that works")
     add("--compile", action="store_true", help="torch.compile DiT and UNet: faster for many images")
     add("--dry-run", action="store_true", help="print what memory it takes; --ckpt 4b and 8b need no files")
@@ -1275,13 +1389,15 @@ def add_model_flags(add):
 
 def command_of(given):
     """The command that the given flags mean; None if they mean none."""
-    for name in ("dry_run", "export", "chat", "caption"):
+    for name in ("dry_run", "export", "chat", "caption", "explain"):
         if name in given:
             return name.replace("_", "-")
     if "image" in given:
         return "edit" if "draw" in given else "reconstruct" if "reconstruct" in given else "answer"
     if "prompt" in given:
-        return "strip" if "steps_strip" in given else "draw"
+        shows = [name for flag, name in (("steps_strip", "strip"), ("steps_gif", "gif"),
+                                         ("contact_sheet", "sheet")) if flag in given]
+        return (shows or ["draw"])[0]
     return None
 
 
@@ -1295,13 +1411,16 @@ def mistakes(command, args, given):
         yield name in TEXTS and not is_text(value), f"{flags([name])} isn't UTF-8 text"
     yield (args.draw and (command == "draw" or command == "edit" and args.prompt is None),
            "--draw needs an --image and a --prompt")
-    yield args.reconstruct and command in ("draw", "strip"), "--reconstruct needs an --image"
+    yield args.reconstruct and command in ("draw", "strip", "gif", "sheet"), "--reconstruct needs an --image"
+    yield (command == "gif" and len(prompts_of(args)) > GIF_PROMPTS,
+           f"--steps-gif shows at most {GIF_PROMPTS} prompts side by side")
     idle = sorted(given.keys() - READS.get(command, given.keys()))
     yield idle, f"no effect {NAMES.get(command, f'with --{command}')}: leave out {flags(idle)}"
     limits = sorted(given.keys() & {"min_pixels", "max_pixels"}) if command == "draw" else []
     yield limits and args.best_of == 1, f"no effect without --best-of: leave out {flags(limits)}"
     yield (args.export and args.export[0] != "diffusers",
            f"--export writes for diffusers, not {args.export and args.export[0]}")
+    yield args.export and args.dtype == "int8", "--export writes no int8: leave out --dtype int8"
     yield args.compile and args.offload, "--compile needs the parts to stay in memory: leave out --offload"
     yield "top_p" in given and not args.temperature, "no effect without --temperature: leave out --top-p"
     yield 0 < (args.temperature or 0) < 1e-3, "--temperature below 0.001 is greedy: say 0"
@@ -1391,15 +1510,15 @@ def run(argv):
         return estimate_sampling(args)
     pipe = Pipeline(args.ckpt, args.device, args.dtype, args.offload, args.compile, args.eva)
     pipe.limits = {key: getattr(args, key) for key in ("min_pixels", "max_pixels") if getattr(args, key)}
-    if READS[name] >= GENERATE:
+    if READS[name] >= GENERATE - {"compile"}:
         check_model(pipe, args)
     sampled = pipe.answer_config.do_sample if args.temperature is None else args.temperature
     if name in ("answer", "caption") and args.seed and not sampled:
         raise ValueError("no effect without --temperature: leave out --seed")
     target = args.export[1] if name == "export" else args.out
     with nullcontext() if name == "answer" else output_folder(target):
-        if name in ("draw", "strip"):
-            print_declined(pipe, args.prompt)
+        if name in ("draw", "strip", "gif", "sheet", "explain"):
+            print_declined(pipe, prompts_of(args))
         COMMANDS[name](pipe, args)
     if pipe.seconds:
         times = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in pipe.seconds.items())

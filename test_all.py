@@ -36,6 +36,7 @@ from dataclasses import fields as dataclass_fields
 from fractions import Fraction
 from functools import partial, reduce
 from pathlib import Path
+from string import Template
 from time import monotonic, sleep
 from types import SimpleNamespace
 from unittest.mock import Mock, create_autospec
@@ -64,6 +65,8 @@ import train
 from checkpoint import (
     INDEX,
     WEIGHTS,
+    Int8,
+    Int8Linear,
     Stored,
     component,
     load_strict,
@@ -86,7 +89,7 @@ from conftest import (
     tiny_tokenizer,
 )
 from dit import DiTConfig, NextDiT
-from evals import charts, estimate
+from evals import charts, estimate, sheet
 from miniature import pretrain, world
 from miniature.pretrain import train_tokenizer
 from model import BLIP3o, BLIP3oConfig, KVCache, TextConfig, Transformer, VisionConfig, VisionTower
@@ -819,6 +822,52 @@ def test_nothing_is_read_before_everything_fits(tmp_path):
     assigned = load_strict(build, linear.state_dict(), "x")
     assert assigned.weight.data_ptr() == linear.weight.data_ptr()
     refuses("nowhere holds no weights", load_strict, build, {}, "nowhere")
+
+
+@pytest.mark.parametrize("width", [96, 100])    # with 100 a CPU dequantises few rows, too
+def test_int8_linear(width, monkeypatch):
+    """The exact product of its integers and scales, in blocks or few rows, in fp32 and bf16, with zeros."""
+    monkeypatch.setattr(checkpoint, "INT8_BLOCK", 2000)         # the last block is smaller
+    linear, x = nn.Linear(width, 70), randn(3, 5, width)
+    with torch.no_grad():
+        linear.weight.mul_(randn(70, 1, seed=1))[7] = 0
+    layer = Int8Linear(linear, torch.float32)
+    weight = layer.weight * layer.scale.double()[:, None]       # (out, in)
+    error = (weight - linear.weight).abs() / layer.scale[:, None]
+    # Half a step, and more only where the scale was rounded down to a bf16 number.
+    assert 0.45 < error.max() < 0.8 and (error > 0.51).double().mean() < 0.02
+    assert layer.weight.abs().amax(1)[7] == 0 and layer.weight.abs().amax(1).unique().tolist()[1:] == [127]
+    exact = x.double() @ weight.T + linear.bias
+    assert layer(x).shape == (3, 5, 70) and gap(layer(x), exact) < 1e-5
+    assert gap(layer(x[0, :2]), exact[0, :2]) < (1e-2 if width == 96 else 1e-5)      # (rows, in) is fine
+    assert layer(x[:0]).shape == (0, 5, 70) and layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+    assert gap(layer(x.bfloat16()).double(), exact) < 2e-2 and layer.weight.dtype == torch.int8
+    no_bias = Int8Linear(nn.Linear(width, 70, bias=False), torch.float32)
+    assert no_bias.state_dict().keys() == {"weight", "scale"}
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cls", [BLIP3o, EvaClip, UNet])
+def test_loading_in_int8_is_quantising(cls, stored, tiny_folder, tmp_path, monkeypatch):
+    """Bit for bit, the large linear layers alone; with bf16 activations the same; and it is never saved."""
+    monkeypatch.setattr(checkpoint, "INT8_LEAST", 600)
+    folder = tmp_path / ("unet" if cls is UNet else "model")
+    cls.from_pretrained(tiny_folder).save_pretrained(folder, stored)
+    loaded, after = cls.from_pretrained(folder, dtype=Int8(torch.float32)), cls.from_pretrained(folder)
+    linears = {name: m.weight.numel() for name, m in after.named_modules() if isinstance(m, nn.Linear)}
+    large = {name for name, size in linears.items() if size >= 600 and "_embed" not in name}
+    checkpoint.quantise_linears(after, torch.float32)
+    assert same_weights(loaded, after) and not loaded.training and 0 < len(large) < len(linears)
+    assert large == {name for name, m in loaded.named_modules() if isinstance(m, Int8Linear)}
+    half = cls.from_pretrained(folder, dtype=Int8(torch.bfloat16)).state_dict()
+    on_meta = cls.from_pretrained(folder, "meta", Int8(torch.bfloat16)).state_dict()
+    assert {n: (t.shape, t.dtype) for n, t in half.items()} == {
+        n: (t.shape, t.dtype) for n, t in on_meta.items()}
+    assert all(torch.equal(half[f"{name}.{part}"].float(), after.state_dict()[f"{name}.{part}"].float())
+               for name in large for part in ("weight", "scale"))
+    for dtype in (None, torch.float32):
+        refuses("int8 can't be saved", loaded.save_pretrained, tmp_path / "new", dtype)
+    assert not (tmp_path / "new").exists()
 
 
 def test_key_names():
@@ -5568,7 +5617,7 @@ def random_image(height, width, seed=0):
 
 
 def pixels_of(path):
-    return np.asarray(Image.open(path))
+    return np.asarray(data.load_image(str(path)))       # as generated: files are larger
 
 
 def captions_in(spec):
@@ -5593,7 +5642,8 @@ def test_sample_writes_images_and_a_grid(tiny_folder, tmp_path):
     """From a shell: two images and a grid, where they are and how long it took; the same ones again."""
     command = f"sample.py --n 2 --seed 5 --ckpt {tiny_folder} --out {tmp_path} --prompt".split()
     once = run_script(*command, "A red circle!")
-    files = [tmp_path / f"a-red-circle-{name}.png" for name in ("5", "6", "5-to-6")]
+    names = ("seed5", "seed6", "grid-of-2-seed5-to-seed6")
+    files = [tmp_path / f"a-red-circle-{name}.png" for name in names]
     assert once.returncode == 0 and once.stdout.split() == list(map(str, files)), once.stderr
     assert all(part in once.stderr for part in ("load", "LLM", "DiT", "decoder", "GiB"))
     assert len(once.stderr.splitlines()) == 1
@@ -5603,6 +5653,63 @@ def test_sample_writes_images_and_a_grid(tiny_folder, tmp_path):
     again = run_script(*command, "A red circle!")       # from a shell: the threads' number moves last bits
     assert again.stdout == once.stdout and (pixels_of(files[0]) == a).all()
     assert len(os.listdir(tmp_path)) == 3
+
+
+def test_sample_enlarges_small_images_and_reads_them_as_they_were(pipe, sample_main, tmp_path):
+    """Each pixel is a square in the file; whoever reads it gets the generated pixels, to the last bit. A
+    file that was changed since, or whose note is none, is read as it is."""
+    assert sample_main("--prompt", "a star", "--seed", 5) == 0
+    file, pixels = tmp_path / "a-star-seed5.png", sample.to_uint8(pipe.images(["a star"], [5])[0])
+    large = np.array(Image.open(file))
+    assert large.shape == (256, 256, 3) and (large == pixels.repeat(8, 0).repeat(8, 1)).all()
+    image = sample.read_image(file)
+    assert (np.asarray(image) == pixels).all() and (np.asarray(data.load_image(file, 32)) == pixels).all()
+    assert (pipe.vision_inputs(image)[0] == pipe.vision_inputs(Image.fromarray(pixels))[0]).all()
+    sample.save_image(torch.rand(3, 256, 300), tmp_path, "large", {})
+    assert data.load_image(tmp_path / "large.png").size == (300, 256)
+    large[100, 100] = 255 - large[100, 100]
+    for i, scale in enumerate(("8", "7", "0", "x", "300", "-8", "99999", "")):
+        note = PngImagePlugin.PngInfo()
+        note.add_text(data.ENLARGED, scale)
+        Image.fromarray(large).save(tmp_path / f"{i}.png", pnginfo=note)
+        assert (np.asarray(data.load_image(tmp_path / f"{i}.png")) == large).all()
+
+
+def test_sample_writes_steps_as_an_animation(pipe, sample_main, tmp_path, capsys):
+    """An image of each prompt side by side, the last frame the longest; it ends at the images."""
+    assert sample_main("--prompt", "a star | a red circle", "--steps-gif", "--seed", 5) == 0
+    file = tmp_path / "a-star-and-1-more-seed5-steps.gif"
+    assert capsys.readouterr().out == f"{file}\n"
+    film, durations = Image.open(file), []
+    for i in range(film.n_frames):
+        film.seek(i)
+        durations.append(film.info["duration"])
+    assert film.size == (2 * 260, 260) and film.n_frames == 5 and film.info["loop"] == 0
+    assert durations == [sample.GIF_PAUSE] * 4 + [sample.GIF_END]
+    ends = sample.image_grid(pipe.images(["a star", "a red circle"], [5, 5]), 2, 256)
+    last = np.asarray(film.convert("RGB")).astype(int)
+    assert np.abs(last - sample.to_uint8(ends)).mean() < 20                     # of 48 colours
+    assert json.loads(sample.made_from(file))["prompt"] == "a star | a red circle"
+    assert sample_main("--prompt", "a star | a red circle", "--steps-gif", "--seed", 5) == 0    # once more
+    assert sample_main("--prompt", "a star", "--steps-gif", "--seed", 5, "--steps", 20) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [file.name, "a-star-seed5-steps.gif"]
+    assert Image.open(tmp_path / "a-star-seed5-steps.gif").n_frames <= sample.GIF_FRAMES
+
+
+def test_sample_shows_all_in_a_contact_sheet(pipe, sample_main, tmp_path):
+    """Eight cells of which the first is the image, the sixth its change, the last its reconstruction."""
+    assert sample_main("--prompt", "a star", "--contact-sheet", "--seed", 5) == 0
+    shown = np.asarray(data.load_image(tmp_path / "a-star-seed5-sheet.png"))
+    images = pipe.images(["a star"], [5])
+    image = Image.fromarray(sample.to_uint8(images)[0])
+    changed = pipe.images([sheet.CHANGE], [5], images=[image])
+    step, side = sheet.SIDE + sheet.GAP, sheet.SIDE
+    second = sheet.GAP + (len(shown) - sheet.GAP) // 2               # where the lower row begins
+    for at, made in ((0, images), (5, changed), (7, pipe.reconstruct([image], [5]))):
+        y, x = (second if at > 3 else sheet.GAP), sheet.GAP + at % 4 * step
+        small = Image.fromarray(sample.to_uint8(made)[0]).resize((side, side), Image.NEAREST)
+        assert np.abs(shown[y:y + side, x:x + side].astype(int) - np.asarray(small)).max() <= 1
+    assert sample_main("--contact-sheet") == 2
 
 
 def test_sample_answers_reconstructs_and_strips(pipe, image_file, sample_main, tmp_path, capsys):
@@ -5615,17 +5722,44 @@ def test_sample_answers_reconstructs_and_strips(pipe, image_file, sample_main, t
     pair, before = pixels_of(tmp_path / "some-cat-reconstructed.png"), data.crop_square(image, 32)
     assert pair.shape == (196, 392, 3) and (pair[2:194:6, 2:194:6] == np.asarray(before)).all()
     assert sample_main("--prompt", "a star", "--steps-strip") == 0
-    assert Image.open(tmp_path / "a-star-0-steps.png").size == (5 * 196, 2 * 196)    # noise and 4 steps
+    assert Image.open(tmp_path / "a-star-seed0-steps.png").size == (5 * 196, 2 * 196)    # noise and 4 steps
+
+
+def test_sample_in_int8(image_file, tmp_path, monkeypatch, capsys):
+    """Images and answers of weights/nano are nearly those in fp32, with --offload the same; the PNG says how
+    it was made; --dry-run counts the bytes that are there."""
+    monkeypatch.setattr(checkpoint, "INT8_LEAST", 2 ** 12)
+    monkeypatch.setattr(sample, "OUT", str(tmp_path))
+    nano = ["--ckpt", "weights/nano", "--device", "cpu"]
+    draw = ["--no-upsample", "--prompt", "a large red circle on a grey background"]
+    for args in ([], ["--dtype", "int8"], ["--dtype", "int8", "--offload"]):
+        assert sample.main([*nano, *draw, *args]) == 0
+        assert sample.main([*nano, "--image", capsys.readouterr().out.split()[0], *args]) == 0
+        assert "large red circle" in capsys.readouterr().out
+    plain, int8 = sorted(tmp_path.glob("*.png"))        # offload's is the second again
+    assert 0 < np.abs(pixels_of(plain).astype(float) - pixels_of(int8)).mean() < 1
+    assert {json.loads(sample.made_from(file))["dtype"] for file in (plain, int8)} == {"float32", "int8"}
+
+    assert sample.main([*nano, "--dry-run", "--dtype", "int8"]) == 0
+    lines = {line.split("  ")[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
+    pipe = sample.Pipeline("weights/nano", "cpu", "int8")
+    pipe.answer(data.load_image(image_file), "a", 2)
+    pipe.images(["a star"], [0], 1, decoder_steps=1)
+    for name, part in (("Qwen ViT", pipe.model.visual), ("LLM", pipe.model.llm), ("DiT", pipe.model.dit),
+                       ("UNet", pipe.decoder.unet)):
+        assert any(isinstance(m, Int8Linear) for m in part.modules())
+        size = sum(t.untyped_storage().nbytes() for t in part.state_dict().values())
+        assert float(lines[name][-1]) == pytest.approx(size / 2 ** 30, abs=6e-4)
 
 
 def test_sample_never_overwrites_another_image(tiny_folder, sample_main, tmp_path, capsys):
     """Prompts of one slug, other settings, foreign files, --eva for a folder without image parts."""
-    (tmp_path / "a-star-0.png").write_text("not an image, but somebody's")
+    (tmp_path / "a-star-seed0.png").write_text("not an image, but somebody's")
     image_parts = shutil.ignore_patterns("gen_vision_tower", "diffusion-decoder")
     bare = ["a star", "--ckpt", shutil.copytree(tiny_folder, tmp_path / "bare", ignore=image_parts)]
     for args in (["a star"], ["A star?"], ["a star", "--steps", 2], [*bare, "--eva", tiny_folder]):
         assert sample_main("--prompt", *args) == 0
-    files = [f"a-star-0-{i}.png" for i in (2, 3, 4, 5)]
+    files = [f"a-star-seed0-v{i}.png" for i in (2, 3, 4, 5)]
     assert [Path(path).name for path in capsys.readouterr().out.split()] == files
     first, _, steps, eva = (tmp_path / file for file in files)
     about = json.loads(sample.made_from(steps))
@@ -5651,7 +5785,10 @@ def test_sample_best_of_keeps_the_best_image(pipe, sample_main, tmp_path):
     assert seeds == [max(group, key=scores.get) for group in (range(6, 9), range(9, 12))]
     assert gap(pixels, torch.stack([images[seed] for seed in seeds])) < 1e-4
     assert sample_main("--prompt", "a star", "--best-of", 3, "--seed", 2) == 0
-    assert [path.name for path in tmp_path.glob("*.png")] == [f"a-star-{seeds[0]}.png"]
+    assert [path.name for path in tmp_path.glob("*.png")] == [f"a-star-seed{seeds[0]}.png"]
+    assert sample_main("--prompt", "a star", "--best-of", 2, "--n", 2, "--out", tmp_path / "two") == 0
+    files = sorted((path.stem for path in (tmp_path / "two").iterdir()), key=len)      # of images, a grid
+    assert files[2] == f"a-star-grid-of-2-{files[0].split('-')[-1]}-to-{files[1].split('-')[-1]}"
 
 
 def test_sample_upsamples_prompts(pipe, tiny_folder, sample_main, tmp_path, capsys):
@@ -5672,7 +5809,7 @@ def test_sample_upsamples_prompts(pipe, tiny_folder, sample_main, tmp_path, caps
     assert sample_main("--prompt", "a star", "--seed", 5, "--upsample") == 0
     assert f"seed 5: {texts[0]}" in capsys.readouterr().err
     assert sample_main("--prompt", "a star", "--seed", 5) == 0              # this folder's own way: as typed
-    files = [tmp_path / name for name in ("a-star-5.png", "a-star-5-2.png")]
+    files = [tmp_path / name for name in ("a-star-seed5.png", "a-star-seed5-v2.png")]
     assert [json.loads(sample.made_from(file))["upsample"] for file in files] == [True, False]
     assert (pixels_of(files[0]) == sample.to_uint8(upsampled[0])).all()
 
@@ -5697,8 +5834,20 @@ def test_sample_upsamples_edits(pipe, image_file, sample_main, tmp_path, capsys)
     line = ("--image", image_file, "--draw", "--prompt", prompts[0], "--seed", 5, "--upsample")
     assert sample_main(*line) == 0
     assert f"seed 5: {texts[0]}" in capsys.readouterr().err
-    assert (pixels_of(tmp_path / "make-it-blue-5.png") == sample.to_uint8(edited[0])).all()
-    assert json.loads(sample.made_from(tmp_path / "make-it-blue-5.png"))["upsample"]
+    assert (pixels_of(tmp_path / "make-it-blue-seed5.png") == sample.to_uint8(edited[0])).all()
+    assert json.loads(sample.made_from(tmp_path / "make-it-blue-seed5.png"))["upsample"]
+
+
+def test_taught_models_draw_changes_from_their_description(chat_folder, image_file):
+    """Without the image, unless the prompt stayed as it is: mixed in a batch, too."""
+    pipe, image = sample.Pipeline(chat_folder), data.load_image(image_file)
+    pipe.upsampled["make it blue", 5, sample.image_hash(image)] = "a blue star"
+    pipe.upsampled["a red one", 6, sample.image_hash(image)] = "a red one"      # an empty answer
+    prompts, texts = ["make it blue", "a red one"], ["a blue star", "a red one"]
+    both = pipe.images(prompts, [5, 6], images=[image] * 2, upsample=True)
+    assert gap(both[:1], pipe.images(texts[:1], [5], upsample=False)) < 1e-4
+    assert gap(both[1:], pipe.images(texts[1:], [6], images=[image], upsample=False)) < 1e-4
+    assert gap(both[1:], pipe.images(texts[1:], [6], upsample=False)) > 1e-3
 
 
 @pytest.fixture
@@ -5765,7 +5914,7 @@ def test_sample_says_what_a_model_declines(chat_folder, tiny_folder, monkeypatch
         assert err.count("outside") == (folder == chat_folder)
     assert asked[4:] == ["a dog"] * 2
     monkeypatch.setattr(sample.Pipeline, "ask", lambda *_, **__: [data.EDIT])
-    file = f"{folder}/out/a-dog-0.png"
+    file = f"{folder}/out/a-dog-seed0.png"
     assert sample.main(["--ckpt", chat_folder, "--image", file, "--prompt", "it blue"]) == 0
     out, err = capsys.readouterr()
     assert not out and "--draw generates it" in err
@@ -5896,7 +6045,7 @@ def test_sample_chat(sample_main, image_file, tmp_path, monkeypatch, capsys):
     assert sample_main("--chat", "--max-new-tokens", 4) == 0
     out, err = capsys.readouterr()
     mistakes = ("no image to edit yet", "as in /image a red", "no command /dance", "cat.png.gif")
-    assert all(part in err for part in mistakes) and str(tmp_path / "a-star-0.png") in out
+    assert all(part in err for part in mistakes) and str(tmp_path / "a-star-seed0.png") in out
     turns, images = zip(*(call.args[1:3] for call in reply.call_args_list))
     prompts, inputs = zip(*((call.args[1][0], call.kwargs["images"]) for call in generate.call_args_list))
     assert [list(map(len, each)) for each in images] == [[0], [0, 1], [0, 1, 0], [1], [1], [1, 1], [0]]
@@ -5904,7 +6053,7 @@ def test_sample_chat(sample_main, image_file, tmp_path, monkeypatch, capsys):
     assert asked == [hello, *["what is it?", "and now?"] * 2, "?", hello] and turns[0] == turns[6]
     answers = [answer for _, answer in turns[2][:-1]]                       # to the first two questions
     assert turns[1][:-1] == [(hello, answers[0])] and out.startswith("\n".join(answers) + "\n")
-    star, blue = (pixels_of(tmp_path / name) for name in ("a-star-0.png", "make-it-blue-1.png"))
+    star, blue = (pixels_of(tmp_path / name) for name in ("a-star-seed0.png", "make-it-blue-seed1.png"))
     assert prompts == ("a star", "make it blue", "grey") and inputs[0] is None
     assert (np.asarray(inputs[1][0]) == star).all() and (np.asarray(inputs[2][0]) == pixels_of(cat)).all()
     assert (np.asarray(images[3][0][0]) == star).all() and (np.asarray(images[4][0][0]) == blue).all()
@@ -5924,9 +6073,9 @@ def test_sample_chat_where_the_model_decides(chat_folder, image_file, sample_mai
     assert sample_main("--ckpt", chat_folder, "--chat", "--seed", 3) == 0
     out, err = capsys.readouterr()
     assert "in your own words" in err and len(err.split("stops an answer\n")[1].splitlines()) == 1
-    files = ["blue-3", "draw-a-star-4", "blue-5", "grey-6", "a-cross-7", "dark-8", "grey-9"]
+    files = ["blue", "draw-a-star", "blue", "grey", "a-cross", "dark", "grey"]
     paths = [line for line in out.splitlines() if line.endswith(".png")]
-    assert [Path(path).stem for path in paths] == files
+    assert [Path(path).stem for path in paths] == [f"{name}-seed{i}" for i, name in enumerate(files, 3)]
     first, star, blue, grey, cross, dark, last = map(pixels_of, paths)
     cat = np.asarray(data.load_image(image_file))
     inputs = [call.kwargs["images"] for call in images.call_args_list]
@@ -5959,7 +6108,7 @@ def test_sample_chat_by_control_tokens(chat_folder, monkeypatch, tmp_path, capsy
     begin_answers(pipe, data.IMG)
     conversation.read("draw a star")
     out, err = capsys.readouterr()
-    assert out == f"{tmp_path / 'draw-a-star-0.png'}\n"
+    assert out == f"{tmp_path / 'draw-a-star-seed0.png'}\n"
     assert err == f"seed 0: {pipe.upsample_prompts(['draw a star'], [0])[0]}\n"
     begin_answers(pipe, data.EDIT)
     conversation.read("make it blue")
@@ -6255,6 +6404,10 @@ CASES = {  # command line: what the sentence names
     "": "say what to do", "--prompt ' '": "prompt is empty", "--image ''": "--image is empty",
     "--prompt a --n 0": "--n: 0 isn't", "--x 1": "unrecognized", "--prompt a --o x": "unrecognized",
     "--prompt a --reconstruct": "--reconstruct needs", "--export onnx TMP/x": "not onnx",
+    "--export diffusers TMP/x --dtype int8": "leave out --dtype int8",
+    "--explain ' '": "--explain is empty", "--explain a --prompt b": "leave out --prompt",
+    "--explain a --compile": "leave out --compile", "--explain a\udcff": "isn't UTF-8",
+    "--prompt 'a | b | c | d | e' --steps-gif": "at most 4", "--prompt 'a |  | b' --steps-gif": "is empty",
     "--prompt a --draw": "--draw needs", "--image IMAGE --draw": "--draw needs", "--draw": "say what to do",
     "--caption TMP/no": "no image", "--caption 'TMP/*.gif'": "no image", "--caption TMP/out.gif": "no image",
     "--prompt a --offload --compile": "leave out --offload", "--prompt a --dtype float7": "no dtype",
@@ -6376,9 +6529,6 @@ def test_sample_reads_the_flags_of_its_commands(tiny_folder, monkeypatch):
     names = set(vars(sample.parse(["--dry-run"])[1]))
     assert set().union(*sample.READS.values()) == names
     assert sample.READS.keys() == {*sample.COMMANDS, "dry-run"}
-    for line in (HERE / "README.md").read_text("utf-8").splitlines():       # what is promised is taken
-        if line.startswith("python sample.py"):
-            sample.parse(shlex.split(line, comments=True)[2:])
     assert sample.parse(["--chat", "--temperature", "1", "--top-p", "0.5", "--seed", "3", "--size", "9"])
     assert sample.parse(["--prompt", "a", "--best-of", "2", "--max-pixels", "9"])[0] == "draw"
     refuses("no effect on the images of .* --decoder-steps", sample.check_model,
@@ -6387,6 +6537,98 @@ def test_sample_reads_the_flags_of_its_commands(tiny_folder, monkeypatch):
     refuses("no effect on the images of .* --steps, --cfg", sample.check_model,
             SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(latents=False), dit=None)),
             sample.parse(["--prompt", "a", "--cfg", "3", "--steps", "2"])[1])
+
+
+# -- what the documents promise --
+
+DOCUMENTS = ["README.md", "miniature/README.md",
+             *sorted(f"docs/{path.name}" for path in HERE.glob("docs/*.md"))]
+COMMAND = re.compile(r"^(?:.*&& )?(?:python|torchrun .*) ((train|sample|eval)\.py .*)$", re.MULTILINE)
+PATH = re.compile(r"(?<![\w/.:-])((?:assets|results|docs|weights|miniature|evals)/[\w./*-]*[\w*/]|[\w-]+"
+                  r"\.(?:py|sh|ipynb|md))(?![\w/])")
+SOURCE = re.compile(r"python (?:train|sample|eval)\.py|results/")      # of the numbers in a table
+
+
+def code_of(text):
+    """Markdown -> its code blocks (continued lines joined, shell variables filled in), its code spans."""
+    blocks, rest = re.findall(r"^```.*\n([^`]*?)^```", text, re.MULTILINE), re.sub("(?s)```.*?```", "", text)
+    for i, block in enumerate(blocks):
+        variables = dict(re.findall(r'^(\w+)="(.*)"$', block, re.MULTILINE))
+        blocks[i] = Template(block.replace("\\\n", " ")).safe_substitute(variables)
+    return blocks, [" ".join(span.split()) for span in re.findall("`([^`]+)`", rest)]
+
+
+def anchors(path):
+    """The names that links into a Markdown file may end in, as GitHub makes them of its headings."""
+    headings = re.findall("^#+ (.*)$", path.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def broken_promises(name, text):
+    """What the Markdown file `name` of this text names, but isn't there: paths, links, flags of commands."""
+    blocks, spans = code_of(text)
+    old = set(re.findall(r"`([^`]+)`\s+of\s+commit\s", text))                   # it was there
+    for path in sorted(set(PATH.findall("\n".join([*blocks, *spans]))) - old):
+        if name == "docs/log.md" and path.startswith(("results/", "weights/")):      # of its dates
+            continue
+        if not any(any(root.glob(path.rstrip("/"))) for root in (HERE, (HERE / name).parent)):
+            yield f"there is no {path}"
+    for link, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", text):
+        target = (HERE / name).parent / link if link else HERE / name
+        if not target.exists() or anchor and anchor not in anchors(target):
+            yield f"there is no {link}#{anchor}"
+    evaluation = importlib.import_module("eval")
+    parsers = {"train": train.arguments, "sample": sample.parse, "eval": evaluation.parse}
+    for line, script in COMMAND.findall("\n".join([*blocks, *spans])):
+        words = shlex.split(line, comments=True)[1:]
+        for flag in {"--init", "--eva"} & set(words):                        # must exist
+            words[words.index(flag) + 1] = str(train.NANO)
+        try:
+            parsers[script](words)
+        except ValueError as error:
+            yield f"{line}: {error}"
+    for file, lines in re.findall(r"\[`(\w+\.py)`\]\(.*?\) \| (\d+) \|", text):
+        if not 0.8 < len((HERE / file).read_text("utf-8").splitlines()) / int(lines) < 1.25:
+            yield f"{file} hasn't {lines} lines"
+
+
+def tables_without_source(text):
+    """The first lines of tables with neither a command nor a file in results/ above or below."""
+    blocks = re.split(r"\n\s*\n", text)
+    for i, block in enumerate(blocks):
+        around = blocks[max(i - 1, 0):i] + blocks[i + 1:i + 2]
+        if block.startswith("|") and not any(SOURCE.search(other) for other in around):
+            yield block.splitlines()[0]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_documents_name_what_exists(name):
+    """Paths, links and commands; the README ends before its reader does; each number has a source."""
+    text = (HERE / name).read_text("utf-8")
+    assert list(broken_promises(name, text)) == []
+    assert name != "README.md" or len(text.split()) <= 1600
+    assert name != "docs/results.md" or list(tables_without_source(text)) == []
+
+
+@pytest.mark.parametrize("wrong, right", [
+    ("`results/no.json`", "`results/speed.txt`"), ("`nowhere.py`", "`flow.py`"),
+    ("![a](assets/no.png)", "![a](assets/scene.png)"), ("[a](#b)", "# b\n[a](docs/log.md)"),
+    ("[a](CONTRIBUTING.md#no)", "[a](CONTRIBUTING.md#how-to-add)"),
+    ("`python eval.py alignments`", "`python eval.py alignment\n--n-prompts 9`"),
+    ("```bash\ntrue && python sample.py --prompt a --colour 3\n```",
+     "```bash\ntrue && python sample.py --prompt a # b\n```"),
+    ("```bash\nA=\"--stage 9\"\npython train.py $A \\\n  --seed 1\n```",
+     "```bash\nA=\"--stage 1\"\ntorchrun --b train.py $A \\\n  --init X\n```"),
+    ("[`flow.py`](flow.py) | 400 |", "[`flow.py`](flow.py) | 150 |"),
+    ("`results/no.json` of commits", "`results/no.json` of commit 0a77801, and `runs/x/y.json`")])
+def test_broken_promises_are_found(wrong, right):
+    assert len(list(broken_promises("README.md", wrong))) == 1 and not [*broken_promises("README.md", right)]
+
+
+def test_tables_without_source_are_found():
+    table, command = "| a |\n|---|\n| 1 % |", "`python eval.py judge`"
+    assert not [*tables_without_source(f"{command}:\n\n{table}\n\nSo.\n\n{table}\n\n`results/speed.txt`")]
+    assert [*tables_without_source(f"{command}:\n\nSo.\n\n{table}\n\n{table}")] == ["| a |"] * 2
 
 
 HOSTILE = ("", " ", "0", "1", "-1", "nan", "inf", "1e400", "9" * 400, "cpu", "meta", "cuda:99", "a\0b",
@@ -6443,9 +6685,9 @@ def test_sample_names_and_notes_of_files(pipe, sample_main, image_file, tmp_path
         assert json.loads(sample.made_from(path)) == {"a": prompt}
     assert [path.suffix for path in tmp_path.iterdir()] == [".png"] * len(prompts)      # nothing temporary
     os.mkfifo(tmp_path / "a-0.png")
-    (tmp_path / "a-0-2.png").mkdir()
-    (tmp_path / "a-0-3.png").symlink_to("nowhere")
-    assert sample.save_image(torch.rand(3, 8, 8), tmp_path, "a-0", {}).name == "a-0-4.png"
+    (tmp_path / "a-0-v2.png").mkdir()
+    (tmp_path / "a-0-v3.png").symlink_to("nowhere")
+    assert sample.save_image(torch.rand(3, 8, 8), tmp_path, "a-0", {}).name == "a-0-v4.png"
     refuses("no numbers", sample.save_image, torch.full((3, 8, 8), math.nan), tmp_path, "b", {})
     lines = ([], ["--steps", 2], ["--dtype", "bf16"], ["--best-of", 2, "--min-pixels", 99], ["--best-of", 2])
     notes = []
@@ -6682,20 +6924,26 @@ def test_official_parts_are_read_when_used(official):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_official_loading_copies_once(tmp_path):
-    """Reading bf16 weights into fp32 takes their fp32 size and one tensor more, whatever the file's size."""
+    """Reading bf16 weights into fp32 takes their fp32 size and one tensor more, whatever the file's size; so
+    does int8, of a quarter the size."""
     def mebibytes(name):
         status = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) / 1024 for line in status if line.startswith(name))
-    build = partial(nn.Sequential, *[nn.Linear(2 ** 10, 2 ** 13, False, device="meta")] * 16)
+
+    def build():
+        return nn.Sequential(*[nn.Linear(2 ** 10, 2 ** 13, False, device="meta") for _ in range(16)])
     tensors = {name: torch.zeros(p.shape, dtype=torch.bfloat16) for name, p in build().state_dict().items()}
     save_file(tensors, tmp_path / "w.safetensors")
     headers = read_headers(tmp_path)
-    for read in (lambda: load_strict(build, headers, "here"),
-                 lambda: [read_tensor(stored, "cpu", torch.float32) for stored in headers.values()]):
+    reads = {partial(load_strict, build, headers, "here"): 512,
+             lambda: [read_tensor(stored, "cpu", torch.float32) for stored in headers.values()]: 512,
+             partial(load_strict, build, headers, "here", "cpu", Int8(torch.float32)): 128}
+    for read, size in reads.items():
         before = mebibytes("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
         weights = read()
-        assert 500 < mebibytes("VmHWM") - before < 512 + 16 + 32 + 16       # fp32, one tensor, and slack
+        # The result, one tensor, and slack.
+        assert size - 12 < mebibytes("VmHWM") - before < size + 16 + 32 + 16
         del weights
 
 
@@ -6711,6 +6959,17 @@ def test_official_dry_run(name, llm, capsys):
     together, apart = map(float, lines["draw"][-2:])
     weights = [float(lines[part][-1]) for part in ("LLM", "DiT", "UNet", "VAE")]
     assert sum(weights) < together < sum(weights) + 6 and max(weights) < apart < max(weights) + 6
+
+
+def test_official_dry_run_in_int8(capsys, monkeypatch):
+    """The 4B model draws in 6 GiB with --offload, and answers in 5."""
+    monkeypatch.setattr(sample.Pipeline, "peak_memory", lambda pipe: 0.35 * 2 ** 30)     # of a fresh process
+    assert sample.main(["--ckpt", "4b", "--dry-run", "--dtype", "int8", "--device", "cpu"]) == 0
+    lines = {line.split("  ")[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
+    # Linear layers, a byte a weight; embeddings of 151668 tokens in fp32; the rest are norms and biases.
+    rows = 3_085_389_824 - 2_774_532_096
+    assert float(lines["LLM"][-1]) == pytest.approx((2_774_532_096 + rows * 4) / 2 ** 30, abs=0.01)
+    assert float(lines["draw"][-1]) < 6 and float(lines["answer"][-2]) < 5
 
 
 @pytest.mark.reference
@@ -6731,7 +6990,7 @@ def test_official_export_to_diffusers(official, tmp_path, capsys):
     assert gap(official_velocity(dit, *inputs), official_velocity(official.dit, *inputs)) < 1e-6
 
 
-# ---- not a test: `python test_all.py FOLDER`, then what the README says under "Memory" --------------------
+# ---- not a test: `python test_all.py FOLDER`, then what docs/official.md says under "Memory" --------------
 def write_random_4b(folder):
     """Random bf16 weights of the 4B size, without EVA-CLIP, a file for each tensor: about 15 GB."""
     folder, pipe, block = Path(folder), estimate.Blueprint("4b", "cpu"), randn(2 ** 24).mul(0.02).bfloat16()

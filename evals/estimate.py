@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import folder_parts
+from checkpoint import INT8_BLOCK, Int8, Int8Linear, activation_dtype, folder_parts, quantise_linears
 from clip_decoder import PRESETS as DECODER_PRESETS
 from clip_decoder import VAE, EvaClip, PixelDecoder, UNet
 from model import PRESETS, BLIP3o, preset
@@ -28,11 +28,15 @@ class Blueprint(Pipeline):
 
     def __init__(self, name, device="auto", dtype="auto"):
         self.folder, self.device, sizes = None, pick_device(device), DECODER_PRESETS["official"]
-        self.dtype = pick_dtype(dtype, self.device)
+        self.precision = pick_dtype(dtype, self.device)
+        self.dtype = activation_dtype(self.precision)
         with torch.device("meta"):
             self.model = BLIP3o(preset(name)).to(self.dtype)
             self.eva = EvaClip(sizes["clip"]).to(self.dtype)
             unet, vae = UNet(sizes["unet"]).to(self.dtype), VAE(sizes["vae"])
+        if isinstance(self.precision, Int8):
+            for module in (self.model, self.eva, unet):
+                quantise_linears(module, self.dtype)
         self.decoder = PixelDecoder(unet, vae)
 
 
@@ -69,6 +73,13 @@ def working_memory(pipe, name, n, size=None):
     return int(VAE_WORK * n * (side * vae.factor) ** 2 * vae.config.block_out_channels[0] * 4)
 
 
+def dequantised(pipe, module):
+    """Bytes of the largest int8 weight of a module, or of a block of it on a CPU, as floats: what Int8Linear
+    makes of it for a product. 0 without int8."""
+    largest = max((m.weight.numel() for m in module.modules() if isinstance(m, Int8Linear)), default=0)
+    return min(largest, INT8_BLOCK if pipe.device.type == "cpu" else largest) * pipe.dtype.itemsize
+
+
 def estimate_sampling(args):
     """`sample.py --dry-run`: what each part takes, and the peak memory of each use."""
     without_files = args.ckpt in BLUEPRINTS and not Path(args.ckpt).exists()
@@ -76,10 +87,12 @@ def estimate_sampling(args):
         pipe = Blueprint(args.ckpt, args.device, args.dtype)
     else:
         pipe = Pipeline(args.ckpt, args.device, args.dtype, eva=args.eva)
-    sizes = {name: (sum(p.numel() for p in module.parameters()), sum(p.nbytes for p in module.parameters()))
-             for name, module in components(pipe).items()}
+    modules = components(pipe)
+    sizes = {name: (sum(p.numel() for p in module.parameters()),
+                    sum(tensor.nbytes for tensor in module.state_dict().values()))
+             for name, module in modules.items()}
     total = tuple(map(sum, zip(*sizes.values())))
-    print(f"{args.ckpt} in {str(pipe.dtype).removeprefix('torch.')}, on {pipe.device.type}")
+    print(f"{args.ckpt} in {str(pipe.precision).removeprefix('torch.')}, on {pipe.device.type}")
     print(f"{'':16}{'parameters':>16}{'GiB':>9}")
     for name, (count, bytes) in {**sizes, "all": total}.items():
         print(f"{name:16}{count:16,}{bytes / GIB:9.3f}")
@@ -88,7 +101,8 @@ def estimate_sampling(args):
     for use, parts in USES.items():
         if not sizes.keys() >= set(parts):
             continue
-        work = {name: working_memory(pipe, name, args.n, args.size) for name in parts}
+        work = {name: working_memory(pipe, name, args.n, args.size) + dequantised(pipe, modules[name])
+                for name in parts}
         together = sum(sizes[name][1] for name in parts) + max(work.values())
         apart = max(sizes[name][1] + work[name] for name in parts)
         peaks = ["unknown" if base is None else f"{(base + bytes) / GIB:.3f}" for bytes in (together, apart)]

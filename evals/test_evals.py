@@ -14,6 +14,7 @@ import zlib
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +26,8 @@ from torch import nn
 
 import checkpoint
 import data
+import demo
+import dit
 import eval as command_line
 import sample
 from clip_decoder import EvaClip
@@ -889,6 +892,171 @@ def test_compare_page_in_a_browser(compare_page, browser, run, tmp_path):
         assert (row["A"], row["alike"], row["B"]) == (wins, ties, 12 - wins - ties)
 
 
+# ---- a look inside one prompt ----------------------------------------------------------------------
+def heard_run(folder, prompt="a red star", seed=3):
+    """A pipeline, what `record` heard of one image, that image, and the prompt's ids."""
+    pipe = sample.Pipeline(folder, "cpu")
+    with explain.record(pipe, pipe.sampling["cfg"], pipe.sampling["decoder_cfg"]) as tape:
+        image = pipe.images([prompt], [seed])[0]
+    return pipe, tape, image, pipe.prompt_rows([prompt])[0][0]
+
+
+def test_attention_weights_are_those_of_torch():
+    """Against torch's own function with the unit vectors as values: masks, scales, grouped heads."""
+    q, k, eye = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8), torch.eye(7).expand(2, 2, 7, 7)
+    mask = torch.rand(2, 1, 5, 7) > 0.3
+    mask[..., 0] = True
+    for asked in ({}, {"scale": 0.1}, {"mask": mask}, {"mask": torch.randn(2, 1, 5, 7)}, {"causal": True}):
+        theirs = F.scaled_dot_product_attention(
+            q, k, eye, attn_mask=asked.get("mask"), is_causal="causal" in asked, scale=asked.get("scale"),
+            enable_gqa=True)
+        assert gap(explain.attention_weights(q, k, **asked), theirs) < 1e-5
+
+
+def test_explained_attention_is_an_explicit_softmax(tiny_folder, monkeypatch):
+    """Of the first layer of the language model, by hand from the embeddings without cache; of all of the
+    DiT, from its own queries and keys. All rows sum to 1, and afterwards nothing listens."""
+    crossed, attend, original = [], dit.attend, F.scaled_dot_product_attention
+
+    def attending(q, k, v):
+        crossed.append((q[0], k[0]))
+        return attend(q, k, v)
+    monkeypatch.setattr(dit, "attend", attending)
+    pipe, tape, image, ids = heard_run(tiny_folder)
+    net, cross = pipe.model.requires_grad_(False), crossed[1::2]        # after each one's self-attention
+    n, length, layer = net.config.n_query, len(ids) + 1, net.llm.layers[0]
+    assert F.scaled_dot_product_attention is original and not net.dit._forward_hooks
+    assert torch.equal(image, sample.Pipeline(tiny_folder, "cpu").images(["a red star"], [3])[0])
+    embeds = net.llm.embed_tokens(torch.tensor([[*ids, net.config.img_token_id]]))
+    x = layer.input_layernorm(torch.cat([embeds, net.latent_queries], 1))                    # (1, L + n, D)
+    cos, sin = net.llm.rope(torch.arange(length + n)[None], x.dtype)
+    q, k = (project(x).unflatten(-1, (-1, net.config.text.head_dim)).transpose(1, 2)
+            for project in (layer.self_attn.q_proj, layer.self_attn.k_proj))
+    q, k = (rotate_half_split(y, cos, sin) for y in (q, k.repeat_interleave(q.shape[1] // k.shape[1], 1)))
+    scores = (q @ k.mT)[0] / net.config.text.head_dim ** 0.5
+    scores = scores.masked_fill(torch.ones(length + n, length + n).triu(1).bool(), -math.inf)
+    by_hand = scores.softmax(-1)[:, length:]
+    assert set(tape.layers) == set(range(len(net.llm.layers)))
+    assert gap(tape.layers[0], by_hand) < 1e-5
+    maps = [row for step in tape.maps for row in step]
+    assert len(maps) == 4 * len(net.dit.layers)
+    for weights, (q, k) in zip(maps, cross, strict=True):
+        scores = torch.einsum("hnd,md->hnm", q, k[0]) / q.shape[-1] ** 0.5          # one key head
+        assert gap(weights, scores.softmax(-1).mean(0)) < 1e-5
+    for rows in (*tape.layers.values(), *maps):
+        assert gap(rows.sum(-1), torch.ones(rows.shape[:-1])) < 1e-5
+
+
+def page_run(page):
+    """What a page shows, as a dict."""
+    return json.loads(re.search(r"const run = (.*);\n", page)[1])
+
+
+def image_in(address):
+    """The pixels of an image in a page."""
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))))
+
+
+def test_explain_page_shows_that_very_run(tiny_folder, tmp_path, capsys):
+    """Tokens, states, predictions and the image are those of --prompt; every line of code is where the page
+    says; the same again gives the same file, other settings another one."""
+    prompt = 'a "red" star </script> /*RUN*/ ABOUT'
+    command = ["--ckpt", tiny_folder, "--device", "cpu", "--out", str(tmp_path), "--seed", "3"]
+    command += ["--explain", prompt]
+    assert sample.main(command) == 0
+    file = Path(capsys.readouterr().out.strip())
+    assert file.name == "a-red-star-script-run-about-seed3-explained.html"
+    run, text = page_run(file.read_text("utf-8")), file.read_text("utf-8")
+    assert not re.search(r"https?:|url\(|@import", text) and text.count("</script>") == 1
+    pipe = sample.Pipeline(tiny_folder, "cpu")
+    image = pipe.images([prompt], [3])[0]
+    assert (image_in(run["image"]) == sample.to_uint8(image)).all() and run["prompt"] == prompt
+    assert json.loads(sample.made_from(file))["prompt"] == prompt
+    tokens = "".join(token["text"] for token in run["tokens"] if token["kind"] == "text")
+    assert prompt in tokens and len(run["tokens"]) == len(pipe.prompt_rows([prompt])[0][0]) + 1 + run["n"]
+    states, predictions = pipe.trajectory(prompt, 3)
+    seeds, flow = [3] * len(states), run["flow"]
+    negative = pipe.negative(seeds)
+    for name, features in (("state", states), ("prediction", predictions)):
+        pixels = pipe.pixels(features, seeds, negative=negative)
+        for frame, theirs in zip(flow["frames"], pixels, strict=True):
+            assert np.abs(image_in(frame[name]) - sample.to_uint8(theirs).astype(int)).max() <= 2
+    assert [frame["step"] for frame in flow["frames"]] == [0, 1, 2, 3, 4] and run["guided"]
+    assert len(run["decoder"]["frames"]) == 3 and min(frame["pull"] for frame in flow["frames"]) > 0
+    last = image_in(run["decoder"]["frames"][-1]["prediction"])
+    assert np.abs(last - sample.to_uint8(image).astype(int)).max() <= 1      # its end is the image
+    for panel in run["panels"].values():
+        name, number = panel["place"].split(":")
+        line = (Path(sample.__file__).parent / name).read_text("utf-8").splitlines()[int(number) - 1]
+        assert panel["code"] and panel["code"] in line
+    assert sample.main(command) == 0 and sample.main([*command, "--cfg", "1", "--decoder-cfg", "1"]) == 0
+    same, other = map(Path, capsys.readouterr().out.split())
+    assert same == file and other.name.endswith("explained-v2.html")
+    assert not page_run(other.read_text("utf-8"))["guided"]
+
+
+def test_explain_page_is_small_for_large_models(tiny_folder, monkeypatch):
+    """Layers, heads, frames and pixels are capped; half precision, a model without DiT."""
+    caps = {"LAYERS": 1, "HEADS": 2, "LARGE": 16, "LARGE_FRAMES": 2, "PIXELS": 8, "RESULT": 16}
+    for name, value in caps.items():
+        monkeypatch.setattr(explain, name, value)
+    pipe = sample.Pipeline(tiny_folder, "cpu", "bf16", offload=True)
+    page, image = explain.explain_page(pipe, "a star", 0, "{}", upsample=True)
+    run = page_run(page)
+    assert run["attention"]["layers"] == [1] and run["attention"]["heads"] == 3 and run["upsampled"]
+    assert len(base64.b64decode(run["attention"]["weights"])) == 3 * run["n"] * len(run["tokens"])
+    assert [frame["step"] for frame in run["flow"]["frames"]] == [0, 4]
+    assert image_in(run["flow"]["frames"][0]["state"]).shape == (8, 8, 3)
+    assert len(run["decoder"]["frames"]) == 2 and image_in(run["image"]).shape == (16, 16, 3)
+    assert torch.equal(image, pipe.images(["a star"], [0], upsample=True)[0])
+    pipe.model.dit = None
+    with pytest.raises(ValueError, match="has no DiT"):
+        explain.explain_page(pipe, "a star", 0, "{}")
+
+
+@pytest.mark.parametrize("width, scheme", [(1280, "light"), (360, "dark")])
+def test_explain_page_in_a_browser(tiny_folder, browser, tmp_path, width, scheme):
+    """The slider moves every panel that depends on time; layers, heads and queries can be chosen; it plays;
+    nothing throws, no request leaves, and a phone needs no sideways scrolling."""
+    about = json.dumps({"seed": 0, "cfg": 1.5, "ckpt": "tiny", "dtype": "float32", "device": "cpu"})
+    file, errors, asked = tmp_path / "page.html", [], []
+    text, _ = explain.explain_page(sample.Pipeline(tiny_folder, "cpu"), "a star", 0, about)
+    file.write_text(text, "utf-8")
+    page = browser.new_page(viewport={"width": width, "height": 740}, color_scheme=scheme)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda message: errors.append(message.text))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(file.as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+
+    def seen():
+        return page.evaluate("""() => [...document.querySelectorAll("#x_t, #x_1, #latents, #predicted")]
+            .map(image => image.src).concat([...document.querySelectorAll("svg line")].map(line =>
+            line.getAttribute("x1"))).concat([...document.querySelectorAll("#maps canvas")].map(canvas =>
+            canvas.toDataURL())).concat(document.getElementById("now").textContent)""")
+
+    def slide(step):
+        page.evaluate("""step => { const e = document.getElementById("time"); e.value = step;
+            e.dispatchEvent(new Event("input")) }""", step)
+        return seen()
+    first, last = slide(0), slide(4)
+    assert len(first) == 4 + 2 + 4 + 1 and all(a != b for a, b in zip(first, last, strict=True))
+    assert "step 4 of 4" in last[-1] and page.evaluate("document.getElementById('x_t').naturalWidth") == 32
+    page.click("#play")                                                 # from its end: begins anew
+    page.wait_for_function("document.getElementById('now').textContent.startsWith('step 4 of 4')")
+    for selector in ("button[data-key=layer] >> nth=0", "button[data-key=head] >> nth=2",
+                     "#maps button >> nth=1"):
+        before = page.text_content("#attention .note")
+        page.click(selector)
+        assert page.get_attribute(selector, "class") == "on"
+        assert page.text_content("#attention .note") != before
+    assert page.text_content("#attention .note").startswith("Query 2 most")
+    page.hover("canvas.matrix >> nth=0")
+    assert "query" in page.text_content("#attention .note")
+    assert not errors and {url.partition(":")[0] for url in asked} <= {"file", "data"}
+    assert len([url for url in asked if url.startswith("file")]) == 1
+
+
 # ---- leakage ---------------------------------------------------------------------------------------
 def test_leaks_equal_brute_force():
     """Nearest captions by every pair's Jaccard similarity; exact ones whatever the case."""
@@ -1399,3 +1567,82 @@ def test_ctrl_c_is_no_mistake(monkeypatch, run, capsys):
     monkeypatch.setattr(generation, "score", interrupt)
     run("score geneval --results x", code=130)
     assert not capsys.readouterr().err
+
+
+# ---- demo.py and docs/walkthrough.ipynb ------------------------------------------------------------
+def test_demo_without_gradio_says_what_to_install(monkeypatch, capsys):
+    """One sentence, exit code 2."""
+    monkeypatch.setattr(demo, "gr", None)
+    assert checkpoint.run_command("demo.py", lambda: demo.serve([])) == 2
+    said = "demo.py: the page needs Gradio: pip install -r requirements-demo.txt\n"
+    assert capsys.readouterr().err == said
+
+
+def test_demo_buttons(tiny_folder, image_file, tmp_path):
+    """The functions behind the page: generate, edit, reconstruct, and a talk with images both ways."""
+    page = demo.Page(["--ckpt", tiny_folder, "--out", str(tmp_path)])
+    file, origin = page.generate("a red star", 3, 2)
+    assert Path(file).parent == tmp_path and origin == "a red star (seed 3)"
+    edited, origin = page.generate("make it blue", 4, 2, image_file)
+    assert Path(edited).is_file() and edited != file and origin == "make it blue (seed 4)"
+    assert page.reconstruct(0, image_file).dtype == np.uint8
+    shown, chat, message = page.talk("", {"text": "what is it?", "files": [image_file]}, [], None, 0, 2)
+    assert [each["role"] for each in shown] == ["user", "user", "assistant"] and message is None
+    shown, chat, _ = page.talk("/edit", {"text": "blue", "files": []}, shown, chat, 0, 2)
+    assert shown[-2]["content"] == {"path": chat.last} and shown[-1]["content"] == "blue (seed 0)"
+    _, chat, _ = page.talk("", {"text": f"@{image_file}", "files": []}, [], None, 0, 2)
+    assert chat.images == [[]]                                  # no @ shows the page a file of this machine
+    assert page.talk("", {"text": " ", "files": []}, [], None, 0, 2)[0] == []
+
+
+def test_demo_mistakes_are_sentences(tiny_folder, tmp_path, monkeypatch):
+    """Bad uploads and numbers: a warning without flags and folders, and nothing else on the page changes."""
+    page, said = demo.Page(["--ckpt", tiny_folder, "--out", str(tmp_path)]), []
+    stand_in = SimpleNamespace(Warning=lambda text, title: said.append(text), skip=lambda: "as it was")
+    monkeypatch.setattr(demo, "gr", stand_in)
+    upload = tmp_path / ("a" * 64) / "bad.png"
+    upload.parent.mkdir()
+    upload.write_text("<b>junk")
+    mistakes = [(page.generate, "", 0, 2), (page.generate, "x", None, 2), (page.generate, "x", 0, 0),
+                (page.generate, "x", 0, 2, None), (page.generate, "x", 0, 2, str(upload)),
+                (page.reconstruct, 0, str(upload)),
+                (page.talk, "", {"text": "x", "files": [str(upload)]}, [], None, 0, 2),
+                (page.talk, "/edit", {"text": "x", "files": []}, [], None, 0, 2)]
+    assert all(demo.attempt(*mistake) == "as it was" for mistake in mistakes)
+    assert said[0] == "prompt is empty" and said[3] == "image is empty" and "no image to edit" in said[-1]
+    assert all(text.startswith("bad.png can't be read as an image: ") for text in said[4:7])
+    with pytest.raises(ValueError, match="no effect with --reconstruct: leave out --n"):
+        demo.Page(["--n", "4"])
+
+
+def test_demo_page_is_built(tiny_folder):
+    """Of Gradio's parts; events are private and share one queue of one."""
+    pytest.importorskip("gradio")
+    blocks = demo.build(demo.Page(["--ckpt", tiny_folder]))
+    limits = {(fn.concurrency_id, fn.concurrency_limit) for fn in blocks.fns.values()}
+    assert len(blocks.fns) == 7 and limits == {("model", 1)}
+
+
+def walkthrough():
+    """The notebook's file."""
+    return Path(__file__).parent.parent / "docs" / "walkthrough.ipynb"
+
+
+def test_walkthrough_is_committed_with_outputs():
+    """Every cell has run; eight folded answers, each with its assert; small enough to look at on a page."""
+    text = walkthrough().read_text("utf-8")
+    cells = json.loads(text)["cells"]
+    assert len(text) < 600_000
+    assert all(cell["execution_count"] for cell in cells if cell["cell_type"] == "code")
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) > 3
+    answers = [source for cell in cells if "<details>" in (source := "".join(cell["source"]))]
+    assert len(answers) == 8 and all("\nassert " in each or "\n    assert " in each for each in answers)
+
+
+@pytest.mark.slow
+def test_walkthrough_runs():
+    """Every cell and every answer, in a process of its own."""
+    script = walkthrough().with_name("execute.py")
+    process = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
