@@ -394,10 +394,17 @@ def markdown(runs, columns):
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def by_value(runs, x):
+    """What `vary_setting` returned -> the same with a run for each value: {"steps 8": [[numbers] of each
+    seed]}."""
+    (seeds,) = runs.values()
+    return {f"{x} {numbers[0][x]}": [[row] for row in numbers] for numbers in zip(*seeds)}
+
+
 def run_study(args):
-    """The paper's figures and what people ask about them, in miniature. Each trains its runs on equally many
-    images, and goes on where it stopped; numbers are in OUT/STUDY/results.json, the table of the last points
-    (table.md), the figure and the logs of training beside it.
+    """The paper's figures and what people ask about them, in miniature. Each trains its runs on as many
+    images, and goes on where it stopped; numbers are in OUT/STUDY/results.json, the table (table.md: last
+    points of all runs, or every value of a setting), figure and logs of training beside it.
 
     figure4: CLIP features by regression, CLIP features by flow matching, or VAE latents by flow matching?
     And how much do the images of a prompt differ? figure5: is the language model better frozen or trained
@@ -413,19 +420,20 @@ def run_study(args):
     fill_settings(args, study)
     if "runs" in study:
         x, x_label = "step", f"training steps of {args.batch} images"
-        runs = train_runs(args, study, folder, out)
+        rows = runs = train_runs(args, study, folder, out)
     else:
         x, x_label = study["vary"], study["x_label"]
         args.eva = args.ckpt
         runs = vary_setting(args, study)
+        rows = by_value(runs, x)
     rng = np.random.default_rng((args.seed, 2))
     true = measure_images(Pipeline(args.eva), args, args.seed,
                           lambda entries: [world.render(scene_for(entry, rng)) for entry in entries])
     # Nothing upsampled the prompts of true images: their spread is another quantity.
     true = {key: number for key, number in true.items() if "spread" not in key}
     columns = (*study["panels"], "colours", "feature spread", "pixel spread", "images/s", "minutes")
-    table = markdown({**runs, "true images": [[true]]}, dict.fromkeys(columns))
-    print(f"\n{folder}, the last point, seeds: {args.seeds}\n{table}")
+    table = markdown({**rows, "true images": [[true]]}, dict.fromkeys(columns))
+    print(f"\n{folder}, seeds: {args.seeds}\n{table}")
     write_text(out / "table.md", table)
     figure = draw_charts([chart(runs, true, panel, x, x_label) for panel in study["panels"]])
     write_image(out / "figure.png", np.asarray(figure))

@@ -1243,7 +1243,10 @@ def test_training_free_ablation_equals_images_made_by_hand(tiny_folder, tmp_path
     assert evaluation.main([*line, "--out", str(tmp_path)]) == 0
     folder = tmp_path / "ablation-steps-quick"
     (seeds,) = json.loads((folder / "results.json").read_text())["runs"].values()
-    assert Image.open(folder / "figure.png").width == 2 * 560 and "true images" in capsys.readouterr().out
+    table = (folder / "table.md").read_text()
+    assert Image.open(folder / "figure.png").width == 2 * 560 and table in capsys.readouterr().out
+    assert list(table_rows(table))[1:] == ["steps 2", "steps 8", "true images"]
+    assert studies.cell_text("Frechet", [rows[1] for rows in seeds]) in table_rows(table)["steps 8"]
     assert [[row["steps"] for row in rows] for rows in seeds] == 2 * [[2, 8]]
     prompts, pipe = [asked["prompt"] for asked in world.skill_prompts(6, 1)], scores.Pipeline(tiny_folder)
     prompts = np.repeat(prompts, 2).tolist()
