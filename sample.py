@@ -889,7 +889,7 @@ def explain(pipe, args):
     """--explain: a page about what happens between a prompt and its image, which needs no network."""
     from evals.explain import explain_page
     args = argparse.Namespace(**{**vars(args), "prompt": args.explain})
-    about = json.dumps({**settings(pipe, args), "explain": True})
+    about = json.dumps({**settings(pipe, args), "ckpt": Path(args.ckpt).name, "explain": True})    # to share
     page, _ = explain_page(pipe, args.prompt, args.seed, about, args.steps, args.cfg, args.decoder_steps,
                            args.decoder_cfg, args.size and (args.size,) * 2, args.upsample)
     path = unused_path(args.out, f"{slug(args.prompt)}-seed{args.seed}-explained.html", about)

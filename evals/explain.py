@@ -46,7 +46,7 @@ PANELS = {  # title, what it shows, the function that makes it, its line
                   "stands in the tokens and in the queries before it; rows are queries and sum to 1.",
                   lambda pipe: model.Attention.forward, "scaled_dot_product_attention"),
     "similarity": ("How alike the queries are", "The query states after the last layer are the DiT's "
-                   "condition: this is the cosine between each two of them.",
+                   "condition: this is the cosine of each pair.",
                    lambda pipe: model.BLIP3o.condition, "return self.llm(queries"),
     "state": ("The state x_t", "Noise at t = 0, features at t = 1: what the decoder makes of the state "
               "itself.",
