@@ -1623,6 +1623,34 @@ def test_demo_page_is_built(tiny_folder):
     assert len(blocks.fns) == 7 and limits == {("model", 1)}
 
 
+def test_demo_in_a_browser(tiny_folder, browser, tmp_path):
+    """An image by clicks, then a bad upload, which costs a sentence; no request leaves, nothing throws."""
+    pytest.importorskip("gradio")
+    blocks = demo.build(demo.Page(["--ckpt", tiny_folder, "--out", str(tmp_path / "out")]))
+    bad, asked, errors = tmp_path / "bad.png", [], []
+    bad.write_text("junk")
+    _, address, _ = blocks.launch(server_name="127.0.0.1", share=False, prevent_thread_lock=True, quiet=True,
+                                  ssr_mode=False, allowed_paths=[str(tmp_path / "out")])
+    try:
+        tab = browser.new_page()
+        tab.on("request", lambda request: asked.append(request.url))
+        tab.on("pageerror", lambda error: errors.append(str(error)))
+        tab.goto(address)
+        tab.get_by_role("tab", name="Generate").click()
+        tab.get_by_label("Prompt").locator("visible=true").fill("a red star")
+        tab.get_by_role("button", name="Generate", exact=True).click()
+        origin = tab.get_by_label("Generated from").locator("visible=true")
+        tab.wait_for_function("box => box.value == 'a red star (seed 0)'", arg=origin.element_handle())
+        assert len(list((tmp_path / "out").glob("a-red-star-seed0.png"))) == 1
+        tab.get_by_role("tab", name="Reconstruct").click()
+        tab.locator("[role=tabpanel]:visible input[type=file]").first.set_input_files(bad)
+        tab.get_by_role("button", name="Reconstruct", exact=True).click()
+        tab.get_by_text("bad.png can't be read as an image").wait_for()
+    finally:
+        blocks.close()
+    assert not errors and all(url.startswith((address, "data:", "blob:")) for url in asked)
+
+
 def walkthrough():
     """The notebook's file."""
     return Path(__file__).parent.parent / "docs" / "walkthrough.ipynb"
