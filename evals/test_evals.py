@@ -50,7 +50,7 @@ from model import rotate_half_split
 class Model:
     """A stand-in for the pipeline: images (8 x 8) are a function of prompt and seed, answers those of
     `says(question, images)`; `asked` collects what it was asked."""
-    sampling, dtype = {}, torch.float32
+    sampling, precision = {}, torch.float32
 
     def __init__(self):
         self.negatives, self.asked, self.says = {}, [], lambda question, images: "yes"
