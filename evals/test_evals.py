@@ -1197,7 +1197,7 @@ MISTAKES = {  # command line: what the sentence must name
     "leakage --near 2": "--near: 2 isn't above 0 and at mo",
     "leakage --near 0": "--near", "ablation --what luck": "--what", "fid --a FOLDER --b x": "no image",
     "judge --dtype fp32": "unrecognized", "judge --n-p 3": "unrecognized",
-    "alignment --dtype int8": "--dtype",
+    "alignment --dtype int4": "--dtype",
     f"fid --a {Path(command_line.__file__).parent / 'docs'} --b FOLDER": "no image",
     "reconstruction --images FOLDER": "no image", "fid --a FOLDER/x --b y": "x is no folder of images",
     "understanding --data=--": "--data: it is empty", "generate --prompts=--": "--prompts: it is empty",
