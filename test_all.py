@@ -5238,7 +5238,7 @@ def test_stages_run_from_the_command_line(monkeypatch, tmp_path):
         assert run_training("--stage", stage, *init, *line, tmp_path / stage) == 0
     line = f"--ckpt {folder} --steps 2 --decoder-steps 2 --out {tmp_path / 'drawn'} --device cpu"
     assert sample.main(["--prompt", "a red circle", *line.split()]) == 0
-    assert {Image.open(file).size for file in (tmp_path / "drawn").glob("*.png")} == {(256, 256)}    # enlarged
+    assert {Image.open(file).size for file in (tmp_path / "drawn").glob("*.png")} == {(256, 256)}
 
 
 def write_llama(folder, tokenizer):
