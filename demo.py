@@ -106,7 +106,7 @@ def build(page):
 
 def serve(argv=None):
     """Show the page until Ctrl-C; raises ValueError for what can't be meant."""
-    parser = Parser("demo.py", description=__doc__.splitlines()[0])
+    parser = Parser("demo.py", description=__doc__)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=number(int, Interval(1, 65535)), default=7860)
     args, flags = parser.parse_known_args(argv)

@@ -800,6 +800,13 @@ def print_declined(pipe, prompts):
         print(data.printable(" ".join(line.split())), file=sys.stderr)
 
 
+def sampling(args):
+    """How to sample, as Pipeline.images takes it."""
+    return {"steps": args.steps, "guidance": args.cfg, "decoder_steps": args.decoder_steps,
+            "decoder_guidance": args.decoder_cfg, "size": args.size and (args.size,) * 2,
+            "upsample": args.upsample}
+
+
 def draw(pipe, args):
     """--prompt: a file for each image, image i with seed + i; a grid of all if they are several.
 
@@ -807,9 +814,6 @@ def draw(pipe, args):
     those of the first and the last file. --draw: the same from an --image and a --prompt together. Returns
     the path of the last file.
     """
-    sampling = {"steps": args.steps, "guidance": args.cfg, "decoder_steps": args.decoder_steps,
-                "decoder_guidance": args.decoder_cfg, "size": args.size and (args.size,) * 2,
-                "upsample": args.upsample}
     image = None if args.image is None else read_image(args.image)
     seeds, about, name = range(args.seed, args.seed + args.n), settings(pipe, args), slug(args.prompt)
     images, saved = [], []
@@ -818,9 +822,9 @@ def draw(pipe, args):
         batch = seeds[i:i + BATCH]
         prompts, shown = [args.prompt] * len(batch), image and [image] * len(batch)
         if args.best_of > 1:
-            pixels, batch = pipe.best_of(prompts, batch, args.best_of, **sampling)
+            pixels, batch = pipe.best_of(prompts, batch, args.best_of, **sampling(args))
         else:
-            pixels = pipe.images(prompts, batch, **sampling, images=shown)
+            pixels = pipe.images(prompts, batch, **sampling(args), images=shown)
         images.append(pixels)
         texts = pipe.final_prompts(prompts, batch, shown, args.upsample)             # still known
         for seed, text, each in zip(batch, texts, pixels):
@@ -900,11 +904,9 @@ def explain(pipe, args):
 
 def contact_sheet(pipe, args):
     """--contact-sheet: what the model generates from a prompt, and what else it does with that image."""
-    from evals import sheet
-    sampling = {"steps": args.steps, "guidance": args.cfg, "decoder_steps": args.decoder_steps,
-                "decoder_guidance": args.decoder_cfg, "size": args.size and (args.size,) * 2,
-                "upsample": args.upsample}
-    image = np.array(sheet.contact_sheet(list(sheet.cells(pipe, args.prompt, args.seed, sampling))))
+    from evals import report, sheet
+    labels, images = zip(*sheet.cells(pipe, args.prompt, args.seed, sampling(args)))
+    image = np.array(report.contact_sheet(images, labels, [None] * len(images), 4, LEAST))
     name = f"{slug(args.prompt)}-seed{args.seed}-sheet"
     save_image(torch.from_numpy(image).permute(2, 0, 1) / 255, args.out, name, settings(pipe, args))
 

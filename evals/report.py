@@ -322,17 +322,19 @@ def jpeg(image):
     return np.asarray(Image.open(file).convert("RGB"))
 
 
-def contact_sheet(images, labels, verdicts, columns):
-    """uint8 images (H, W, 3), scaled to 128 pixels, framed green (hit) or red (miss), labels below ->
-    PIL image."""
-    side, edge, text = 128, 4, 40
+def contact_sheet(images, labels, verdicts, columns, side=128):
+    """uint8 images (H, W, 3), scaled to `side` pixels, framed green (True), red (False) or not (None), with
+    labels below -> PIL image."""
+    edge, texts = 4, [textwrap.fill(label, side // 6) for label in labels]
+    text = max([40, *(13 * len(label.splitlines()) + 4 for label in texts)])         # pixels of the labels
     cell_w, cell_h = side + 4 * edge, side + 3 * edge + text
     sheet = Image.new("RGB", (columns * cell_w, -(-len(images) // columns) * cell_h), "white")
     pen = ImageDraw.Draw(sheet)
-    for i, (image, label, hit) in enumerate(zip(images, labels, verdicts)):
+    for i, (image, label, hit) in enumerate(zip(images, texts, verdicts)):
         x, y = i % columns * cell_w + edge, i // columns * cell_h + edge
         end = side + 2 * edge - 1
-        pen.rectangle((x, y, x + end, y + end), (30, 160, 60) if hit else (215, 40, 40))
+        frame = {None: "white", True: (30, 160, 60), False: (215, 40, 40)}[hit]
+        pen.rectangle((x, y, x + end, y + end), frame)
         sheet.paste(Image.fromarray(image).resize((side, side), Image.BOX), (x + edge, y + edge))
-        pen.multiline_text((x, y + side + 2 * edge + 1), textwrap.fill(label, side // 6), "black", spacing=1)
+        pen.multiline_text((x, y + side + 2 * edge + 1), label, "black", spacing=1)
     return sheet

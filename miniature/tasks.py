@@ -91,10 +91,10 @@ class WorldTask:
 
     long: long captions, short ones (False), or a mixture (None). short_caption: the probability of short
     ones, instead. converse, reconstruct, edit: fractions of the samples, as in data.CaptionTask. upsample:
-    fraction of the captions and changes that are upsampled, as sample.Pipeline does. queries: (n_query, D),
-    the shape of the query targets, where there are to be any. captions: fraction of the conversations that
-    are a description alone. hard_negatives: give each prompt with two colours also with these exchanged,
-    for probes.
+    fraction of the captions and changes that are upsampled; here the image stays beside such a change.
+    queries: (n_query, D), the shape of the query targets, where there are to be any. captions: fraction of
+    the conversations that are a description alone. hard_negatives: give each prompt with two colours also
+    with these exchanged, for probes.
     """
     long: bool | None = None
     short_caption: float | None = None
