@@ -593,6 +593,13 @@ def official_name(name):
     return name
 
 
+def model_folder(folder):
+    """The folder of a model that a path means: itself, or, for the folder of a run, its model/."""
+    folder = Path(folder)
+    own = folder / "model"
+    return own if (own / "config.json").is_file() and not (folder / "config.json").is_file() else folder
+
+
 def folder_parts(folder):
     """What a model folder holds: a subset of {"visual", "llm", "queries", "dit", "regressor", "clip", "vae",
     "unet"}, empty for None or without weights. Raises ValueError if its files are broken."""

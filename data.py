@@ -1118,6 +1118,59 @@ class FeatureCache:
         return {key: file.get_slice(key)[row] for key in file.keys()}  # noqa: SIM118 - a file, not a dict
 
 
+class QueryStates:
+    """Query states of prompts on disk, (n_query, D) each: what a frozen language model with frozen queries
+    makes of a prompt never changes. Files NNNNNN-RANK.safetensors hold 256 prompts each, and name them.
+
+    Unlike images, prompts come as an epoch meets them: the first one computes, all others read.
+    """
+    prompts_per_file = 256
+
+    def __init__(self, folder, rank=0):
+        self.folder, self.rank, self.rows, self.new = Path(folder), rank, {}, {}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in sorted(self.folder.glob("*.safetensors")):
+            self.open(path)
+
+    def open(self, path):
+        """Add the prompts of a file; those of a damaged one are computed again."""
+        with suppress(OSError, SafetensorError, KeyError, TypeError, ValueError):
+            file = safe_open(path, framework="pt")
+            keys = json.loads(file.metadata()["prompts"])
+            states = file.get_slice("states")
+            if states.get_shape()[0] == len(keys):
+                self.rows |= {key: (states, row) for row, key in enumerate(keys)}
+
+    def __call__(self, ids, mask, compute):
+        """The states (B, n_query, D) of prompts ids (B, L) with mask (B, L), all on the host; compute(ids,
+        mask) makes those that are missing."""
+        keys = [" ".join(map(str, row[real].tolist())) for row, real in zip(ids, mask)]
+        missing = {key: i for i, key in enumerate(keys) if key not in self.rows and key not in self.new}
+        if missing:
+            rows = list(missing.values())
+            with torch.no_grad():
+                self.new |= zip(missing, compute(ids[rows], mask[rows]).cpu())
+        states = torch.stack([self.new[key] if key in self.new else self.row(key) for key in keys])
+        if len(self.new) >= self.prompts_per_file:
+            self.flush()
+        return states
+
+    def row(self, key):
+        """The states (n_query, D) of a prompt that is on disk."""
+        states, row = self.rows[key]
+        return states[row]
+
+    def flush(self):
+        """Write what is not yet on disk."""
+        number = len(list(self.folder.glob(f"*-{self.rank}.safetensors")))
+        path = self.folder / f"{number:06d}-{self.rank}.safetensors"
+        with atomic_write(path) as temporary:
+            save_file({"states": torch.stack(list(self.new.values()))}, temporary,
+                      {"prompts": json.dumps(list(self.new))})
+        self.new = {}
+        self.open(path)
+
+
 class ItemImages(torch.utils.data.Dataset):
     """The images of a source by item (S, S, 3), or (cause, sentence) where one can't be used."""
 

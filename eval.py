@@ -22,6 +22,7 @@ What other people publish, for models of any size:
     python eval.py fid --a DIR --b DIR                      how far two sets of images are apart
     python eval.py compare A B --prompts FILE               a blind page for people; --votes FILE counts
     python eval.py leakage --train SHARDS --prompts FILE    were evaluation prompts trained on?
+    python eval.py emoji --data DIR                         held-out emoji: is it the right one?
     python eval.py neighbours --a DIR --train SHARDS        were images copied from training?
     python eval.py speed                                    beside transformers, diffusers and webdataset
     python eval.py gpu                                      a GPU: is it exact, how much memory, how fast?
@@ -133,6 +134,9 @@ COMMANDS = {
                     flag("--a", required=True, help="a folder of images"),
                     flag("--train", required=True,
                          help="shards as in train.py --data (their first --n images)"))),
+    "emoji": ("miniature.emoji", "run_emoji",
+              (seed(0), whole("n", 608), *MODEL,
+               flag("--data", required=True, help="folder that python -m miniature.emoji filled"))),
     "figure4": ("miniature.studies", "run_study", STUDY),
     "figure5": ("miniature.studies", "run_study", STUDY),
     "ablation": ("miniature.studies", "run_study",

@@ -457,6 +457,11 @@ class KVCache:
             past[:, :, length:end] = new
         return [past[:, :, :end] for past in self.layers[layer]]
 
+    def expand(self, rows):
+        """Let the past of one row be that of so many."""
+        self.layers = {layer: [y.expand(rows, -1, -1, -1) for y in past]
+                       for layer, past in self.layers.items()}
+
 
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary positions."""
@@ -735,7 +740,8 @@ class BLIP3o(nn.Module):
         [IMG] and the queries follow the last real token of each row, wherever its padding is. Positions are
         plain even with images: the official code passes no M-RoPE positions here. Queries attend to the
         prompt and to the queries before them; the prompt can't attend to the queries. So while only they are
-        trained, it needs no gradient and runs first, into a KVCache: the same gradient for far less work.
+        trained, it needs no gradient and runs first, into a KVCache: the same gradient for far less work. What
+        all prompts begin with, the template, runs once.
         """
         mask = real_tokens(ids, mask)
         end, img = last_real(mask)[:, None] + 1, self.config.img_token_id
@@ -743,9 +749,15 @@ class BLIP3o(nn.Module):
         mask = F.pad(mask, (0, 1), value=False).scatter(1, end, True)
         modules = [part for part in (self.llm, self.visual) if part is not None]
         trained = any(p.requires_grad for part in modules for p in part.parameters())
-        cache = KVCache()
+        cache, positions, past = KVCache(), plain_positions(mask), 0
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            self.llm(self.embed(ids, mask, pixels, grid_thw), plain_positions(mask), mask, cache)
+            if pixels is None and len(ids) > 1:
+                past = int(((ids == ids[:1]) & mask).all(0).cumprod(0)[:-1].sum())
+            if past:
+                self.llm(self.llm.embed_tokens(ids[:1, :past]), positions[:1, :past], None, cache)
+                cache.expand(len(ids))
+            embeds = self.embed(ids[:, past:], mask[:, past:], pixels, grid_thw)
+            self.llm(embeds, positions[:, past:], mask, cache)
         n = self.latent_queries.shape[1]
         positions = mask.sum(1, keepdim=True) + torch.arange(n, device=ids.device)  # (B, n_query)
         queries = self.latent_queries.to(self.llm.embed_tokens.weight.dtype).expand(len(ids), -1, -1)
@@ -774,18 +786,18 @@ class BLIP3o(nn.Module):
     # -- training --
 
     def forward(self, ids, mask=None, features=None, labels=None, pixels=None, grid_thw=None, drop=0.1,
-                dropped=None, x0=None, t=None, generator=None):
+                dropped=None, x0=None, t=None, generator=None, cond=None):
         """Losses: "flow" or "mse" with features (B, grid^2, C), "text" with labels (B, L).
 
         "flow" (B,), section 3.2: the DiT's velocity error given the query states, see flow_matching_loss.
         x0, t and dropped may hold k entries per sample, (B k, ...): query states are then computed once and
-        used k times, and there are (B k,) losses.
+        used k times, and there are (B k,) losses. cond (B, n_query, D): the query states, if they are known.
         "mse" (B,), section 3.3: the regressor's error.
         "text" (n,): cross-entropy of the n tokens whose label isn't -100, given those before them.
         """
         losses = {}
         if features is not None:
-            cond = self.condition(ids, mask, pixels, grid_thw)
+            cond = self.condition(ids, mask, pixels, grid_thw) if cond is None else cond
             if self.regressor is not None:
                 losses["mse"] = (self.regressor(cond).float() - features.float()).square().flatten(1).mean(1)
             else:

@@ -58,6 +58,7 @@ from checkpoint import (
     file_lock,
     folder_parts,
     from_json,
+    model_folder,
     number,
     open_file,
     parse_json,
@@ -151,8 +152,8 @@ class Pipeline:
     """
 
     def __init__(self, folder, device="auto", dtype="auto", offload=False, compiled=False, eva=None):
-        self.folder, self.offload, self.compiled = Path(folder), offload, compiled
-        self.eva_folder = Path(eva or folder)
+        self.folder, self.offload, self.compiled = model_folder(folder), offload, compiled
+        self.eva_folder = model_folder(eva or folder)
         self.config = self.read("config.json")
         if not self.config:
             raise ValueError(f"there is no model in {folder}: it has no config.json")

@@ -38,9 +38,10 @@ from fractions import Fraction
 from functools import partial, reduce
 from pathlib import Path
 from string import Template
+from threading import Event, Thread
 from time import monotonic, sleep
 from types import SimpleNamespace
-from unittest.mock import Mock, create_autospec
+from unittest.mock import Mock, create_autospec, patch
 
 import numpy as np
 import pytest
@@ -3528,11 +3529,13 @@ BROKEN_DISK = OSError(28, "No space left on device"), SafetensorError("I/O error
 
 
 # ---- Training tiny models ---------------------------------------------------------------------------------
-def run_training(*args):
-    """`python train.py ARGS` within this process: its exit code. Settings for quick tests come first."""
+def run_training(*args, least_psnr=0):
+    """`python train.py ARGS` within this process: its exit code. Settings for quick tests come first.
+    least_psnr: of random encoders and decoders."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return train.main(list(map(str, ("--quiet", "--device", "cpu", "--log-every", 1, *args))))
+        with patch.object(train, "LEAST_PSNR", least_psnr):
+            return train.main(list(map(str, ("--quiet", "--device", "cpu", "--log-every", 1, *args))))
     finally:
         for s, handler in handlers.items():
             signal.signal(s, handler)
@@ -3744,6 +3747,152 @@ def test_each_checkpoint_can_have_its_folder(tiny, tmp_path):
     first, last = (load_file(tmp_path / f"model-00000{step}" / file) for step in (2, 3))
     assert first.keys() == last.keys() and not all(torch.equal(first[key], last[key]) for key in first)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model-000002", "model-000003", "run"]
+
+
+def write_worlds(folder, n=20):
+    """A folder of n small images with captions."""
+    folder.mkdir()
+    for i in range(n):
+        scene = world.make_scene(7, i)
+        Image.fromarray(world.render(scene, 40)).save(folder / f"{i:02d}.png")
+        (folder / f"{i:02d}.txt").write_text(world.caption(scene, np.random.default_rng(i)))
+    return folder
+
+
+ALL = ("--stage", "all", "--steps", 2, "--batch", 4, "--max-bad", 1)
+
+
+def test_one_command_trains_all_that_own_images_need(tiny, tmp_path, capsys):
+    """--stage all makes a folder for sample.py; the same line again exports it again; what is printed is true
+    of each part."""
+    images, out = write_worlds(tmp_path / "images"), tmp_path / "mine"
+    assert run_training(*ALL, "--data", images, "--out", out) == 0
+    said = capsys.readouterr().out
+    order = [line.split(":")[0].removeprefix("stage ") for line in said.splitlines() if "M trained" in line]
+    assert order == ["clip", "vae", "decoder", "0", "1"]
+    assert said.count("fresh\n") == 7 and said.count(f"frozen, from {out}/model\n") == 5
+    parts = {"clip", "vae", "unet", "llm", "visual", "queries", "dit"}
+    assert checkpoint.folder_parts(out / "model") == parts
+    tokenizer = data.Tokenizer.from_pretrained(out / "model")
+    assert len(tokenizer.encode("a red circle")) < 8                 # learnt from the captions
+    pipe = sample.Pipeline(out)                                      # the run's folder means its model's
+    assert pipe.folder == out / "model" and not pipe.sampling["upsample"]
+    assert pipe.images(["a red circle"], [0], 1).isfinite().all()
+    assert isinstance(pipe.answer(Image.new("RGB", (64, 64)), "What is this?", max_new_tokens=2), str)
+    before = {f: f.read_bytes() for f in (out / "model").rglob("*") if f.is_file()}
+    shutil.rmtree(out / "model" / "diffusion-decoder")
+    assert run_training(*ALL, "--data", images, "--out", out) == 0   # exports what is finished
+    assert before == {f: f.read_bytes() for f in (out / "model").rglob("*") if f.is_file()}
+
+
+def test_given_parts_are_not_trained_again(tiny, tmp_path, capsys):
+    """A language model and encoder and decoder of others: --stage all trains queries and DiT alone, into a
+    folder that needs no other."""
+    bare, eva, images = tmp_path / "bare", tmp_path / "eva", write_worlds(tmp_path / "images")
+    tokenizer = data.Tokenizer.from_pretrained(tiny)
+    BLIP3o(train.nano_config(tokenizer, dit=None, n_query=0)).save_pretrained(bare)
+    tokenizer.save(bare)
+    for name in "gen_vision_tower", "diffusion-decoder":
+        shutil.copytree(tiny / name, eva / name)
+    shutil.copy(tiny / "config.json", eva)
+    line = (*ALL, "--data", images, "--init", bare, "--eva", eva, "--out", tmp_path / "mine")
+    assert run_training(*line, "--queries", 5) == 0
+    said = capsys.readouterr().out
+    assert f"language model: frozen, from {bare}" in said and "DiT:            fresh" in said
+    assert [f.name for f in (tmp_path / "mine").iterdir() if f.name != "model"] == ["1"]
+    model = BLIP3o.from_pretrained(tmp_path / "mine" / "model")
+    assert model.visual is not None and model.latent_queries.shape[1] == 5
+    rows = model.llm.embed_tokens.weight                             # fresh queries: words of its own
+    assert (torch.cdist(model.latent_queries[0], rows).min(1).values < 0.05).all()
+    assert sample.Pipeline(tmp_path / "mine").images(["red"], [0], 1).isfinite().all()
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    ((), "name them with --data"), (("--data", "IMAGES", "--fresh"), "doesn't take --fresh"),
+    (("--data", "IMAGES", "--save", "TMP/x"), "doesn't take --save"), (("--world", "objects=1"), "--world"),
+    (("--data", "IMAGES", "--dry-run"), "describes one stage"),
+    (("--data", "IMAGES", "--resume"), "it goes on by itself"),
+    (("--data", "IMAGES", "--init", "TINY", "--optimizer", "adamw", "--zero"), None),
+    (("--data", "TMP/none"), "none"), (("--data", "IMAGES", "--eva", "CLIP"), "belong together"),
+    (("--data", "IMAGES", "--init", "LLM", "--eva", "TINY", "--cache", "TMP/c", "--design", "vae-fm"), None),
+], ids=str)
+def test_what_all_stages_together_do_not_take(tiny, tmp_path, capsys, flags, sentence):
+    """One sentence, before anything is trained; None: it is taken."""
+    shutil.copytree(tiny / "gen_vision_tower", tmp_path / "clip" / "gen_vision_tower")
+    shutil.copy(tiny / "config.json", tmp_path / "clip")
+    tokenizer = data.Tokenizer.from_pretrained(tiny)
+    BLIP3o(train.nano_config(tokenizer, dit=None, n_query=0)).save_pretrained(tmp_path / "llm")
+    tokenizer.save(tmp_path / "llm")
+    names = {"IMAGES": write_worlds(tmp_path / "images"), "TINY": tiny, "CLIP": tmp_path / "clip",
+             "LLM": tmp_path / "llm"}
+    flags = [str(names.get(flag, flag)).replace("TMP", str(tmp_path)) for flag in flags]
+    code = run_training(*ALL, "--out", tmp_path / "mine", *flags)
+    err = capsys.readouterr().err
+    if sentence is None:
+        assert code == 0, err
+    else:
+        assert code == 2 and sentence in err and len(err.splitlines()) == 1
+        assert not list(tmp_path.glob("mine/*/step-*"))
+
+
+@pytest.mark.parametrize("design", ["clip-fm", "vae-fm"])
+def test_blind_parts_are_found_before_they_cost_anything(tiny, tmp_path, capsys, design):
+    """Random encoders and decoders keep nothing of an image: stage 1 says so, and what helps, and stops;
+    --force goes on. The world isn't asked: its own parts are trained for it."""
+    line = ("--stage", "1", "--data", write_worlds(tmp_path / "images"), "--steps", 1, "--batch", 2,
+            "--design", design, "--out", tmp_path / "run")
+    assert run_training(*line, least_psnr=20) == 2
+    said = capsys.readouterr()
+    assert "dB of held-out images" in said.err and "--stage all" in said.err
+    assert not train.states(tmp_path / "run")
+    assert run_training(*line, "--force", least_psnr=20) == 0
+    assert run_training(*line, "--steps", 2, least_psnr=20) == 0     # what has begun goes on
+    assert run_training("--stage", "1", "--steps", 1, "--batch", 2, "--out", tmp_path / "w",
+                        least_psnr=99) == 0
+
+
+def test_models_of_own_images_draw_prompts_as_they_are(tiny, tmp_path):
+    """Upsampled prompts describe the world: a model trained on other images is saved without them, and with
+    the parts that sample.py needs."""
+    raw = json.loads((tiny / "config.json").read_text())
+    raw["nano_blip3o"]["upsample_prompts"] = True
+    folder = shutil.copytree(tiny, tmp_path / "init")
+    (folder / "config.json").write_text(json.dumps(raw))
+    for source, upsamples in (("--data", write_worlds(tmp_path / "images")), False), ((), True):
+        for fresh in [], ["--fresh"]:
+            out = tmp_path / f"run-{upsamples}-{len(fresh)}"
+            assert run_training("--stage", "1", "--init", folder, *fresh, *source, "--steps", 1, "--batch", 2,
+                                "--out", out) == 0
+            pipe = sample.Pipeline(out)
+            assert pipe.sampling["upsample"] is upsamples
+            assert checkpoint.folder_parts(out / "model") == checkpoint.folder_parts(folder)
+
+
+def test_frozen_queries_run_once_per_prompt(tiny, tmp_path, monkeypatch):
+    """With --freeze-queries --cache each prompt meets the language model once, whatever the epochs; losses are
+    those of a run without cache; what a damaged file held is made again."""
+    images, asked = write_worlds(tmp_path / "images"), Counter()
+    condition = BLIP3o.condition
+
+    def counting(self, ids, mask=None, *rest):
+        asked.update(" ".join(map(str, row[real].tolist())) for row, real in zip(ids, mask))
+        return condition(self, ids, mask, *rest)
+    line = ("--stage", "1", "--init", tiny, "--data", images, "--batch", 3, "--freeze-queries", "--steps", 8,
+            "--max-bad", 1)
+    assert run_training(*line, "--out", tmp_path / "live") == 0
+    monkeypatch.setattr(BLIP3o, "condition", counting)
+    monkeypatch.setattr(data.QueryStates, "prompts_per_file", 3)
+    cached = (*line, "--cache", tmp_path / "c", "--out", tmp_path / "cached")
+    assert run_training(*cached) == 0
+    assert len(asked) > 10 and set(asked.values()) == {1}
+    assert_same_log(tmp_path / "live", tmp_path / "cached")
+    assert "model.latent_queries" not in read_state(tmp_path / "cached")
+    first, second, *_ = sorted((tmp_path / "c").glob("*/*-0.safetensors"))
+    first.write_bytes(first.read_bytes()[:-5])
+    second.write_bytes(b"")
+    assert run_training(*cached[:-1], tmp_path / "again") == 0
+    assert_same_log(tmp_path / "live", tmp_path / "again")
+    assert max(asked.values()) == 2 and list(asked.values()).count(2) >= 6
 
 
 # ---- Held out ---------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@
     python train.py --stage 2 --init runs/nano --save runs/nano         the same, on short prompts
     python train.py --stage 1 --design vae-fm                           Figure 3; also clip-mse
     python train.py --stage 1 --joint 0.5                               Figure 5: trains the LLM, too
-    python train.py --stage 1 --data 'shards/*.tar' --cache features    your images
+    python train.py --stage all --data IMAGES --out runs/mine           your images: all that is missing
+    python train.py --stage 1 --data 'shards/*.tar' --cache features    your images, with the parts of --init
     torchrun --nproc_per_node=8 train.py --stage 1 --data 'shards/*.tar' --init QWEN --eva EVA --paper
 
 The paper trains stages 1 and 2 and takes the other parts from Qwen2.5-VL, EVA-CLIP and Emu2. A nano model
@@ -63,6 +64,7 @@ from checkpoint import (
     file_lock,
     folder_parts,
     from_json,
+    model_folder,
     number,
     publish,
     read_file,
@@ -97,6 +99,7 @@ PAPER = {
     "1": dict(steps=150_000, batch=512, lr=1e-4, final_lr=0.1, warmup=450, optimizer="adamw", ema=0.9999),
     "2": dict(steps=10_000, batch=512, lr=1e-4, final_lr=0.0, warmup=30, optimizer="adamw", ema=0.9999),
 }
+LEAST_PSNR = 20.0            # dB that encoder and decoder must keep of the images of stages 1 and 2
 FEATURE_NOISE = 0.2          # decoder: largest standard deviation of the noise on its features
 MAX_LOSS_WEIGHT = 16.0       # decoder: cap of the loss weight 1 + sigma^2 (1: as Emu2)
 NULL_DECODER = 0.1           # decoder: probability of the negative features instead of the image's
@@ -220,7 +223,7 @@ class DecoderCollate:
 
 class Stage(nn.Module):
     """One stage: `trained` (a module whose parameters with requires_grad are trained), collate, forward,
-    export.
+    export; `parts` says in words where each part of the model comes from.
 
     forward(batch) returns {name: scalar}; the sum of those whose names don't begin with _ is minimised.
     """
@@ -231,7 +234,7 @@ class Stage(nn.Module):
     def __init__(self):
         super().__init__()
         # For torch.compile: the part whose shapes never change. (A class attribute would hide the module.)
-        self.compile_target = None
+        self.compile_target, self.parts = None, {}
 
     def encode(self, pixels):
         """Frozen encoders' outputs {name: (B, ...)} for pixels (B, 3, S, S); --cache keeps them."""
@@ -242,9 +245,16 @@ class Stage(nn.Module):
         """`encode` of a batch, or what the cache has of it."""
         return batch["features"] if "features" in batch else self.encode(batch["pixels"])
 
+    def calibrate(self, batch):
+        """Measure on a held-out batch what `export` writes beside the weights."""
+
     def export(self, folder):
         """Write the trained parts into the model folder `folder`; what else lies there stays."""
         raise NotImplementedError
+
+    def check(self, batch):
+        """Look at a held-out batch of --data before the first step; raises ValueError where training would
+        be in vain."""
 
     def preview(self, batch):
         """A list of rows of images (B, 3, H, W) in [0, 1] to look at, or None."""
@@ -272,6 +282,7 @@ class UnderstandingStage(Stage):
             self.trained = BLIP3o(nano_config(self.tokenizer, dit=None))
         if self.trained.latent_queries is not None:
             self.trained.latent_queries.requires_grad_(False)        # unused in this stage
+        self.parts = dict.fromkeys(("language model", "vision tower"), origin(args, "visual" in parts))
         self.trained.llm.checkpointing = args.checkpointing
         vision = self.trained.config.vision
         self.size = 448 if vision.patch_size == 14 else DECODER_PRESETS["nano"]["clip"].image_size
@@ -310,17 +321,20 @@ class GenerationStage(Stage):
         self.long_captions = False if args.stage == "2" else None
         need_clip(args.eva, "--eva")
         self.eva = frozen(EvaClip.from_pretrained(args.eva, dtype=args.frozen_dtype))
+        self.folders = args.init, args.eva
         self.size, self.decoder = self.eva.config.image_size, None
         if "unet" in folder_parts(args.eva):
             self.decoder = frozen(PixelDecoder.from_pretrained(args.eva, dtype=args.frozen_dtype))
-        self.trained, keeps_queries = self.load(args)
+        self.trained, continues, keeps_queries = self.load(args)
+        if args.data:                            # upsampled prompts describe the synthetic world
+            self.trained.config.upsample_prompts = False
         config = self.trained.config
         self.design = design_of(config)
         if self.design == "vae-fm" and self.decoder is None:
             raise ValueError(f"design vae-fm generates a VAE's latents: {args.eva} has no diffusion-decoder "
                              "(--eva names one)")
-        trained = ("dit.", "regressor.", "latent_queries")
-        if keeps_queries and config.queries_supervised:  # they encode what stage 0 taught, for any DiT
+        trained, self.query_states = ("dit.", "regressor.", "latent_queries"), None
+        if args.freeze_queries or keeps_queries and config.queries_supervised:  # as stage 0 taught them
             trained = ("dit.", "regressor.")
         for name, p in self.trained.named_parameters():
             p.requires_grad_(bool(args.joint) or name.startswith(trained))
@@ -329,33 +343,69 @@ class GenerationStage(Stage):
             if part is not None:
                 part.checkpointing = args.checkpointing
         self.compile_target = self.trained.dit
+        self.describe(args, continues, keeps_queries)
         shape = config.gen_hidden_size, config.grid, config.grid
         self.collate = GenerationCollate(self.tokenizer, config.vision, self.size, shape, args.draws,
                                          args.drop, config.shift)
 
+    def describe(self, args, continues, keeps_queries):
+        """Fill in `parts`."""
+        llm = f"continued from {args.init}" if args.joint else f"frozen, from {args.init}"
+        queries = origin(args, keeps_queries)
+        if not self.trained.latent_queries.requires_grad:
+            queries = f"frozen, {'from ' + args.init if keeps_queries else 'as they are drawn'}"
+        decoder = f"frozen, from {args.eva}" if self.decoder else "absent: no previews"
+        self.parts = {"EVA-CLIP": f"frozen, from {args.eva}", "decoder": decoder, "language model": llm,
+                      "queries": queries, "regressor" if self.trained.dit is None else "DiT":
+                      origin(args, continues)}
+
+    def check(self, batch):
+        # The released decoder keeps the meaning of an image, not its pixels.
+        if self.decoder is None or is_official(self.eva):
+            return
+        pixels = batch["pixels"]
+        if self.design == "vae-fm":
+            images = self.decode_latents(self.encode(pixels)["latents"])
+        else:
+            images = decode_preview(self.decoder, self.eva.encode(pixels), self.size)
+        kept = float(psnr(images, to_unit_range(pixels)))
+        if rank() == 0:
+            print(f"encoder and decoder keep {kept:.1f} dB of {len(pixels)} held-out images", flush=True)
+        if kept < LEAST_PSNR:
+            raise ValueError(f"encoder and decoder keep {kept:.1f} dB of held-out images, less than "
+                             f"{LEAST_PSNR:g}, and nothing better can be generated. Train those of "
+                             f"{self.folders[1]} on your images, or for more steps, with --stage all; or "
+                             "name better ones with --eva; or add --force")
+
     def load(self, args):
-        """Return (model with its generator, fresh or continued; whether its queries are those of --init)."""
+        """Return (model with its generator; is that continued? are its queries those of --init?)."""
         stored, parts = BLIP3o.from_pretrained(args.init, "meta").config, folder_parts(args.init)
         continues = not args.fresh and stored.generates and args.design in (None, design_of(stored))
         resumes = bool(states(Path(args.out)))       # --init may be --save, with this run's own generator
         check_use(args, {"fresh": resumes or not continues,
                          "flow": (design_of(stored) if continues else args.design) != "clip-mse"})
         wanted = {"llm"} | ({"visual"} if args.joint or args.prompt_images else set())
-        if continues or stored.queries_supervised and not (args.queries or args.paper):
+        if continues or (stored.queries_supervised or args.freeze_queries) and not (args.queries or
+                                                                                    args.paper):
             wanted |= {"queries"} & parts        # other queries are learnt with the generator, so as fresh
         if continues:
             wanted.add("regressor" if stored.mse_channels else "dit")
         dtype = torch.float32 if args.joint else args.frozen_dtype
         model = BLIP3o.from_pretrained(args.init, dtype=dtype, parts=wanted)
         if continues:
-            return model, True
+            return model, True, model.latent_queries is not None
         config = self.fresh_config(stored, args)
         keeps_queries = model.latent_queries is not None and model.latent_queries.shape[1] == config.n_query
         model.resize_vocabulary(config.text.vocab_size)
         if not keeps_queries:
             model.add_queries(config.n_query, config.query_std)
+            if not stored.n_query and not is_official(self.eva):
+                # A language model of other people's knows its own words: after 64 of them its states differ
+                # by prompt more than after noise (prompt tuning, arXiv 2104.08691, section 3.1).
+                words = torch.randperm(stored.text.vocab_size)[:config.n_query]
+                model.latent_queries.data[0] = model.llm.embed_tokens.weight[words].detach()
         model.add_generator(replace(config, queries_supervised=keeps_queries and stored.queries_supervised))
-        return model, keeps_queries
+        return model, False, keeps_queries
 
     def fresh_config(self, stored, args):
         """The BLIP3oConfig of a fresh generator for the language model of `stored`: the nano DiT makes
@@ -402,9 +452,10 @@ class GenerationStage(Stage):
         each, losses = empty, {}
         if "prompts" in batch:
             p, (target,) = batch["prompts"], self.targets(batch).values()
+            cond = None if self.query_states is None else self.condition(p)
             each = self.trained(p["ids"], p["mask"], features=target, pixels=p["patches"],
-                                grid_thw=p["grid"], dropped=batch["dropped"], x0=batch["x0"],
-                                t=batch["t"])[name]                  # (B draws,)
+                                grid_thw=p["grid"], dropped=batch["dropped"], x0=batch["x0"], t=batch["t"],
+                                cond=cond)[name]                     # (B draws,)
         losses[name] = mean_over_ranks(each)
         if name == "flow" and "prompts" in batch:
             losses["_by_t"] = self.by_time(each.detach(), batch["t"])
@@ -421,8 +472,22 @@ class GenerationStage(Stage):
         return sums.index_add_(1, bin_of, torch.stack([each, torch.ones_like(t)]))
 
     def export(self, folder):
+        """Also what the folder lacks for every use of the model: vision tower, encoder and decoder, and the
+        files beside the weights, as --init and --eva have them."""
+        (init, eva), stored, model = self.folders, folder_parts(folder), self.trained
+        lacks, unread = (folder_parts(init) | folder_parts(eva)) - stored, model.visual is None
         self.tokenizer.save(folder)
-        self.trained.save_pretrained(folder, torch.float16)
+        if unread and "visual" in lacks & folder_parts(init):        # for questions about images
+            model.visual = BLIP3o.from_pretrained(init, dtype=torch.float16, parts={"visual"}).visual
+        model.save_pretrained(folder, torch.float16)
+        model.visual = None if unread else model.visual
+        if "clip" in lacks:
+            self.eva.save_pretrained(folder, torch.float16)
+        if "unet" in lacks and self.decoder is not None:
+            self.decoder.save_pretrained(folder, torch.float16)
+        for name in ("generation_config.json", "preprocessor_config.json"):
+            if (Path(init) / name).is_file() and not (folder / name).exists():
+                shutil.copy(Path(init) / name, folder / name)
         config = read_json(folder / "config.json")
         if not is_official(self.eva):  # official sizes are sampled with the official numbers
             config["nano_blip3o"].setdefault("sampling", NANO_SAMPLING)
@@ -455,20 +520,27 @@ class GenerationStage(Stage):
         return numbers
 
     def condition(self, prompts):
-        """Collated prompts -> the condition (B, n_query, D)."""
+        """Collated prompts -> the condition (B, n_query, D), from the cache if there is one."""
+        if self.query_states is not None:
+            states = self.query_states(prompts["ids"], prompts["mask"], self.trained.condition)
+            return states.to(self.trained.latent_queries.device)
         return self.trained.condition(prompts["ids"], prompts["mask"], prompts["patches"], prompts["grid"])
 
     def generate(self, cond):
         """The features (B, n, C) that are generated for a condition, always from the same noise."""
         return self.trained.generate_features(cond, 10, 2.0, generator=torch.Generator().manual_seed(0))
 
+    def decode_latents(self, latents):
+        """VAE latents (B, h w, C) -> images (B, 3, S, S) in [0, 1]."""
+        z = latents.transpose(1, 2).unflatten(2, (self.trained.config.grid,) * 2)
+        return (self.decoder.vae.decode(z) / 2 + 0.5).clamp(0, 1)
+
     def preview(self, batch):
         if self.decoder is None:
             return None
         features = self.generate(self.condition(batch["prompts"])[:PREVIEWS])
         if self.design == "vae-fm":
-            z = features.transpose(1, 2).unflatten(2, (self.trained.config.grid,) * 2)
-            images = (self.decoder.vae.decode(z) / 2 + 0.5).clamp(0, 1)
+            images = self.decode_latents(features)
         else:
             images = decode_preview(self.decoder, features, self.size)
         return [images, to_unit_range(batch["pixels"][:PREVIEWS])]
@@ -489,12 +561,16 @@ class DecoderStage(Stage):
         vae, eva = frozen(VAE.from_pretrained(args.init)), self.eva.config
         self.size, has_unet = eva.image_size, "unet" in folder_parts(args.init) and not args.fresh
         preset_name = "official" if is_official(self.eva) else "nano"
-        unet = UNet.from_pretrained(args.init) if has_unet else UNet(DECODER_PRESETS[preset_name]["unet"])
+        config, channels = DECODER_PRESETS[preset_name]["unet"], vae.config.latent_channels
+        config = replace(config, in_channels=channels, out_channels=channels)
+        unet = UNet.from_pretrained(args.init) if has_unet else UNet(config)
         self.compile_target = self.trained = unet.to(memory_format=torch.channels_last)
         self.decoder = PixelDecoder(unet, vae, EulerSchedule())
         with torch.no_grad():  # guidance leads away from an image of the mean colour
             negative = self.eva.encode(torch.zeros(1, 3, self.size, self.size, dtype=args.frozen_dtype))
         self.register_buffer("negative", negative)                   # (1, n, C)
+        self.parts = {"EVA-CLIP": f"frozen, from {args.init}", "VAE": f"frozen, from {args.init}",
+                      "UNet": origin(args, has_unet)}
         latents = unet.config.in_channels, self.size // vae.factor, self.size // vae.factor
         times = len(self.decoder.schedule.alpha_bar)
         self.collate = DecoderCollate(latents, (eva.n_query, eva.width), times)
@@ -612,6 +688,11 @@ def decode_preview(decoder, features, size):
     side, generator = size // decoder.vae.factor, torch.Generator().manual_seed(0)
     noise = torch.randn(len(features), decoder.unet.config.in_channels, side, side, generator=generator)
     return decoder.decode(features, None, 10, 1.0, noise, (size, size))
+
+
+def origin(args, continues):
+    """In words: where the weights of a part come from that is trained."""
+    return f"continued from {args.init}" if continues else "fresh"
 
 
 def is_official(eva):
@@ -771,6 +852,8 @@ def open_samples(args, stage, device):
     source, unseen = (data.open_source(args.data, stage.size) for _ in range(2))
     if args.cache:
         source.cache = feature_cache(args, stage, source, device)
+        if args.freeze_queries:
+            stage.query_states = query_states(args, stage)
     return data.Samples(source, task, args.seed), data.Samples(unseen, probe, args.seed, held_out=True)
 
 
@@ -791,16 +874,29 @@ class Bounded:
         return example
 
 
+def digest_of(text, parameters):
+    """A hash of a text and a sample of every tensor of [(name, tensor)]: the name of a cache."""
+    digest = hashlib.sha256(text.encode())
+    for name, p in parameters:
+        sample = p.detach().flatten()[::max(1, p.numel() // 1024)].float().cpu()
+        digest.update(name.encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def query_states(args, stage):
+    """The QueryStates of a stage whose queries and language model are frozen."""
+    model = stage.trained
+    name = digest_of(f"query states {args.frozen_dtype}",
+                     [("queries", model.latent_queries), *model.llm.named_parameters()])
+    return data.QueryStates(Path(args.cache) / name, rank())
+
+
 def feature_cache(args, stage, source, device):
     """The filled FeatureCache of a source."""
-    design = getattr(stage, "design", None)
-    digest = hashlib.sha256(f"{source.fingerprint()} {stage.size} square bicubic {design}".encode())
-    trained = set(stage.trained.parameters())
-    for name, p in stage.named_parameters():  # a sample of every tensor of the frozen encoders
-        if p not in trained:
-            sample = p.detach().flatten()[::max(1, p.numel() // 1024)].float().cpu()
-            digest.update(name.encode() + sample.numpy().tobytes())
-    cache = data.FeatureCache(args.cache, digest.hexdigest()[:16])
+    design, trained = getattr(stage, "design", None), set(stage.trained.parameters())
+    cache = data.FeatureCache(args.cache, digest_of(
+        f"{source.fingerprint()} {stage.size} square bicubic {design}",
+        [(name, p) for name, p in stage.named_parameters() if p not in trained]))
 
     @torch.no_grad()
     def encode(pixels):
@@ -1413,8 +1509,8 @@ def autocast(args, device):
 
 def train(args, device, stop):
     """Train one stage, resuming the run in --out. Returns False if a signal stopped it."""
-    fixed = itertools.takewhile(lambda part: "{step}" not in part, Path(args.save or "").parts)
-    for folder in args.out, args.save and Path(*fixed), args.cache:
+    fixed = itertools.takewhile(lambda part: "{step}" not in part, Path(args.save).parts)
+    for folder in args.out, Path(*fixed), args.cache:
         if folder:
             check_writable(folder)
     with nullcontext() if rank() > 0 else file_lock(Path(args.out) / ".lock"):
@@ -1444,13 +1540,16 @@ class Run:
         self.optimizer, self.ema = make_optimizer(self.stage, args), EMA(self.stage.trained, args.ema)
         state = load_state(self.out, self.ema, self.optimizer, args)
         self.step, self.saved, self.problem = state.step, state.step, None
+        if args.data and state.step == 0 and not args.force and self.test is not None:
+            with torch.no_grad(), autocast(args, device):
+                self.stage.check(self.test)
         if args.compile and self.stage.compile_target is not None:
             self.stage.compile_target.compile()
         self.net = self.stage
         if world_size() > 1:  # with conversations, a batch may need only some parameters
             self.net = DistributedDataParallel(self.stage, find_unused_parameters=bool(self.stage.converse))
         if rank() == 0:
-            announce(args, self.ema, self.samples, state)
+            announce(args, self.stage, self.ema, self.samples, state)
         self.log = Log(self.out / "log.jsonl", args, state.step) if rank() == 0 else None
         self.meter = Meter(state.counts, device)
         self.stage.trained.train()
@@ -1459,7 +1558,7 @@ class Run:
         """All steps that are left, with states and lines of the log between them. Returns False if a signal
         ended it; raises ValueError if the last state or export could not be written."""
         args, ema, optimizer, meter, halt = self.args, self.ema, self.optimizer, self.meter, False
-        patience = None if dist.is_initialized() else GRACE          # several processes stop together
+        patience, first = None if dist.is_initialized() else GRACE, self.step    # several stop together
         bar = tqdm(total=args.steps, initial=self.step, disable=self.log is None or args.quiet, unit="step")
         with reading(batches(self.samples, self.stage, self.step, args, self.device)) as loader:
             while self.step < args.steps and not halt:
@@ -1479,6 +1578,7 @@ class Run:
                 meter.add_step(found_inf)
                 self.step += 1
                 bar.update()
+                self.estimate(self.step - first)
                 if self.step % args.log_every == 0 or self.step == args.steps:
                     row = meter.row(self.step, args)
                     row |= {"lr": optimizer.param_groups[0]["lr"], "grad": float(norm)}
@@ -1496,6 +1596,16 @@ class Run:
             raise ValueError(f"the run ended at step {self.step}, but its last state or export could not be "
                              f"written: {self.problem}; the same command tries again")
         return self.step >= args.steps
+
+    def estimate(self, done):
+        """After `done` steps since the start, 6 of them, say how long the others will take."""
+        if done == 1:                            # compiles, fills caches
+            self.began = time.time()
+        left = self.args.steps - self.step
+        if done == 6 and left and self.log is not None:
+            seconds = (time.time() - self.began) / 5
+            tqdm.write(f"{seconds:.2g} s a step: about {math.ceil(seconds * left / 60)} minutes for the "
+                       f"{left} steps that are left")
 
     def gradient(self, loader):
         """Forward and backward of all micro-batches of a step; returns the last one's losses. Raises
@@ -1543,12 +1653,13 @@ class Run:
 
     @torch.no_grad()
     def export(self):
-        """Write the averaged weights into the model folder that --save names, if any."""
-        if self.args.save:
-            folder = Path(self.args.save.replace("{step}", f"{self.step:06d}"))
-            folder.mkdir(parents=True, exist_ok=True)
-            with averaged_weights(self.stage, self.ema):
-                self.stage.export(folder)
+        """Write the averaged weights into the model folder that --save names."""
+        folder = Path(self.args.save.replace("{step}", f"{self.step:06d}"))
+        folder.mkdir(parents=True, exist_ok=True)
+        with averaged_weights(self.stage, self.ema):
+            if self.test is not None:
+                self.stage.calibrate(self.test)
+            self.stage.export(folder)
 
     @torch.no_grad()
     def evaluate(self):
@@ -1586,11 +1697,15 @@ def need_memory(numbers, what):
                              f"{memory / 2 ** 30:,.0f} GiB")
 
 
-def announce(args, ema, samples, state):
-    """Print a summary of the run."""
+def announce(args, stage, ema, samples, state):
+    """Print a summary of the run, and where each part of the model comes from."""
     millions = sum(p.numel() for p in ema.params.values()) / 1e6
     print(f"stage {args.stage}: {millions:.2f} M trained parameters, {args.steps} steps of {args.batch}, "
           f"{'from step ' + str(state.step) if state.step else 'from the start'}, in {args.out}")
+    for part, source in stage.parts.items():
+        going_on = state.step and not source.startswith(("frozen", "absent"))
+        print(f"  {part + ':':<16}{'resumed from ' + args.out if going_on else source}")
+    print(f"  {'saved to:':<16}{args.save}")
     changed = changed_flags(state, args, NEW) if state.step else []
     if state.samples not in (None, len(samples.source)):
         changed.append((f"{state.samples} samples in --data", str(len(samples.source))))
@@ -1602,8 +1717,11 @@ def announce(args, ema, samples, state):
         print("--zero divides moments among processes: one process keeps them all")
     if args.data:
         source = samples.source
-        print(f"{len(source)} samples, {len(source.held_out)} of them held out; "
+        held_out, n = len(source.held_out), len(source)
+        print(f"  {'samples:':<16}{n}, {held_out} of them ({held_out / n:.1%}) held out; "
               f"left out: {counted(source.left_out)}")
+    if args.device == "cpu" and args.bf16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        print("this CPU computes bf16 by way of fp32, which is slower: leave out --bf16")
 
 
 @contextmanager
@@ -1659,9 +1777,10 @@ def make_parser():
         flags[action.dest] = Flag(default, resume, stages, needs)
     switch, optional = {"action": "store_true", "default": False}, {"action": argparse.BooleanOptionalAction}
     count, fraction = number(int, COUNT), number(float, Interval(0, below=1))
-    add("--stage", resume=SAME, required=True, choices=STAGES)
+    add("--stage", "all: with --data, one after the other what --init and --eva lack, and stage 1",
+        resume=SAME, required=True, choices=[*STAGES, "all"])
     # what to read and write
-    add("--data", "tar shards, folders, JSONL files or patterns, comma-separated, maybe with =fraction. "
+    add("--data", "tar shards, folders, JSONL, CSV or patterns, comma-separated, maybe with =fraction. "
         "Default: the miniature's world", SAME)
     add("--world", "options of the synthetic world, as in objects=2,edit=0.2: see miniature/tasks.py", SAME)
     add("--short-caption", "probability of a sample's short caption", SAME, ("clip", "0", "1", "2"),
@@ -1672,7 +1791,8 @@ def make_parser():
         "weights/nano, but random weights for what this stage trains (stage 2 trains on)", SAME)
     add("--fresh", "random weights for what this stage trains, whatever --init has of it", SAME, **switch)
     add("--eva", "folder with EVA-CLIP and the diffusion-decoder, if --init has none", SAME, GENERATION)
-    add("--save", "model folder that gets the trained parts at every checkpoint; with {step}: one for each")
+    add("--save", "model folder that gets the trained parts at every checkpoint; with {step}: one for each. "
+        "Default: OUT/model")
     add("--out", "folder of the run (state, log, images); a run in it goes on. Default runs/STAGE")
     add("--resume", "refuse to start anew: there must be a run in --out to go on with", **switch)
     add_recipe(add, switch, count, fraction)
@@ -1687,6 +1807,8 @@ def make_parser():
     add("--zero", "each process keeps a part of the optimizer's moments (ZeRO-1)", NEW, **switch)
     add("--workers", "processes that read images, for each training process", default=0,
         type=number(int, Interval(0, 1024)))
+    add("--force", "train, though encoder and decoder lose what the images show", FREE, GENERATION,
+        ("data",), **switch)
     add("--max-bad", "fraction of broken samples above which the run stops", needs=("data",), default=0.01,
         type=number(float, FRACTION))
     add("--log-every", default=20, type=count)
@@ -1716,6 +1838,8 @@ def add_recipe(add, switch, count, fraction):
                ("flow", "fresh"))
     generation("--queries", "number of fresh latent queries, instead of those of --init", ("fresh",),
                type=number(int, Interval(1, MAX_TOKENS)))
+    generation("--freeze-queries", "don't train the queries; with --cache, each prompt of --data runs "
+               "through the language model only once", **switch)
     generation("--paper", "the paper's recipe (stages 1 and 2) instead of the nano one", **switch)
     add("--steps", None, NEW, type=count)
     add("--batch", "samples of one step, over all processes", SAME, type=number(int, Interval(1, 10 ** 6)))
@@ -1735,9 +1859,13 @@ FLAGS = make_parser()[1]
 
 
 def arguments(argv=None):
-    """The command line; what the recipe of the stage leaves open is filled in here. args.given: the names of
-    the flags that were given. ValueError for what can't be meant."""
-    given = vars(make_parser()[0].parse_args(argv))
+    """The command line of one stage as `resolve` completes it."""
+    return resolve(vars(make_parser()[0].parse_args(argv)))
+
+
+def resolve(given):
+    """The flags {name: value} that were given -> all of them; what the recipe of the stage leaves open is
+    filled in here. args.given: the names of those that were given. ValueError for what can't be meant."""
     args = argparse.Namespace(**{name: flag.default for name, flag in FLAGS.items()} | given)
     args.given = sorted(given)
     check_use(args, {"data": args.data, "dry_run": args.dry_run, "flow": args.design != "clip-mse"})
@@ -1753,13 +1881,56 @@ def arguments(argv=None):
     if args.stage in ("decoder", "1", "2") and not args.init:
         raise ValueError(f"stage {args.stage} builds on trained parts: name a model folder with --init")
     args.eva = args.eva or args.init
+    args.save = args.save or f"{args.out}/model"
     for name in ("init", "eva"):
+        if getattr(args, name):
+            setattr(args, name, str(model_folder(getattr(args, name))))
         if getattr(args, name) and not Path(getattr(args, name)).is_dir():
             raise ValueError(f"there is no model folder at {getattr(args, name)} (--{name})")
     choose_device(args)
     choose_task(args)
     dit_fields(args.dit)
     return args
+
+
+def plan(given):
+    """The flags of each run that --stage all consists of, in order: [{name: value}]. It trains the parts that
+    neither --init nor --eva has, into OUT/model, and stage 1. ValueError for what can't be meant."""
+    for name, why in (("fresh", "it trains what --init and --eva lack"), ("save", "it writes OUT/model"),
+                      ("resume", "it goes on by itself"), ("dry_run", "that describes one stage"),
+                      ("world", "the miniature has its own command, miniature/speedrun.sh")):
+        if given.get(name):
+            raise ValueError(f"--stage all doesn't take --{name.replace('_', '-')}: {why}")
+    if not given.get("data"):
+        raise ValueError("--stage all trains on your images: name them with --data")
+    out = Path(given.get("out") or "runs/all")
+    init, eva, model = given.get("init"), given.get("eva"), str(out / "model")
+    parts = folder_parts(init) | folder_parts(eva)
+    has_llm, has_clip = "llm" in folder_parts(init), "clip" in parts
+    missing = {"clip": not has_clip, "vae": not {"vae", "unet"} & parts, "decoder": "unet" not in parts,
+               "0": not has_llm, "1": True}
+    stages = [stage for stage in ("clip", "vae", "decoder", "0", "1") if missing[stage]]
+    if missing["decoder"] and (has_clip or not missing["vae"]):
+        has = ", ".join(sorted(parts & {"clip", "vae", "unet"}))
+        raise ValueError(f"EVA-CLIP, VAE and UNet belong together: --init and --eva have only {has}. Train "
+                         "the others with --stage decoder, or leave the folder out")
+    idle = [name for name in given if not any(stage in FLAGS[name].stages for stage in stages)]
+    if idle:
+        raise ValueError(f"--{idle[0].replace('_', '-')} has no effect: --init and --eva leave only stage "
+                         f"{' and '.join(stages)} to be trained")
+    print(f"stages to train, one after the other: {', '.join(stages)}")
+    runs = []
+    for stage in stages:
+        flags = {name: value for name, value in given.items() if stage in FLAGS[name].stages}
+        flags |= {"stage": stage, "out": str(out / stage), "save": model}
+        flags["init"] = init if has_llm and stage in ("clip", "vae", "1") else model
+        if stage == "1":
+            flags["eva"] = model if missing["clip"] else eva or init
+        runs.append(flags)
+    if not has_llm:
+        from miniature.pretrain import save_tokenizer
+        save_tokenizer(given["data"], Path(model))
+    return runs
 
 
 def check_use(args, facts):
@@ -1816,6 +1987,21 @@ def main(argv=None):
     return run_command("train.py", partial(run, argv))
 
 
+def set_up(args, processes, local_rank):
+    """The device of this process, ready to train; ValueError if --batch doesn't divide among processes."""
+    if args.batch % (processes * args.accumulate):
+        raise ValueError(f"--batch {args.batch} must divide by processes ({processes}) x --accumulate "
+                         f"({args.accumulate})")
+    device = torch.device(args.device)
+    if args.device == "cuda":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if processes > 1 and not dist.is_initialized():
+        init_distributed(device)
+    return device
+
+
 def run(argv):
     """What the command line asks for; raises ValueError for what can't be meant."""
     stop = StopRequest()
@@ -1823,23 +2009,19 @@ def run(argv):
     sys.stdout, sys.stderr = (stream and Steady(stream) for stream in streams)
     try:
         with stop.within(0):
-            args, (processes, _, local_rank, _) = arguments(argv), environment()
-            if args.dry_run:
-                args.gpus = max(args.gpus, processes)
-                from evals.estimate import estimate_training
-                return estimate_training(args)
-            if args.batch % (processes * args.accumulate):
-                raise ValueError(f"--batch {args.batch} must divide by processes ({processes}) x "
-                                 f"--accumulate ({args.accumulate})")
-            device = torch.device(args.device)
-            if args.device == "cuda":
-                device = torch.device("cuda", local_rank)
-                torch.cuda.set_device(device)
-                torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-            if processes > 1:
-                init_distributed(device)
-        if not train(args, device, stop):
-            print(f"stopped; the same command goes on from {args.out}")
+            given, (processes, _, local_rank, _) = vars(make_parser()[0].parse_args(argv)), environment()
+            runs = plan(given) if given["stage"] == "all" else [given]
+        for flags in runs:
+            with stop.within(0):
+                args = resolve(flags)
+                if args.dry_run:
+                    args.gpus = max(args.gpus, processes)
+                    from evals.estimate import estimate_training
+                    return estimate_training(args)
+                device = set_up(args, processes, local_rank)
+            if not train(args, device, stop):
+                print(f"stopped; the same command goes on from {args.out}")
+                break
         if processes > 1:
             dist.destroy_process_group()
     except Stopped:

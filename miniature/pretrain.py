@@ -9,6 +9,7 @@ picks them. B batch, L tokens, C width of the image features, E of the contrasti
 image.
 """
 import math
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from miniature import world
 from miniature.tasks import world_texts
 
 VOCABULARY = 640                              # upper limit of the nano tokenizer's size
+REAL_VOCABULARY = 4096                        # and of one for --data
+REAL_LATENTS = 8                              # channels of a fresh VAE for --data
 CONTEXT = 128                                 # longest caption, in tokens, that the text tower reads
 
 
@@ -51,6 +54,19 @@ def train_tokenizer(texts, vocab_size):
 def world_tokenizer():
     """The nano tokenizer: learnt from conversations about the world, and prompts to generate."""
     return train_tokenizer(world_texts(1500), VOCABULARY)
+
+
+def save_tokenizer(spec, folder):
+    """For train.py --stage all: unless `folder` has one, write a tokenizer learnt from the captions of
+    --data into it; of very many captions, from 20,000 that are spread evenly."""
+    if (folder / "tokenizer.json").is_file():
+        return
+    source, texts = data.open_source(spec), []
+    for i in range(0, len(source), max(1, len(source) // 20_000)):
+        with suppress(data.BadSample):
+            texts += source.read(i, texts_only=True)[1].get("captions", [])
+    folder.mkdir(parents=True, exist_ok=True)
+    train_tokenizer([data.DESCRIBE, data.SYSTEM, *texts], REAL_VOCABULARY).save(folder)
 
 
 # ---- stage clip -----------------------------------------------------------------------------------------
@@ -190,7 +206,9 @@ class ClipStage(train.Stage):
         self.tokenizer = train.tokenizer_of(args.init)
         config = PRESETS["nano"]["clip"]
         self.size, self.trained = config.image_size, CLIP(config, self.tokenizer.vocab_size)
-        if "clip" in folder_parts(args.init) and not args.fresh:
+        continues = "clip" in folder_parts(args.init) and not args.fresh
+        self.parts = {"EVA-CLIP": train.origin(args, continues)}
+        if continues:
             self.trained.visual = EvaClip.from_pretrained(args.init)
         self.compile_target = self.trained.visual
         self.collate = ClipCollate(self.tokenizer, self.trained.visual.config)
@@ -239,8 +257,11 @@ class VaeStage(train.Stage):
     def __init__(self, args):
         super().__init__()
         self.size = PRESETS["nano"]["clip"].image_size
-        has_vae = "vae" in folder_parts(args.init) and not args.fresh
-        self.trained = VAE.from_pretrained(args.init) if has_vae else VAE(PRESETS["nano"]["vae"])
+        has_vae, config = "vae" in folder_parts(args.init) and not args.fresh, PRESETS["nano"]["vae"]
+        if args.data:                # images of the world are plain: four channels keep 36 dB of them
+            config = replace(config, latent_channels=REAL_LATENTS)
+        self.trained = VAE.from_pretrained(args.init) if has_vae else VAE(config)
+        self.parts = {"VAE": train.origin(args, has_vae)}
         self.compile_target = self.trained.to(memory_format=torch.channels_last)
         self.collate = VaeCollate(self.size, self.trained)
 
@@ -254,13 +275,12 @@ class VaeStage(train.Stage):
         self.trained.save_pretrained(Path(folder) / "diffusion-decoder" / "vae", torch.float16)
 
     def probe(self, batch):
-        self.calibrate(data.to_signed(batch["pixels"]))
         return {"_psnr": train.psnr(self.preview(batch)[0], train.to_unit_range(batch["pixels"]))}
 
-    def calibrate(self, pixels):
+    def calibrate(self, batch):
         """Set the VAE's scaling_factor to 1 / std of these images' raw latents: unit-variance latents for
         the UNet."""
-        std = float(self.trained.moments(pixels)[0].std())
+        std = float(self.trained.moments(data.to_signed(batch["pixels"]))[0].std())
         self.trained.config = replace(self.trained.config, scaling_factor=1 / std)
 
     def preview(self, batch):

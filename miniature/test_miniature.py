@@ -1743,7 +1743,7 @@ def test_clip_stage_weighs_its_losses_and_probes(tiny):
 
 # ---- Stage vae --------------------------------------------------------------------------------------------
 def test_vae_stage_calibrates_its_latents(tiny):
-    """Losses by hand; the probe makes latents of unit variance, and what they decode to stays."""
+    """Losses by hand; what is exported has latents of unit variance, and what they decode to stays."""
     stage, training, _, _ = build("--stage", "vae")
     batch = stage.collate([training[i] for i in range(6)])
     target = data.to_signed(batch["pixels"])
@@ -1756,6 +1756,7 @@ def test_vae_stage_calibrates_its_latents(tiny):
     with torch.no_grad():
         before = stage.trained.decode(stage.trained.encode(target))
         numbers = stage.probe(batch)
+        stage.calibrate(batch)
         latents = stage.trained.encode(target)
         assert abs(float(latents.std()) - 1) < 1e-4 and stage.trained.config.scaling_factor != 1
         assert gap(stage.trained.decode(latents), before) < 1e-5
@@ -1858,16 +1859,18 @@ def test_vae_calibrate(tmp_path, monkeypatch):
     """Latents get unit variance, what they decode to stays, and the exported folder remembers the factor."""
     monkeypatch.setitem(PRESETS, "nano", TINY_DECODER)
     torch.manual_seed(0)
-    stage, pixels = VaeStage(SimpleNamespace(init=None, fresh=False)), randn(4, 3, 32, 32)
-    vae = stage.trained
+    stage = VaeStage(SimpleNamespace(init=None, fresh=False, data=None))
+    images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+    batch, vae = {"pixels": data.to_pixels(images)}, stage.trained
+    pixels = data.to_signed(batch["pixels"])
     before = vae.decode(vae.encode(pixels))
     assert abs(float(vae.encode(pixels).std()) - 1) > 0.1
-    stage.calibrate(pixels)
+    stage.calibrate(batch)
     assert abs(float(vae.encode(pixels).std()) - 1) < 1e-4
     assert gap(vae.decode(vae.encode(pixels)), before) < 1e-5
     assert vae.config == replace(TINY_DECODER["vae"], scaling_factor=vae.config.scaling_factor)
     stage.export(tmp_path)
-    again = VaeStage(SimpleNamespace(init=tmp_path, fresh=False))  # goes on where the folder stopped
+    again = VaeStage(SimpleNamespace(init=tmp_path, fresh=False, data=None))  # goes on where it stopped
     assert VAE.from_pretrained(tmp_path).config == again.trained.config == vae.config
     assert pretrain.VaeCollate(32, vae).shape == (4, 16, 16)
 
