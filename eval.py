@@ -26,6 +26,7 @@ What other people publish, for models of any size:
     python eval.py neighbours --a DIR --train SHARDS        were images copied from training?
     python eval.py speed                                    beside transformers, diffusers and webdataset
     python eval.py gpu                                      a GPU: is it exact, how much memory, how fast?
+    python eval.py scale                                    the data loader at 25 million samples, simulated
 """
 import argparse
 import sys
@@ -149,6 +150,7 @@ COMMANDS = {
                        help="supervision: model folders with and without query supervision in stage 0"))),
     "speed": ("evals.speed", "speed", (whole("rounds", 5),)),
     "gpu": ("evals.gpu", "gpu", (flag("--quick", action="store_true", help="tiny: see that it runs"),)),
+    "scale": ("evals.scale", "scale", (flag("--quick", action="store_true", help="1,200 samples instead"),)),
 }
 # Flags that have no effect: (commands, where that is so in words, a test of the arguments, the flags).
 NO_EFFECT = (
@@ -247,8 +249,8 @@ def check(args):
 
 
 def main(argv=None):
-    """Run one command; returns the exit code: 0, 1 if `gpu` found a failure, 2 after a mistake (one sentence
-    on stderr), 130 after Ctrl-C."""
+    """Run one command; returns the exit code: 0, 1 if `gpu` or `scale` found a failure, 2 after a mistake
+    (one sentence on stderr), 130 after Ctrl-C."""
     return run_command("eval.py", partial(run, argv))
 
 

@@ -2652,6 +2652,10 @@ BOUGHT = {  # name: (files, --data below the folder, the captions or a sentence)
     "braces with commas": ({"a/x.tar": pairs("a"), "b/x.tar": pairs("b")}, "/{{b,a}}/*.tar", ["b", "a"]),
     "braces within braces": ({f"{s}.tar": pairs(s) for s in ("a", "b1", "b2")}, "/{{a,b{{1,2}}}}.tar",
                              ["a", "b1", "b2"]),
+    "several braces": ({f"{s}/{i:02d}.tar": pairs(f"{s}{i}") for s in "ab" for i in range(12)},
+                       "/{{a,b}}/{{9..010}}.tar,{}/a/{{00..01}}.tar", "there is no shard .* at .*a/009"),
+    "several braces, padded": ({f"{s}/{i:03d}.tar": pairs(f"{s}{i}") for s in "ab" for i in range(12)},
+                               "/{{a,b}}/{{9..010}}.tar", ["a9", "a10", "b9", "b10"]),
     "a space behind the comma": ({"a.tar": pairs("a"), "b.tar": pairs("b")}, "/a.tar, {}/b.tar", ["a", "b"]),
     "dots in folders": ({"x.tar": pairs("v1.0/a.b", "v2.0/a.b")}, "/x.tar", ["a.b", "a.b"]),
     "a folder of tars": ({"1.tar": pairs("a"), "deep/2.tar": pairs("b"), "._1.tar": "junk"}, "", ["a", "b"]),
@@ -2662,6 +2666,9 @@ BOUGHT = {  # name: (files, --data below the folder, the captions or a sentence)
                        ["a"]),
     "names in Latin-1": ({"d\udce9/\udcfc.tar": pairs("a"), "d\udce9/\udcfc.png": PNG,
                           "d\udce9/\udcfc.txt": "b"}, "/d\udce9", ["b", "a"]),
+    "captions of other suffixes": ({"a.png": PNG, "a.CAPTION": "a", "b.png": PNG, "b.text": "b",
+                                    "c.png": PNG, "c.text": "text", "c.txt": "c",
+                                    "x.tar": {"d.PNG": PNG, "d.caption": "d"}}, "", ["a", "b", "c", "d"]),
     "several images of a key": ({"x.tar": {"a.seg.png": PNG, "a.png": PNG, "a.txt": "a", "a.cls": "3"}},
                                 "/x.tar", ["a"]),
     "tars beside images": ({**pairs("x"), "1.tar": pairs("a")}, "", ["x", "a"]),
@@ -2683,9 +2690,10 @@ BOUGHT = {  # name: (files, --data below the folder, the captions or a sentence)
     "zip": ({"x.zip": b"PK\3\4"}, "/x.zip", "a zip archive"),
     "parquet": ({"x.parquet": b"PAR1"}, "/x.parquet", "a Parquet table"),
     "Arrow": ({"x.arrow": b"ARROW1\0\0"}, "/x.arrow", "an Arrow table"),
-    "a table": ({"x.csv": "image,caption\na.png,b\n"}, "/x.csv", "a table"),
     "JSON called tar": ({"x.tar": "[{}]"}, "/x.tar", "it is JSON"),
-    "one object": ({"x.json": '{\n "a": []\n}'}, "/x.json", "x.json must hold a JSON list of records"),
+    "one object": ({"x.json": '{\n "a": []\n}'}, "/x.json", 'x.json must hold a JSON list of .* with "a"'),
+    "one object in a line": ({"x.json": '{"info": {}, "images": [], "annotations": []}'}, "/x.json",
+                             'x.json must hold a JSON list of records.*begins with "info"'),
     "a cut list": ({"x.json": '[{"caption": "a"}, {"capt'}, "/x.json", "x.json isn't a JSON list.*at byte"),
     "UTF-16": ({"x.jsonl": '{"a": 1}'.encode("utf-16")}, "/x.jsonl", "text in UTF-16"),
     "an image": ({"x.png": PNG}, "/x.png", "it is an image: give its folder"),
@@ -2695,8 +2703,44 @@ BOUGHT = {  # name: (files, --data below the folder, the captions or a sentence)
                      "no image with a caption .*left out: 2 .gif, 1 .heic, 1 .jfif"),
     "other images in a tar": ({"x.tar": {"a.bmp": "x", "a.txt": "x", "b.png": PNG}}, "/x.tar",
                               "left out: 1 no caption, 1 .bmp"),
-    "Hugging Face's metadata": ({"metadata.jsonl": '{"file_name": "a.png", "text": "a"}', "a.png": PNG}, "",
-                                "left out: 1 no caption, 1 .jsonl"),
+    "Hugging Face's metadata": ({"metadata.jsonl": '{"file_name": "b/a.png", "text": "a"}', "b/a.png": PNG},
+                                "", ["a"]),
+    "nested metadata": ({"train/metadata.csv": "file_name,label,text\na.png,3,a\n", "train/a.png": PNG,
+                         "test/b.PNG": PNG, "test/metadata.jsonl": '{"file_name": "b.PNG", "caption": "b"}',
+                         "val/c.png": PNG, "val/c.txt": "c", "d.tar": pairs("d")}, "", ["c", "d", "b", "a"]),
+    "metadata beside texts": ({**pairs("a"), "metadata.csv": "file_name,text\na.png,no\n", "b.png": PNG}, "",
+                              ["a"]),
+    "metadata in both forms": ({"metadata.csv": "", "metadata.jsonl": '{"file_name": "a.png", "text": "a"}',
+                                "a.png": PNG}, "", ["a"]),
+    "metadata without captions": ({"metadata.csv": "file_name,label\na.png,3\n", "a.png": PNG}, "",
+                                  r"metadata.csv has no column of captions \(caption, .* file_name, label$"),
+    "a table": ({"x.csv": "image,caption\na.png,a\na.png,b\n", "a.png": PNG}, "/x.csv", ["a", "b"]),
+    "a table from Excel": ({"x.CSV": b'\xef\xbb\xbf"Titel";"Title";"Filename"\r\n1;"a; ""b"",\r\nc";s/a.png'
+                            b'\r\n\r\n;;\r\n2;"\xc3\xbc"; a.PNG', "s/a.png": PNG, "a.PNG": PNG}, "/x.CSV",
+                           ['a; "b",\r\nc', "\u00fc"]),
+    "a table with tabs": ({"x.tsv": "id\tpath\tprompt\ttext\n7\ta.png\tno\ta, 5 o'clock\n\n", "a.png": PNG},
+                          "/x.tsv", ["a, 5 o'clock"]),
+    "a table without images": ({"x.csv": "\nlabel,Caption\n1,a\n"}, "/x.csv",
+                               r"x.csv has no column of image files \(image, .*\): .* says label, Caption$"),
+    "a table without a header": ({"x.csv": "a.png,a dog\n"}, "/x.csv", "image files .* nor of captions"),
+    "a table of links": ({"x.tsv": "TEXT\tURL\na\thttps://x.org/a.png\n"}, "/x.tsv", "what URL names must"),
+    "links for files": ({"x.csv": "image,caption\nhttps://x.org/a.png,a\n"}, "/x.csv", "addresses, https:"),
+    "links in JSON": ({"x.jsonl": '{"path": "https://x.org/a.png", "text": "a"}'}, "/x.jsonl", "addresses"),
+    "a table in Latin-1": ({"x.csv": "image,caption\na.png,a\nb.png,\u00fc\n".encode("latin-1")}, "/x.csv",
+                           r"x.csv isn't UTF-8 text \(line 3: .*save it as UTF-8"),
+    "a table in UTF-16": ({"x.csv": "image,caption\n".encode("utf-16")}, "/x.csv", "text in UTF-16"),
+    "a table with old line ends": ({"x.csv": "image,caption\ra.png,a\r"}, "/x.csv", "end in CR alone"),
+    "a table whose quotation doesn't end": ({"x.csv": 'image,caption\na.png,"a\na.png,b\n'}, "/x.csv",
+                                            "x.csv isn't a table: .* at line 3"),
+    "a table with stray quotation marks": ({"x.csv": 'image,caption\na.png,"a" b\na.png,b\n'}, "/x.csv",
+                                           "x.csv isn't a table: .* at line 2"),
+    "a table of a header": ({"x.csv": "image,caption\n"}, "/x.csv", "columns image, caption, but no rows"),
+    "an empty table": ({"x.csv": "\r\n"}, "/x.csv", "first line has 0 bytes"),
+    "no table": ({"x.csv": "x" * 99999}, "/x.csv", "first line has 99999 bytes"),
+    "a table in a folder": ({"captions.csv": "image,caption\na.png,a\n", "a.png": PNG}, "",
+                            "left out: 1 no caption, 1 .csv: --data takes such a file by its name"),
+    "images alone": ({"a.png": PNG, "b.JPG": PNG}, "", "looked for name.jpg.* left out: 2 no caption$"),
+    "an empty folder": ({"x/.hidden": ""}, "/x", "no image with a caption in .*/x: .*; left out: nothing$"),
     "rows elsewhere": ({"x.parquet": "x", "y.parquet": "x"}, "", "left out: 2 .parquet"),
 }
 
@@ -2739,7 +2783,13 @@ RECORDS = {  # a line of JSONL: its caption, its turns, or the cause why it is n
     '{"image": "sub", "caption": "x"}': "no image", '{"image": "none.png", "caption": "x"}': "no image",
     '{"image": "pipe.png", "caption": "x"}': "no image",
     '{"image": "https://x.org/a.png", "caption": "x"}': "no image", '{"url": "a"}': "no caption",
-    '{"file_name": "a.png", "text": "x"}': "no caption", '{"image": "a.png", "messages": []}': "no caption",
+    '{"file_name": "a.png", "text": "x"}': "x", '{" Path ": "a.png", "title": "y", "PROMPT": "x"}': "x",
+    '{"file": {"path": 1}, "path": "a.png", "text": 5, "title": "x"}': "x",
+    '{"images": ["a.png"], "path": "a.png", "text": "x"}': "no image",
+    '{"path": "none.png", "text": "no", ' + TALK + "}": [("Hi?", "Ho.")],
+    '{"image": "a.png", "captions": ["x"], "text": "no"}': "x",
+    '{"image": "a.png", "messages": []}': "no caption",
+    '{"image": "", "path": "a.png", "text": "x"}': "no image",
     '{"image": "empty.png", "caption": "x"}': "empty image",
     '{"image": "ps.jpg", "caption": "x"}': "not an image", '{"image": "a.png"}': "no caption",
     '{"image": "a.png", "caption": "x\\u0000y"}': "not UTF-8",
@@ -2785,13 +2835,38 @@ def test_records_of_any_type_are_read_or_counted_by_cause(tmp_path):
 
 def test_fields_of_other_names_are_said(tmp_path):
     """A data set in another layout: the sentence names what its records hold, and what is read."""
-    (tmp_path / "x.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n')
+    (tmp_path / "x.jsonl").write_text('{"picture": "a.png", "words": "x"}\n')
     (tmp_path / "y.jsonl").write_text('{"conversations": [{"from": "user", "value": "x"}]}')
-    for name, message in {"x": "has file_name, text, but no caption", "y": "this one has user"}.items():
+    for name, message in {"x": "has picture, words, but no caption", "y": "this one has user"}.items():
         refuses(message, data.Samples(data.open_source(str(tmp_path / f"{name}.jsonl")),
                                       data.CaptionTask()).__getitem__, 0)
     for spec in "https://x.org/{000..099}.tar", "s3://b/*.tar", "pipe:cat a.tar", "a.tar,file:///a.tar":
         refuses("download|no shard", data.open_source, spec)
+
+
+def test_tables_are_read_row_by_row(tmp_path):
+    """Rows of a table are samples as any others: a caption and maybe a short one, or a cause; images that
+    metadata doesn't name are counted; a table that has changed since it was indexed is no crash."""
+    rows = {"a.png,a": "a", '"a.png","a, b"': "a, b", "a.png,a, b": "broken row", "a.png": "broken row",
+            ",a": "no image", "a.png,": "empty caption", "../a.png,a": "outside the folder",
+            "none.png,a": "no image", "b.gif,a": "no image",
+            f"a.png,{'x' * 20_000}": "caption too long"}
+    write_files(tmp_path, {"a.png": PNG, "c.png": PNG, "d.PNG": PNG,
+                           "metadata.csv": "\n".join(["File_Name,Caption", *rows]) + "\n"})
+    source = data.open_source(str(tmp_path), 8)
+    captions, causes = read_all(source)
+    assert [captions.get(i) or causes[i] for i in range(len(source))] == list(rows.values())
+    assert source.name(2) == f"{tmp_path / 'metadata.csv'}, sample 3" and source.left_out == {}
+    few = "image,short_caption,title\na.png,s,t\n"
+    write_files(tmp_path, {"metadata.csv": few})
+    source = data.open_source(str(tmp_path), 8)
+    assert source[0]["captions"] == ["t", "s"] and source.left_out == {"no caption": 2}
+    for content in few.replace("image", "x"), few[:-4], "image,title\n" + few, few.replace("t\n", "\xff\n"):
+        (tmp_path / "metadata.csv").write_bytes(content.encode("latin-1"))
+        with suppress(data.BadSample):
+            source[0]
+    (tmp_path / "x.csv").write_text("image,caption\n" + "a.png,a\n" * 3 + 'a.png,"' + "x\n" * 200_000)
+    refuses("x.csv isn't a table: .*quotation mark missing", data.open_source, str(tmp_path / "x.csv"))
 
 
 def test_files_that_change_while_they_are_read(tmp_path):
@@ -3070,7 +3145,9 @@ def test_fuzzed_records(fuzz, tmp_path):
         picked = [good[k] for k in rng.integers(0, len(good), 6)]
         as_list = rng.random() < 0.5
         content = ("[" + ", ".join(picked) + "]" if as_list else "\n".join(picked)).encode("utf-8")
-        file = tmp_path / rng.choice(["x.jsonl", "x.json"])
+        file = tmp_path / rng.choice(["x.jsonl", "x.json", "metadata.csv"])
+        if file.suffix == ".csv":
+            content = b'image,caption\r\na.png,"a ""b"",\r\nc"\r\n' + b"a.png,b\n" * int(rng.integers(4))
         file.write_bytes(mutated(content, rng) if rng.random() < 0.8 else content)
         only_sentences(read_every, file)
         for index in sorted(data.INDEX_FOLDER.glob("*.safetensors"), key=os.path.getmtime)[-1:]:
@@ -3736,7 +3813,7 @@ def test_stages_read_shards(tiny, stage, tmp_path, capsys):
     assert [row["samples"] for row in rows] == [24, 48]              # 24 samples an epoch
     assert [row["skipped"] for row in rows] == [{"broken image": 1}, {"broken image": 2}]
     assert all(math.isfinite(row["grad"]) for row in rows)
-    assert "40 samples, 16 of them held out; left out: none" in capsys.readouterr().out
+    assert "40, 16 of them (40.0%) held out; left out: none" in capsys.readouterr().out
 
 
 def test_each_checkpoint_can_have_its_folder(tiny, tmp_path):
@@ -5713,7 +5790,7 @@ def test_broken_samples_are_counted_or_end_a_run(tiny, tmp_path, capsys):
     trained, causes = training_items(source), read_all(source)[1]
     line = ("--stage", "vae", "--steps", 7, "--batch", 12, "--data", spec)       # one epoch
     assert len(trained) == 84 and run_training(*line, "--out", tmp_path / "a", "--max-bad", 1) == 0
-    start = "100 samples, 16 of them held out; left out: 5 no caption, 3 no image, 4 link\n"
+    start = "100, 16 of them (16.0%) held out; left out: 5 no caption, 3 no image, 4 link\n"
     assert start in capsys.readouterr().out
     counts = [row["skipped"] for row in read_steps(tmp_path / "a")]
     assert counts[-1] == Counter(cause for i, cause in causes.items() if i in trained)

@@ -25,7 +25,7 @@ Z = 1.959964                              # half the width of a 95 % interval, i
 # How numbers other than fractions are printed.
 FORMATS = {"dB": ".2f", "points": ".1f", "SSIM": ".3f", "cosine": ".3f", "distance": ".3f", "Frechet": ".4g",
            "MMD": ".3g", "p": ".2g", "feature spread": ".3f", "pixel spread": ".3f", "gap, t = 0.02": ".4f",
-           "gap, t = 0.05": ".4f", "seconds": ".0f"}
+           "gap, t = 0.05": ".4f", "seconds": ".0f", "core-seconds": ".3f", "relative distance": ".4f"}
 
 
 def wilson(count, n, z=Z):

@@ -40,6 +40,7 @@ from evals import (
     leakage,
     preference,
     report,
+    scale,
     speed,
     understanding,
 )
@@ -1174,6 +1175,71 @@ def test_gpu_sections_are_guarded(run, monkeypatch):
     assert run("gpu --quick", "gpu.json")["rows"][0]["note"] == "OutOfMemoryError: 2 GiB"
     monkeypatch.setattr(gpu, "LIMIT", 0)
     assert run("gpu --quick", "gpu.json")["rows"][0]["check"] == "skipped"
+
+
+# ---- scale -----------------------------------------------------------------------------------------
+@pytest.fixture
+def many(tmp_path, monkeypatch):
+    """A source of 12 shards of 10 samples, of which 104 are trained on."""
+    monkeypatch.setattr(data, "INDEX_FOLDER", tmp_path / "index")
+    scale.write_sparse_shard(tmp_path / "shard", 10, 50_000)
+    for i in range(12):
+        (tmp_path / f"{i:02d}.tar").symlink_to(tmp_path / "shard")
+    source = data.open_source(f"{tmp_path}/*.tar", 64)
+    assert len(source) == 120 and os.stat(tmp_path / "shard").st_size > 500_000
+    assert source[7]["image"].shape == (64, 64, 3) and source[7]["caption"] == "caption 7"
+    return source
+
+
+def test_scale_finds_wrong_orders(many, monkeypatch):
+    """The order of 4 ranks is that of one, over an epoch's end, too; and it is seen where ranks meet other
+    samples, or where an order holds one twice, leaves one out, holds a held-out one or isn't numpy's."""
+    length = 120 - len(many.held_out)
+    def agree():
+        return scale.ranks_agree(many, 4, range(2, 12), 12)
+    assert 2 * 12 < length < 12 * 12 and agree()
+    assert all(scale.epoch_is_whole(many, 120, epoch) == (True, True) for epoch in (0, 3))
+
+    class Blocks(scale.MicroBatches):
+        def __getitem__(self, first):
+            n = self.size // self.ranks
+            examples = [self.samples[first + self.rank * n + i] for i in range(n)]
+            return self.collate(examples)
+    with monkeypatch.context() as patch:
+        patch.setattr(scale, "MicroBatches", Blocks)
+        assert not agree()
+    index = many.index
+    with monkeypatch.context() as patch:
+        patch.setattr(many, "index", lambda p, ahead, seed: index(p - p % 2, ahead, seed))
+        assert not agree() and scale.epoch_is_whole(many, 120, 0) == (False, True)
+    for change in (lambda order: order[1], lambda order: length):    # twice; beyond the end
+        index(0)
+        many.orders[0][1][0] = change(many.orders[0][1])
+        assert scale.epoch_is_whole(many, 120, 0) == (False, False)
+        many.orders.clear()
+
+
+@pytest.mark.slow
+def test_scale_runs_in_small(run, tmp_path):
+    """Every section has its rows, and nothing else is left; the plan's numbers follow from results/gpu.json
+    and the paper's."""
+    results, table = run("scale --quick", "scale.json"), (tmp_path / "scale.md").read_text()
+    rows = {row["check"]: row for row in results["rows"]}
+    assert list(dict.fromkeys(row["section"] for row in results["rows"])) == list(scale.SECTIONS)
+    assert {path.name for path in tmp_path.iterdir()} <= {"scale.json", "scale.md"}
+    assert len(rows) == len(results["rows"]) and all(check in table for check in rows)
+    assert [row["ok"] for row in rows.values() if row["ok"] is not None] == [True] * 7
+    assert rows["samples"]["value"] == 1200 and rows["a start: the first batch"]["value"] > 0
+    assert abs(rows["features of all images, bf16"]["value"] * 1e12 - 1200 * 64 * 2) < 1
+    speeds = {row["check"]: row["value"] for row in json.loads(scale.GPU_TABLE.read_text())["rows"]}
+    one, encoder = speeds["stage 1 of the 4B, eager, batch 16"], speeds["EVA-CLIP features, bf16, batch 8"]
+    days = 150_000 * 512 / 32 / 86400
+    name = "32 GPUs, 16 images each"
+    for check, value in {f"{name}: days with the cache": days / one,
+                         f"{name}: days without": days * (1 / one + 1 / encoder),
+                         f"{name}: reading the cache": 32 * one * 64 * 1792 * 2 / 1e9,
+                         "256 GPUs, 32 images each: failures": 256 * 419 / 54 / 16384}.items():
+        assert abs(rows[check]["value"] / value - 1) < 1e-6
 
 
 # ---- mistakes --------------------------------------------------------------------------------------
