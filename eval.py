@@ -148,7 +148,8 @@ COMMANDS = {
                        help="model folder that generates for steps and guidance, and that stage2 trains on"),
                   flag("--inits", nargs=2, metavar=("WITH", "WITHOUT"),
                        help="supervision: model folders with and without query supervision in stage 0"))),
-    "speed": ("evals.speed", "speed", (whole("rounds", 5),)),
+    "speed": ("evals.speed", "speed", (
+        whole("rounds", 5), flag("--quick", action="store_true", help="tiny: see that it runs"))),
     "gpu": ("evals.gpu", "gpu", (flag("--quick", action="store_true", help="tiny: see that it runs"),)),
     "scale": ("evals.scale", "scale", (flag("--quick", action="store_true", help="1,200 samples instead"),)),
 }

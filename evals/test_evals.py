@@ -1127,11 +1127,50 @@ def test_neighbours_find_what_is_copied(tiny_folder, run, tmp_path, capsys):
 
 # ---- speed -----------------------------------------------------------------------------------------
 @pytest.mark.reference
-def test_reading_equals_webdataset(tmp_path):
-    """The two readers that `eval.py speed` compares make the same pixels of the same shard."""
-    pytest.importorskip("webdataset", reason="needs pip install webdataset")
-    row = speed.benchmark_reading(tmp_path, 1, n=4, shape=(60, 80), size=32)
-    assert row["apart"] == 0 and min(row["images_per_s"]) > 0 and not (tmp_path / "speed.tar").exists()
+def test_speed_in_small(run, tmp_path, capfd):
+    """Each row stands in the table and as a line of JSON, nothing on stderr; references agree; precisions
+    take the memory and have the errors that they should."""
+    for library in ("webdataset", "diffusers", "transformers"):
+        pytest.importorskip(library, reason=f"needs pip install {library}")
+    rows = run("speed --quick --rounds 1", "speed.json")["rows"]
+    out, err = capfd.readouterr()
+    lines = out.splitlines()
+    assert [json.loads(line) for line in lines if line[0] == "{"] == rows and err == ""
+    assert sum(line.startswith(f"  {row['row']}") for line, row in zip(lines[::2], rows)) == len(rows) == 18
+    assert min(row[key] for row in rows for key in ("seconds", "reference_seconds", "ratio")) > 0
+    tensors = [row for row in rows if row["reference"] != "webdataset"]
+    assert min(row[key] for row in tensors for key in ("MiB", "reference_MiB", "evaluations")) > 0
+    assert max(row["error"] for row in rows if row["reference"] != "fp32") < 1e-5 and rows[-1]["error"] == 0
+    parts = {row["row"]: {} for row in rows if row["reference"] == "fp32"}
+    for row in (row for row in rows if row["reference"] == "fp32"):
+        parts[row["row"]][row["precision"]] = row
+    for part in parts.values():
+        exact, half, int8 = (part[name] for name in ("fp32", "bf16", "int8"))
+        assert exact["error"] == 0 and 1e-4 < half["error"] < 0.05 and 1e-4 < int8["error"] < 0.08
+        assert half["weights_MiB"] == exact["weights_MiB"] / 2 and exact["ratio"] == 1
+        assert exact["weights_MiB"] / 4 < int8["weights_MiB"] < exact["weights_MiB"]
+    assert len(parts) == 3 and {path.name for path in tmp_path.iterdir()} == {"speed.json"}
+
+
+@pytest.mark.reference
+def test_gradients_of_both_training_loops_are_compared():
+    """Other noise, or other prompts, on one side alone is seen in the gradients."""
+    pytest.importorskip("diffusers", reason="needs pip install diffusers")
+    pair = speed.TrainingPair(speed.sizes(True))
+
+    def changed(name):
+        before, loop = getattr(pair, name), pair.theirs
+
+        def theirs():
+            setattr(pair, name, before.roll(1, 0))
+            loop()
+            setattr(pair, name, before)
+        return theirs
+
+    def ours():
+        pair.ours(pair.cached)
+    assert pair.gradient_difference(ours, pair.theirs) < 1e-5
+    assert all(pair.gradient_difference(ours, changed(name)) > 0.01 for name in ("x0", "ids", "t"))
 
 
 # ---- a GPU's checklist -----------------------------------------------------------------------------
