@@ -6,13 +6,15 @@
     diffusion-decoder/unet|vae/       diffusers' layout, with its .bf16 and .fp16 variants
 
 Loading is strict and cheap: read_headers -> compare all names and shapes with the module -> map and assign.
-No tensor is read before all names and shapes match, and memory never holds one twice. Writing is atomic:
-after a crash a file is complete or absent.
+No tensor is read before all names and shapes match, and memory never holds one twice. On the device "meta" a
+module remembers its `sources`, and `fill` reads any of them later. Writing is atomic: after a crash a file is
+complete or absent.
 
 Whatever a person brings, a flag, a JSON file or a folder, is checked here by one function of its kind; a
 mistake is a ValueError of one sentence, which `run_command` prints.
 """
 import argparse
+import ctypes
 import itertools
 import json
 import math
@@ -22,9 +24,10 @@ import shutil
 import stat
 import sys
 import typing
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
+from threading import Thread
 from types import NoneType, UnionType
 from typing import NamedTuple
 
@@ -410,9 +413,11 @@ class Stored(NamedTuple):
     key: str
     shape: tuple          # as it will be read: another one of as many numbers reshapes
     dtype: str = "F32"    # of the file, in safetensors' words
+    span: tuple = (0, 0)  # its bytes in the file: first, after the last
 
 
-FLOATS = {"F64", "F32", "F16", "BF16"}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = set(DTYPES)
 # Computed from config.json, but older versions of transformers stored them.
 BUFFERS = re.compile(r"(^|\.)(rotary_(pos_)?emb\..*|inv_freq|cos_cached|sin_cached|position_ids)$")
 # What GPTQ, AWQ, bitsandbytes, fp8 and compressed-tensors store beside their numbers.
@@ -439,17 +444,19 @@ def read_headers(folder):
             raise ValueError(f"{file} is {FOREIGN.get(file.suffix, 'no file of weights')}, which isn't "
                              "read: take a .safetensors file, or the folder that holds it")
         try:
-            with safe_open(file, framework="pt") as f:
-                slices = {key: f.get_slice(key) for key in list(f.keys()) if not BUFFERS.search(key)}
-                found = {key: Stored(file, key, tuple(part.get_shape()), part.get_dtype())
-                         for key, part in slices.items()}
+            with safe_open(file, framework="pt"), open_file(file) as f:  # checks what is read here
+                length = int.from_bytes(f.read(8), "little")
+                header = json.loads(f.read(length))
         except SafetensorError as error:
             raise ValueError(f"{file} is cut short or broken ({str(error)[:200]}): download it "
                              "again") from None
-        for key, tensor in found.items():
+        for key, about in header.items():
+            if key == "__metadata__" or BUFFERS.search(key):
+                continue
             if key in stored:
                 raise ValueError(f"{key} is both in {stored[key].file} and in {file}: remove one of them")
-            stored[key] = tensor
+            span = tuple(8 + length + offset for offset in about["data_offsets"])
+            stored[key] = Stored(file, key, tuple(about["shape"]), about["dtype"], span)
     return stored
 
 
@@ -532,13 +539,52 @@ def stored_layers(names, prefix):
 
 
 def read_tensor(stored, device="cpu", dtype=None):
-    """The tensor on `device` as `dtype` (None: the file's), copied at most once; "meta" reads nothing. The
-    file is mapped, and reopened for each tensor, so that the pages of the last one are released."""
+    """The tensor on `device` as `dtype` (None: the file's), copied at most once, and then in `pieces`; "meta"
+    reads nothing. The file is mapped, and reopened for each tensor."""
     if str(device) == "meta":
         return torch.empty(stored.shape, dtype=dtype, device="meta")
-    with safe_open(stored.file, framework="pt", device=str(device)) as f:
-        tensor = f.get_tensor(stored.key).view(stored.shape)
-    return tensor if dtype is None else tensor.to(dtype)
+    if dtype in (None, DTYPES.get(stored.dtype)) or not stored.shape:
+        with safe_open(stored.file, framework="pt", device=str(device)) as f:
+            tensor = f.get_tensor(stored.key).view(stored.shape)
+        return tensor if dtype is None else tensor.to(dtype)
+    tensor = torch.empty(stored.shape, dtype=dtype, device=device)
+    for rows, piece in pieces(stored, device):
+        tensor[rows] = piece
+    return tensor
+
+
+def pieces(stored, device):
+    """Iterator over (slice, those rows of a tensor on `device`), of about PIECE numbers each. Pages of a file
+    that are mapped count as memory until it is closed: it is reopened for each piece."""
+    n = max(1, PIECE * stored.shape[0] // max(1, math.prod(stored.shape)))
+    for i in range(0, stored.shape[0], n):
+        with safe_open(stored.file, framework="pt", device=str(device)) as f:
+            yield slice(i, i + n), f.get_slice(stored.key)[i:i + n].view(-1, *stored.shape[1:])
+
+
+PIECE = 2 ** 24
+
+
+def read_ahead(tensors, after=None):
+    """Start a thread, after another one's end, that reads the bytes of those tensors that are Stored.
+
+    They go to the system's cache of files alone, which takes memory only as long as nobody else wants it: a
+    later read_tensor needn't wait for the disk. Returns the thread.
+    """
+    spans = sorted((tensor.file, *tensor.span) for tensor in tensors if isinstance(tensor, Stored))
+
+    def read():
+        if after is not None:
+            after.join()
+        buffer = memoryview(bytearray(2 ** 20))
+        for file, start, end in spans:
+            with suppress(OSError), open(file, "rb", buffering=0) as f:  # read_tensor will report it
+                f.seek(start)
+                while start < end and (count := f.readinto(buffer[:end - start])):
+                    start += count
+    thread = Thread(target=read, daemon=True)
+    thread.start()
+    return thread
 
 
 def same_tensor(a, b, rows=4096):
@@ -707,10 +753,9 @@ MOST_TENSORS = 20_000  # of one model; the largest known here has 2,000
 def load_strict(build, tensors, source, device="cpu", dtype=torch.float32):
     """build() with weights from tensors {parameter name: Stored or Tensor}, in eval mode.
 
-    dtype: a torch dtype or Int8. The module is built on "meta" and the tensors are assigned, so that they
-    exist once; int8 is made tensor by tensor, from each as it lies in its file. Raises ValueError before
-    anything is read, unless names and shapes match exactly; `source` names their origin in its message.
-    A module of more than MOST_TENSORS isn't built. On device "meta" nothing is read.
+    dtype: a torch dtype or Int8. Raises ValueError before anything is read, unless names and shapes match
+    exactly; `source` names their origin in its message. A module of more than MOST_TENSORS isn't built. On
+    device "meta" nothing is read: the module gets `tensors` as its attribute `sources`, for `fill`.
     """
     if not tensors:
         raise ValueError(no_weights(source))
@@ -736,17 +781,58 @@ def load_strict(build, tensors, source, device="cpu", dtype=torch.float32):
     problems = misfits(module, tensors)
     if problems:
         raise ValueError(f"the weights in {source} don't fit {type(module).__name__}: {problems}")
-    rest, state = activation_dtype(dtype), {}
-    quantised = quantise_linears(module, rest) if isinstance(dtype, Int8) else ()
-    # Large ones first: the pages of the file that one maps count as memory, too, until the next.
-    for name, tensor in sorted(tensors.items(), key=lambda item: -math.prod(item[1].shape)):
-        kind = None if name in quantised else rest
-        tensor = read_tensor(tensor, device, kind) if isinstance(tensor, Stored) else tensor.to(device, kind)
-        if name in quantised:
-            tensor, state[name.removesuffix("weight") + "scale"] = quantise(tensor, rest)
-        state[name] = tensor
-    module.load_state_dict(state, assign=True)
-    return module.eval()
+    module.to(activation_dtype(dtype)).eval()
+    if isinstance(dtype, Int8):
+        quantise_linears(module, dtype.rest)
+    if str(device) == "meta":
+        module.sources = tensors
+    else:
+        fill(module, tensors, device)
+    return module
+
+
+def fill(module, tensors, device):
+    """Put tensors {name: Stored or Tensor} into a module on the device "meta", on `device`, in its dtypes.
+
+    They are assigned, so that they exist once; int8 is made piece by piece, from each as it lies in its
+    file. What `tensors` lacks stays as it is.
+    """
+    own, state = module.state_dict(), {}
+    for name, tensor in tensors.items():
+        dtype, stored = own[name].dtype, isinstance(tensor, Stored)
+        if dtype == torch.int8:
+            scale = name.removesuffix("weight") + "scale"
+            for key in (name, scale):
+                state[key] = torch.empty_like(own[key], device=device)
+            rows = pieces(tensor, device) if stored else [(slice(None), tensor.to(device, None))]
+            for part, piece in rows:
+                state[name][part], state[scale][part] = quantise(piece, own[scale].dtype)
+        else:
+            state[name] = read_tensor(tensor, device, dtype) if stored else tensor.to(device, dtype)
+    module.load_state_dict(state, strict=False, assign=True)
+
+
+def empty(module):
+    """Move a module to the device "meta", and give its memory back to the system: glibc would keep freed
+    pieces of up to 32 MiB, which most tensors are, for later ones."""
+    module.to("meta")
+    with suppress(OSError):  # other systems have another libc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def below(tensors, prefix):
+    """Those of {name: tensor} whose names begin with a prefix, without it."""
+    return {name[len(prefix):]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+STACKS = ("layers", "blocks", "transformer_blocks")  # lists of equal layers, where most weights are
+
+
+def stacked_layers(module):
+    """The names of the layers in a module's STACKS, in the order in which they are called."""
+    return [f"{name}.{i}" for name, stack in module.named_modules()
+            if isinstance(stack, nn.ModuleList) and name.rpartition(".")[2] in STACKS
+            for i in range(len(stack))]
 
 
 def misfits(module, tensors):

@@ -6,7 +6,7 @@ decoder, which is SDXL with its text condition replaced by the 64 features. Feat
     pixels (B,3,448,448) -> EvaClip -> (B,1024,1792) -> pool -> (B,64,1792)
     (B,64,1792) -> PixelDecoder -> pixels (B,3,1024,1024)
 
-In reading order: EVA-CLIP; parts that VAE and UNet share; VAE; UNet; Euler schedule; PixelDecoder; PRESETS.
+In reading order: EVA-CLIP; parts that VAE and UNet share; VAE; UNet; schedule; PixelDecoder; PRESETS.
 Parameter names are those of released checkpoints (BLIP3-o's EVA-CLIP; diffusers' UNet2DConditionModel and
 AutoencoderKL). Shapes: B images, N tokens or positions, C channels, S image side, p patch size, h heads,
 hd dim of one head, f pixels per latent along a side.
@@ -23,7 +23,6 @@ from torch import nn
 from checkpoint import (
     FLOATS,
     Interval,
-    activation_dtype,
     from_json,
     load_strict,
     no_weights,
@@ -161,7 +160,7 @@ class EvaClip(nn.Module):
         tensors = {key[len(prefix):]: tensor for key, tensor in stored.items() if key.startswith(prefix)}
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(EVA_EXTRAS)}
         config = eva_config(folder, tensors)
-        return load_strict(lambda: cls(config), fuse_biases(tensors, device, dtype), tower, device, dtype)
+        return load_strict(lambda: cls(config), fuse_biases(tensors), tower, device, dtype)
 
     def save_pretrained(self, folder, dtype=None):
         """Write gen_vision_tower/model.safetensors and the sizes into config.json, whose other keys stay."""
@@ -179,14 +178,14 @@ EVA_HINT = "--eva takes the model folder that holds it, if it is another one"
 EVA_EXTRAS = ("norm.", "head.", "text.", "logit_scale", "mask_token")
 
 
-def fuse_biases(tensors, device, dtype):
+def fuse_biases(tensors):
     """{name: Stored} -> the same, but q_bias and v_bias of original EVA-CLIP files as one tensor, qkv.bias:
     [q | 0 | v], as EVA-CLIP has no key bias. What doesn't fit stays, for load_strict to report."""
-    fused, dtype = dict(tensors), activation_dtype(dtype)
+    fused = dict(tensors)
     for stem in [name.removesuffix("q_bias") for name in tensors if name.endswith("attn.q_bias")]:
         q, v = fused[stem + "q_bias"], fused.get(stem + "v_bias")
         if v and (q.shape, q.dtype) == (v.shape, v.dtype) and len(q.shape) == 1 and q.dtype in FLOATS:
-            q, v = (read_tensor(fused.pop(stem + name), device, dtype) for name in ("q_bias", "v_bias"))
+            q, v = (read_tensor(fused.pop(stem + name)) for name in ("q_bias", "v_bias"))
             fused[stem + "qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
     return fused
 
@@ -738,7 +737,7 @@ class UNet(nn.Module):
         write_json(Path(folder) / "config.json", written(UNET_FIXED, self.config))
 
 
-# ---- Euler schedule: the noise levels of sampling ---------------------------------------------------------
+# ---- Schedule: the noise levels of sampling, and the steps between them -----------------------------------
 
 @dataclass(frozen=True)
 class ScheduleConfig:
@@ -749,32 +748,74 @@ class ScheduleConfig:
     steps_offset: int = field(default=1, metadata={"interval": Interval(0, 100_000)})
 
 
+SAMPLERS = ("euler", "dpm++2m")
+SPACINGS = ("leading", "trailing", "karras")
+
+
 class EulerSchedule:
-    """Noise levels of diffusers' EulerDiscreteScheduler as in SDXL: scaled-linear betas, "leading" steps.
+    """Noise levels as in SDXL, of scaled-linear betas, and the sampler's steps between them.
+
+    sampler "euler" is diffusers' EulerDiscreteScheduler, "dpm++2m" its DPMSolverMultistepScheduler with
+    solver order 2 (Lu et al., arXiv 2211.01095). spacing, of the times: "leading", the official one, leaves
+    out the noisiest; "trailing" leaves out the cleanest; "karras" has all, most of them clean, as in the
+    multistep class with use_karras_sigmas (arXiv 2206.00364, eq. 5). Raises ValueError for other names.
 
     timesteps (steps,), descending; sigmas (steps + 1,), noise per unit of signal, with a final 0;
     init_noise_sigma, the scale of the first latents; alpha_bar (1000,), for training.
     """
 
-    def __init__(self, steps=50, config=ScheduleConfig()):
-        self.config, num_train_timesteps = config, config.num_train_timesteps
-        if not 1 <= steps <= num_train_timesteps:
-            raise ValueError(f"steps must be between 1 and {num_train_timesteps}, not {steps}")
-        beta_start, beta_end, steps_offset = config.beta_start, config.beta_end, config.steps_offset
-        root = torch.linspace(beta_start ** 0.5, beta_end ** 0.5, num_train_timesteps, dtype=torch.float64)
+    def __init__(self, steps=50, config=ScheduleConfig(), sampler="euler", spacing="leading"):
+        if sampler not in SAMPLERS or spacing not in SPACINGS:
+            raise ValueError(f"there is no sampler {sampler!r} with spacing {spacing!r}: use "
+                             f"{' or '.join(SAMPLERS)}, with {' or '.join(SPACINGS)}")
+        self.config, self.sampler, n = config, sampler, config.num_train_timesteps
+        # Leading, diffusers' multistep class divides by one step more, and leaves out the last time.
+        division = steps + (sampler == "dpm++2m" and spacing == "leading")
+        if not 1 <= steps <= division <= n:
+            raise ValueError(f"steps must be between 1 and {n - (division - steps)}, not {steps}")
+        root = torch.linspace(config.beta_start ** 0.5, config.beta_end ** 0.5, n, dtype=torch.float64)
         beta = root ** 2
         alpha_bar = (1 - beta).cumprod(0)
-        t = torch.arange(steps).flip(0) * (num_train_timesteps // steps) + steps_offset
-        # With steps = num_train_timesteps the offset passes the last level; diffusers clamps as well.
-        a = alpha_bar[t.clamp(max=num_train_timesteps - 1)]
+        levels = ((1 - alpha_bar) / alpha_bar).sqrt()  # (n,), ascending
+        t = torch.arange(division).flip(0)[:steps] * (n // division) + config.steps_offset
+        if spacing == "trailing":
+            t = (n - torch.arange(steps, dtype=torch.float64) * n / steps).round().long() - 1
+        # With steps = n the offset passes the last level; diffusers clamps as well.
+        sigmas = levels[t.clamp(max=n - 1)]
+        if spacing == "karras":
+            clean, noisy = (levels[i] ** (1 / 7) for i in (0, -1))
+            sigmas = (noisy + torch.linspace(0, 1, steps, dtype=torch.float64) * (clean - noisy)) ** 7
+            t = (levels.log() - sigmas.log()[:, None]).abs().argmin(1)
         self.timesteps = t.float()
-        self.sigmas = F.pad(((1 - a) / a).sqrt(), (0, 1)).float()
+        self.sigmas = F.pad(sigmas, (0, 1)).float()
         self.init_noise_sigma = float((self.sigmas[0] ** 2 + 1).sqrt())
         self.alpha_bar = alpha_bar.float()
 
-    def with_steps(self, steps):
-        """The same schedule with another number of sampling steps."""
-        return EulerSchedule(steps, self.config)
+    def with_steps(self, steps, sampler="euler", spacing="leading"):
+        """The same noise levels with other sampling steps."""
+        return EulerSchedule(steps, self.config, sampler, spacing)
+
+    def denoise(self, predict, noise, progress=None):
+        """Unit normal noise (B, 4, h, w), fp32 -> latents of the same shape.
+
+        predict(x, t) -> the noise in x, latents of variance 1 at time t, both (B, 4, h, w) in fp32.
+        progress: see PixelDecoder.decode.
+        """
+        sigmas, steps, last = self.sigmas.tolist(), len(self.timesteps), None
+        x = noise * self.init_noise_sigma
+        for i, t in enumerate(self.timesteps):
+            sigma, sigma_next = sigmas[i], sigmas[i + 1]
+            eps = predict(x / (sigma ** 2 + 1) ** 0.5, t)
+            clean = x - sigma * eps  # the predicted result
+            if self.sampler == "dpm++2m" and 0 < i < steps - 1 and sigma < sigmas[i - 1]:
+                # That of half a step later, on the line through the last two predictions in log sigma.
+                ahead = math.log(sigma / sigma_next) / math.log(sigmas[i - 1] / sigma) / 2
+                eps = eps - ahead / sigma * (clean - last)
+            x = x + (sigma_next - sigma) * eps  # Euler step of dx/dsigma = eps
+            last = clean
+            if progress:
+                progress(i + 1, steps)
+        return x
 
     def add_noise(self, z, noise, t):
         """UNet input (B, 4, h, w) at times t (B,) long: sqrt(a) z + sqrt(1 - a) noise, a = alpha_bar[t]."""
@@ -822,7 +863,7 @@ class PixelDecoder(nn.Module):
 
     @torch.no_grad()
     def decode(self, features, negative=None, steps=50, guidance=3.0, noise=None, size=None,
-               original_size=None, crop=(0, 0), progress=None):
+               original_size=None, crop=(0, 0), progress=None, sampler="euler", spacing="leading"):
         """features (B, 64, C) -> pixels (B, 3, H, W) in [0, 1], fp32.
 
         negative (B or 1, 64, C)  unconditional features for guidance: those generated for the text " ", or,
@@ -831,6 +872,7 @@ class PixelDecoder(nn.Module):
         size, original_size       (height, width); size defaults to the UNet's own, original_size to size
         crop                      (top, left), the image's place in its original, a condition of SDXL
         progress                  called as progress(steps done, steps) after each step
+        sampler, spacing          of the steps, see EulerSchedule
         """
         size = size or (self.unet.config.sample_size * self.vae.factor,) * 2
         shape = self.latent_shape(len(features), size)
@@ -841,23 +883,21 @@ class PixelDecoder(nn.Module):
         if tuple(noise.shape) != shape:
             raise ValueError(f"noise for size {tuple(size)} must be {shape}, not {tuple(noise.shape)}")
 
-        schedule, dtype = self.schedule.with_steps(steps), self.unet.conv_in.weight.dtype
+        schedule = self.schedule.with_steps(steps, sampler, spacing)
+        dtype = self.unet.conv_in.weight.dtype
         # [cond, uncond], Emu2's order; flow.guide stacks them the other way round.
         cond = torch.cat([features, negative.expand_as(features)]) if guided else features
         cond = cond.to(dtype)  # (B or 2B, 64, C)
         added = self.added_conditions(cond, size, original_size or size, crop)
-        x = noise.to(features.device, torch.float32) * schedule.init_noise_sigma  # (B, 4, H/f, W/f)
-        sigmas = schedule.sigmas.tolist()
-        for i, t in enumerate(schedule.timesteps):
-            sigma, sigma_next = sigmas[i], sigmas[i + 1]
-            x_in = (x / (sigma ** 2 + 1) ** 0.5).to(dtype)
-            eps = self.unet(x_in.repeat(2, 1, 1, 1) if guided else x_in, t, cond, *added).float()
+
+        def predict(x, t):
+            x = x.to(dtype)
+            eps = self.unet(x.repeat(2, 1, 1, 1) if guided else x, t, cond, *added).float()
             if guided:
                 eps, eps_uncond = eps.chunk(2)
                 eps = eps_uncond + guidance * (eps - eps_uncond)
-            x = x + (sigma_next - sigma) * eps  # Euler step of dx/dsigma = eps
-            if progress:
-                progress(i + 1, steps)
+            return eps
+        x = schedule.denoise(predict, noise.to(features.device, torch.float32), progress)  # (B, 4, H/f, W/f)
         # The VAE runs in fp32, as its config asks: it overflows in fp16 (the official code uses bf16).
         return (self.vae.decode(x) / 2 + 0.5).clamp(0, 1)
 

@@ -35,7 +35,7 @@ class Page:
     def __init__(self, flags):
         self.flags = flags
         self.args = a = self.read("--reconstruct", image="-")
-        self.pipe = sample.Pipeline(a.ckpt, a.device, a.dtype, a.offload, a.compile, a.eva)
+        self.pipe = sample.open_pipeline(a)
 
     def read(self, *words, **said):
         """The arguments of sample.py for what the page says."""

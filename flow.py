@@ -18,6 +18,8 @@ Shapes: B batch, `...` any further dimensions (here C x H x W), t is (B,) in fp3
 """
 import torch
 
+SAMPLERS = ("euler", "ab2")  # of `euler_sample`
+
 
 def shift_time(t, shift):
     """t' = t / (t + shift (1 - t)): moves times toward noise for shift > 1; shift 1 / shift is the inverse.
@@ -102,47 +104,56 @@ def guided(v_cond, v_null, scale):
     return v_null + scale * (v_cond - v_null)
 
 
-def guide(velocity, cond, null=None, scale=1.0, prepare=None):
+def guide(velocity, cond, null=None, scale=1.0, prepare=lambda cond: cond, interval=(0, 1)):
     """Bind the condition and apply guidance: velocity(x, t, cond) -> velocity(x, t) for `euler_sample`.
 
     cond (B, ...); null, of the same shape or broadcast to it, defaults to zeros as in `drop_condition`.
     Scale 1 runs only cond and scale 0 only null; any other scale runs both as one batch of 2B, [null, cond],
-    the order of the official code. `prepare(that batch)`, if given, runs once; velocity receives its result
-    as condition at every step. Use it to precompute what doesn't depend on x and t
-    (NextDiT.cache_condition).
+    the order of the official code. There is guidance at the times `interval` alone, both ends included, and
+    elsewhere only cond runs (Kynkaanniemi et al., arXiv 2404.07724). `prepare(a batch of conditions)` runs
+    once for each; velocity receives its result at every step. Use it to precompute what doesn't depend on x
+    and t (NextDiT.cache_condition). Raises ValueError unless 0 <= low <= high <= 1.
     """
+    low, high = interval
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"guidance takes an interval of times, 0 <= low <= high <= 1, not {low} to {high}")
     null = torch.zeros_like(cond) if null is None else null.expand_as(cond)
-    both = scale not in (0, 1)
-    if both:
-        cond = torch.cat([null, cond])
-    elif scale == 0:
-        cond = null
-    if prepare is not None:
-        cond = prepare(cond)
+    always, pair = (low, high) == (0, 1), scale not in (0, 1)
+    both = prepare(torch.cat([null, cond])) if pair else None
+    one = prepare(null if scale == 0 else cond) if not (pair and always) else None
 
     def guided_velocity(x, t):
-        if not both:
-            return velocity(x, t, cond)
-        v_null, v_cond = velocity(torch.cat([x, x]), torch.cat([t, t]), cond).float().chunk(2)
+        if not pair or not (always or low <= float(t[0]) <= high):
+            return velocity(x, t, one)
+        v_null, v_cond = velocity(torch.cat([x, x]), torch.cat([t, t]), both).float().chunk(2)
         return guided(v_cond, v_null, scale)
     return guided_velocity
 
 
 @torch.no_grad()
-def euler_sample(velocity, x0, steps, shift=1.0, trajectory=None):
+def euler_sample(velocity, x0, steps, shift=1.0, trajectory=None, sampler="euler"):
     """Integrate dx/dt = velocity(x, t) from noise x0 (B, ...) at t = 0 to data at t = 1 in Euler steps.
 
     velocity gets x in x0's dtype and t (B,) in fp32; the state is kept in fp32, so that small steps aren't
     rounded away. Returns x1 in x0's dtype. A list given as `trajectory` receives all steps + 1 states, from
-    noise to result.
+    noise to result. sampler "ab2": Adams-Bashforth of order 2, which extends the line through the last
+    velocity and this one, without further evaluations. Its first step is Euler's, having no line, and its
+    last, by far the longest at shift > 1: where few steps are taken, the line would lead astray. Raises
+    ValueError for a sampler that isn't one of SAMPLERS.
     """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"there is no sampler {sampler!r}: use {' or '.join(SAMPLERS)}")
     times = timesteps(steps, shift, x0.device)  # (steps + 1,)
-    x = x0.float()
+    x, last = x0.float(), None
     for i in range(steps):
         if trajectory is not None:
             trajectory.append(x.to(x0.dtype))
-        v = velocity(x.to(x0.dtype), times[i].expand(len(x)))
-        x = x + (times[i + 1] - times[i]) * v.float()
+        v = velocity(x.to(x0.dtype), times[i].expand(len(x))).float()
+        dt, slope = times[i + 1] - times[i], v
+        if sampler == "ab2" and 0 < i < steps - 1:
+            slope = v + dt / (times[i] - times[i - 1]) / 2 * (v - last)
+        x = x + dt * slope
+        last = v
     if trajectory is not None:
         trajectory.append(x.to(x0.dtype))
     return x.to(x0.dtype)

@@ -30,6 +30,7 @@ from torch import nn
 
 import checkpoint
 from checkpoint import (
+    FRACTION,
     WEIGHTS,
     Interval,
     component,
@@ -46,7 +47,7 @@ from checkpoint import (
     typed,
 )
 from dit import DiTConfig, NextDiT, RMSNorm, frequencies, maybe_checkpoint
-from flow import euler_sample, flow_matching_loss, guide, random_tensor
+from flow import SAMPLERS, euler_sample, flow_matching_loss, guide, random_tensor
 
 # ---- configuration ----------------------------------------------------------------------------------------
 
@@ -740,8 +741,8 @@ class BLIP3o(nn.Module):
         [IMG] and the queries follow the last real token of each row, wherever its padding is. Positions are
         plain even with images: the official code passes no M-RoPE positions here. Queries attend to the
         prompt and to the queries before them; the prompt can't attend to the queries. So while only they are
-        trained, it needs no gradient and runs first, into a KVCache: the same gradient for far less work. What
-        all prompts begin with, the template, runs once.
+        trained, it needs no gradient and runs first, into a KVCache: the same gradient for far less work.
+        What all prompts begin with, the template, runs once.
         """
         mask = real_tokens(ids, mask)
         end, img = last_real(mask)[:, None] + 1, self.config.img_token_id
@@ -764,11 +765,13 @@ class BLIP3o(nn.Module):
         return self.llm(queries, positions, F.pad(mask, (0, n), value=True), cache)
 
     @torch.no_grad()
-    def generate_features(self, cond, steps=30, guidance=3.0, noise=None, generator=None, trajectory=None):
+    def generate_features(self, cond, steps=30, guidance=3.0, noise=None, generator=None, trajectory=None,
+                          sampler="euler", interval=(0, 1)):
         """Image features (B, grid^2, C) for cond (B, n_query, D), from noise (B, C, grid, grid).
 
         Noise is drawn in the condition's dtype unless given. A list given as `trajectory` receives all
-        states (B, C, grid, grid) of flow.euler_sample. A regressor ignores noise, steps and trajectory.
+        states (B, C, grid, grid) of flow.euler_sample, whose `sampler` it is; interval: the times of
+        guidance, see flow.guide. A regressor reads cond alone.
         """
         if self.regressor is not None:
             return self.regressor(cond)
@@ -779,9 +782,10 @@ class BLIP3o(nn.Module):
         def prepare(both):  # `guide` puts the null conditions in front of the B conditions
             return self.dit.cache_condition(both, n_uniform=len(both) - len(cond))
 
-        velocity = guide(lambda x, t, cache: self.dit(x, t, cache=cache), cond, None, guidance, prepare)
-        features = euler_sample(velocity, noise, steps, self.config.shift, trajectory)  # (B, C, grid, grid)
-        return features.flatten(2).transpose(1, 2)  # row-major cells
+        velocity = guide(lambda x, t, cache: self.dit(x, t, cache=cache), cond, None, guidance, prepare,
+                         interval)
+        features = euler_sample(velocity, noise, steps, self.config.shift, trajectory, sampler)
+        return features.flatten(2).transpose(1, 2)  # (B, C, grid, grid) -> row-major cells
 
     # -- training --
 
@@ -827,9 +831,9 @@ class BLIP3o(nn.Module):
         """Read a folder in the official layout: ours, BLIP3o-Model-4B/8B, Qwen2.5-VL, Llama or SmolLM2.
 
         parts: a subset of {"visual", "llm", "queries", "dit", "regressor"}, None for all in the folder; the
-        others become None and aren't read. On device "meta" only headers are read. Tied embeddings with
-        another head beside them are untied, as in transformers. Raises ValueError unless files and
-        config.json match exactly, and for settings that aren't implemented.
+        others become None and aren't read. On device "meta" only headers are read, see load_strict; but a
+        head beside tied embeddings always, as the two are untied if they differ, as in transformers. Raises
+        ValueError unless files and config.json match exactly, and for settings that aren't implemented.
         """
         folder = Path(folder)
         stored = read_headers(folder)
@@ -845,7 +849,7 @@ class BLIP3o(nn.Module):
         head = stored.get("lm_head.weight")
         named = {our_name(key): tensor for key, tensor in stored.items()}
         embeddings = named.get("llm.embed_tokens.weight")
-        if head and embeddings and config.text.tie_word_embeddings and "llm" in parts and device != "meta":
+        if head and embeddings and config.text.tie_word_embeddings and "llm" in parts:
             config.text.tie_word_embeddings = same_tensor(head, embeddings)
 
         def build():
@@ -906,9 +910,12 @@ NANO_KEYS = ("n_query", "query_std", "queries_supervised", "grid", "shift", "ups
 GENERATOR_KEYS = ("dit", "grid", "shift", "latents", "mse_channels")
 FOREIGN_KEYS = ("clip", "sampling")  # read by clip_decoder.py and sample.py
 TOKEN_IDS = ("image_token_id", "vision_start_token_id", "eos_token_id", "pad_token_id")
+CHOICES = {"sampler": SAMPLERS, "decoder_sampler": ("euler", "dpm++2m"),
+           "decoder_spacing": ("leading", "trailing", "karras")}
 SAMPLING = {"steps": (int, Interval(1, 10_000)), "cfg": (float, Interval(0, 1000)),
             "decoder_steps": (int, Interval(1, 1000)), "decoder_cfg": (float, Interval(0, 1000)),
-            "upsample": (bool, None)}  # under nano_blip3o.sampling: type and range
+            "cfg_interval": (list[float], FRACTION), "upsample": (bool, None),
+            **dict.fromkeys(CHOICES, (str, None))}  # under nano_blip3o.sampling: type and range
 
 # Every field that transformers' class of a model_type reads is read here, too, or fixed to the values for
 # which this code computes the same, or harmless (test_all.py lists them all); others are ignored, as there.
@@ -1035,8 +1042,8 @@ def our_settings(path, raw):
 def read_sampling(config, where):
     """The sampling settings that a model folder asks for, a subset of SAMPLING's names.
 
-    config: the object in its config.json. Raises ValueError, beginning with `where`, for unknown names,
-    other types and numbers out of range.
+    config: the object in its config.json. Raises ValueError, beginning with `where`, for unknown names and
+    samplers, other types and numbers out of range.
     """
     ours, where = section(config, "nano_blip3o", where), f"{where}: nano_blip3o"
     asked = section(ours, "sampling", where)
@@ -1044,7 +1051,14 @@ def read_sampling(config, where):
     if unknown:
         raise ValueError(f"{where}.sampling has unknown settings: {', '.join(unknown)}; there are "
                          f"{', '.join(SAMPLING)}")
-    return {name: typed(value, *SAMPLING[name], f"{where}.sampling.{name}") for name, value in asked.items()}
+    asked = {name: typed(value, *SAMPLING[name], f"{where}.sampling.{name}")
+             for name, value in asked.items()}
+    require_settings(asked, CHOICES, f"{where}.sampling")
+    interval = asked.get("cfg_interval", [0, 1])
+    if len(interval) != 2 or interval[0] > interval[1]:
+        raise ValueError(f"{where}.sampling.cfg_interval must be [low, high], low not above high, not "
+                         f"{interval}"[:400])
+    return asked
 
 
 def text_config(path, raw, text, stored, sees):

@@ -50,18 +50,23 @@ from tqdm import tqdm
 import data
 from checkpoint import (
     COUNT,
+    FRACTION,
     Int8,
     Interval,
     Parser,
     activation_dtype,
     atomic_write,
+    below,
+    empty,
     file_lock,
+    fill,
     folder_parts,
     from_json,
     model_folder,
     number,
     open_file,
     parse_json,
+    read_ahead,
     read_file,
     read_json,
     require_settings,
@@ -69,15 +74,19 @@ from checkpoint import (
     save_weights,
     section,
     sentence,
+    stacked_layers,
     typed,
     write_json,
 )
-from clip_decoder import VAE, EvaClip, PixelDecoder, UNet
+from clip_decoder import EvaClip, PixelDecoder
 from flow import timesteps
-from model import SAMPLING, BLIP3o, last_real, read_sampling
+from model import CHOICES, SAMPLING, BLIP3o, last_real, read_sampling
 
 # Of the official pipeline; a checkpoint names its own in config.json, under nano_blip3o.sampling.
-OFFICIAL = {"steps": 30, "cfg": 3.0, "decoder_steps": 50, "decoder_cfg": 3.0, "upsample": False}
+OFFICIAL = {"steps": 30, "cfg": 3.0, "decoder_steps": 50, "decoder_cfg": 3.0, "upsample": False,
+            "sampler": "euler", "cfg_interval": [0.0, 1.0], "decoder_sampler": "euler",
+            "decoder_spacing": "leading"}
+SAMPLERS = ("sampler", "cfg_interval", "decoder_sampler", "decoder_spacing")     # are the pipeline's alone
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # One seed drives four independent streams of noise, MAX_SEED apart: torch's CPU generator uses only 32 bits
 # of a seed.
@@ -141,17 +150,23 @@ class Pipeline:
     device    "auto" is CUDA where there is one, else the CPU
     dtype     "auto" is bf16 on CUDA, else fp32; "int8": large linear layers in int8, all else as "auto"; the
               VAE is always fp32
-    offload   keep only one component in memory at a time
+    offload   True: keep only one component in memory at a time; "layers": of its stacked layers also one
     compiled  torch.compile the DiT and the UNet
     eva       the folder with EVA-CLIP and the diffusion-decoder, if it is another one
 
-    Steps, guidance and upsampling left at None are the checkpoint's own, else the official ones. Whoever has
+    Steps, guidance and upsampling left at None are the checkpoint's own, else the official ones: `sampling`,
+    a dict of OFFICIAL's names, where others can be set, which alone says the SAMPLERS. Whoever has
     a live model assigns `model`, `eva` or `decoder` instead of having it read. Up to rounding, an image
     depends on its prompt, its seed and the settings alone: not on its batch, nor on what was generated
     before. Raises ValueError for a folder that holds no model, or a device that isn't there.
     """
 
+    coming = ()                         # see `expect`
+    reading = None                      # the thread that reads ahead
+
     def __init__(self, folder, device="auto", dtype="auto", offload=False, compiled=False, eva=None):
+        if offload not in (False, True, "layers"):
+            raise ValueError(f"offload is False, True or 'layers', not {offload!r}")
         self.folder, self.offload, self.compiled = model_folder(folder), offload, compiled
         self.eva_folder = model_folder(eva or folder)
         self.config = self.read("config.json")
@@ -167,7 +182,7 @@ class Pipeline:
         self.limits = {}                # min_pixels, max_pixels instead of the folder's own
         self.resident = []              # the modules that are in memory
         self.seconds = {}               # part -> time spent in it
-        self.negatives = {}             # (seed, steps, guidance) -> features (64, C); see `negative`
+        self.negatives = {}             # what `negative_keys` says -> features (64, C); see `negative`
         self.upsampled = {}             # (prompt, seed, and an image's hash if any) -> upsampled prompt
 
     def read(self, name):
@@ -195,16 +210,14 @@ class Pipeline:
     @cached_property
     def model(self):
         """Vision tower, LLM, queries and DiT, as far as the folder has them."""
-        model = BLIP3o.from_pretrained(self.folder, "meta", self.precision).eval()
-
-        def part(name, key):
-            return getattr(BLIP3o.from_pretrained(self.folder, self.device, self.precision, {key}), name)
+        model = BLIP3o.from_pretrained(self.folder, "meta", self.precision)
         for name in ("visual", "llm", "dit", "regressor"):
             module = getattr(model, name)
             if module is not None:
-                self.load_when_called(module, partial(part, name, name), compile_target=name == "dit")
-        if model.latent_queries is not None:
-            model.latent_queries = part("latent_queries", "queries")
+                module.sources = below(model.sources, f"{name}.")
+                self.load_when_called(module, compile_target=name == "dit")
+        queries = {name: tensor for name, tensor in model.sources.items() if name == "latent_queries"}
+        fill(model, queries, self.device)
         return model
 
     @property
@@ -231,42 +244,72 @@ class Pipeline:
     @cached_property
     def eva(self):
         """The image encoder."""
-        read = partial(EvaClip.from_pretrained, self.eva_folder, dtype=self.precision)
-        return self.load_when_called(read(device="meta"), partial(read, device=self.device))
+        return self.load_when_called(EvaClip.from_pretrained(self.eva_folder, "meta", self.precision))
 
     @cached_property
     def decoder(self):
         """The pixel decoder; ValueError if the folder has none."""
-        folder, device, dtype = self.eva_folder, self.device, self.precision
-        if "unet" not in folder_parts(folder):
-            raise ValueError(f"there is no diffusion-decoder in {folder} to decode features with: --eva "
-                             "names a folder that has one")
-        decoder = PixelDecoder.from_pretrained(folder, "meta", dtype)
-        self.load_when_called(decoder.unet, lambda: UNet.from_pretrained(folder, device, dtype), True)
-        self.load_when_called(decoder.vae, lambda: VAE.from_pretrained(folder, device))
+        if "unet" not in folder_parts(self.eva_folder):
+            raise ValueError(f"there is no diffusion-decoder in {self.eva_folder} to decode features with: "
+                             "--eva names a folder that has one")
+        decoder = PixelDecoder.from_pretrained(self.eva_folder, "meta", self.precision)
+        self.load_when_called(decoder.unet, compile_target=True)
+        self.load_when_called(decoder.vae)
         return decoder
 
-    def load_when_called(self, module, load, compile_target=False):
-        """Lazy loading: a module on the device "meta" gets its weights from load() at the first forward of
-        it or of a child. With offload, what was in memory before leaves it. Returns the module.
+    def load_when_called(self, module, compile_target=False):
+        """Lazy loading: a module on the device "meta" gets the weights that its `sources` name when it is
+        called. With offload, what was in memory before leaves it; with "layers" the module's stacked layers,
+        too, come and leave as they are called. Returns the module.
         """
-        def enter(*_):
-            if module in self.resident:
-                return
-            with self.timed("load"):
-                if self.offload:
-                    while self.resident:
-                        self.resident.pop().to("meta")
-                module.load_state_dict(load().state_dict(), assign=True)
-                self.resident.append(module)
+        names = stacked_layers(module) if self.offload == "layers" else []
+        layers = [below(module.sources, f"{name}.") for name in names]
+        inside = tuple(f"{name}." for name in names)
+        module.sources = {key: tensor for key, tensor in module.sources.items()
+                          if not key.startswith(inside)}
+
+        def loaded():
+            self.read_next()
             if not self.offload:
                 for hook in hooks:
                     hook.remove()
                 if self.compiled and compile_target:
                     # Static shapes: no step recompiles. Only forward: hooks (progress bars) can't be traced.
                     module.forward = torch.compile(module.forward, dynamic=False)
-        hooks = [m.register_forward_pre_hook(enter) for m in (module, *module.children())]
+        hooks, turns = self.fill_when_called(module, module.sources, self.resident, loaded), []
+        for name, tensors, following in zip(names, layers, layers[1:] + layers[:1]):
+            then = partial(self.read_tensors, following)
+            self.fill_when_called(module.get_submodule(name), tensors, turns, then)
         return module
+
+    def fill_when_called(self, module, tensors, resident, then):
+        """Hooks, which are returned, that `fill` a module at the first forward of it or of a child, put it
+        into the list `resident`, with offload instead of what is there, and call then()."""
+        def enter(*_):
+            if not next(module.parameters()).is_meta:                # the first is in no stack
+                return
+            with self.timed("load"):
+                while self.offload and resident:
+                    empty(resident.pop())
+                fill(module, tensors, self.device)
+                resident.append(module)
+            then()
+        return [m.register_forward_pre_hook(enter) for m in (module, *module.children())]
+
+    def expect(self, *modules):
+        """The parts (or None) that will be called, in this order: while one works, the next is read."""
+        self.coming = [module for module in modules if module is not None]
+        self.read_next()
+
+    def read_next(self):
+        """Read ahead the part that comes after the one that was loaded last."""
+        for module, following in zip(self.coming, self.coming[1:]):
+            if module in self.resident[-1:] and next(following.parameters()).is_meta:
+                self.read_tensors(following.sources)
+
+    def read_tensors(self, tensors):
+        """Read {name: tensor} ahead, after what is being read."""
+        self.reading = read_ahead(tensors.values(), self.reading)
 
     @contextmanager
     def timed(self, part, module=None, calls=None):
@@ -300,6 +343,9 @@ class Pipeline:
         """
         self.image_size(size)           # fail early
         rows, vision = self.final_rows(prompts, seeds, images, upsample)
+        model, decoder = self.model, self.decoder
+        self.expect(model.visual if vision else None, model.llm, model.dit or model.regressor,
+                    None if model.config.latents else decoder.unet, decoder.vae)
         guided = self.setting("decoder_cfg", decoder_guidance) != 1 and not self.model.config.latents
         features = self.generate(rows, seeds, steps, guidance, vision, seeds if guided else ())
         negative = self.negative(seeds, steps, guidance) if guided else None
@@ -414,8 +460,9 @@ class Pipeline:
         cond = self.query_states(rows, vision)                                       # (B, n_query, D)
         steps, guidance = self.setting("steps", steps), self.setting("cfg", guidance)
         with self.timed("DiT", self.model.dit, steps):
-            features = self.model.generate_features(cond, steps, guidance, noise.to(self.device),
-                                                    trajectory=trajectory)
+            features = self.model.generate_features(
+                cond, steps, guidance, noise.to(self.device), trajectory=trajectory,
+                sampler=self.sampling["sampler"], interval=self.sampling["cfg_interval"])
         self.negatives |= zip(missing, features[len(seeds):].clone())    # no views that keep the batch
         return features[:len(seeds)]
 
@@ -429,7 +476,9 @@ class Pipeline:
 
     def negative_keys(self, seeds, steps, guidance):
         """What the negative features of each seed depend on."""
-        return [(seed, self.setting("steps", steps), self.setting("cfg", guidance)) for seed in seeds]
+        settings = (self.setting("steps", steps), self.setting("cfg", guidance), self.sampling["sampler"],
+                    *self.sampling["cfg_interval"])
+        return [(seed, *settings) for seed in seeds]
 
     def negative(self, seeds, steps=None, guidance=None):
         """Negative features (B, 64, C) for the decoder's guidance, generated from a single space.
@@ -478,7 +527,9 @@ class Pipeline:
         with self.timed("decoder", decoder.unet, steps * len(parts)):
             for part in parts:
                 neg = None if negative is None else negative[part]
-                image = decoder.decode(features[part], neg, steps, guidance, noise[part], (height, width))
+                image = decoder.decode(features[part], neg, steps, guidance, noise[part], (height, width),
+                                       sampler=self.sampling["decoder_sampler"],
+                                       spacing=self.sampling["decoder_spacing"])
                 images.append(image.cpu())
         return torch.cat(images)
 
@@ -494,8 +545,8 @@ class Pipeline:
     def trajectory(self, prompt, seed, steps=None, guidance=None, upsample=None):
         """The sampler's trajectory of one image: (states, predictions), both (steps + 1, 64, C).
 
-        states are the points x_t from noise to result; predictions are the data that the DiT predicts at
-        each, x_t + (1 - t) v.
+        states are the points x_t from noise to result; predictions are the data that lie ahead of each,
+        x_t + (1 - t) v, in the direction of the step from there: with Euler that of the DiT's velocity.
         """
         if self.model.dit is None:
             raise ValueError(f"the model in {self.folder} has no DiT: there are no steps from noise to show")
@@ -514,6 +565,7 @@ class Pipeline:
         Guidance leads away from the features of an all-zero normalised image: matches official.
         """
         size = self.eva.config.image_size
+        self.expect(self.eva, self.decoder.unet, self.decoder.vae)
         pixels = torch.cat([data.preprocess_clip(image, size) for image in images])  # (B, 3, S, S)
         pixels = torch.cat([pixels, torch.zeros_like(pixels[:1])]).to(self.device, self.dtype)
         with self.timed("EVA"):
@@ -600,6 +652,7 @@ class Pipeline:
         if repetition_penalty is None:
             repetition_penalty = own.repetition_penalty
         stop_ids = self.model.stop_ids() + self.tokenizer.control(self.tokenizer.format.end)
+        self.expect(self.model.visual, self.model.llm)
         with self.timed("LLM"):
             answers = self.model.generate_text(
                 ids, mask, *self.batch_vision(vision), max_new_tokens, temperature, top_p,
@@ -1297,8 +1350,9 @@ COMMANDS = {"draw": draw, "edit": draw, "strip": steps_strip, "gif": steps_gif, 
 
 # The flags that each command reads: any other would have no effect with it, and is refused.
 RUN = {"ckpt", "device", "dtype", "offload"}
-DECODE = {*RUN, "eva", "compile", "decoder_steps", "decoder_cfg", "seed", "out"}
-GENERATE = {*DECODE, "steps", "cfg", "size"}
+DECODE = {*RUN, "eva", "compile", "decoder_steps", "decoder_cfg", "decoder_sampler", "decoder_spacing",
+          "seed", "out"}
+GENERATE = {*DECODE, "steps", "cfg", "sampler", "cfg_interval", "size"}
 TALK = {*RUN, "max_new_tokens", "temperature", "top_p", "repetition_penalty", "min_pixels", "max_pixels",
         "seed"}
 DRAW = GENERATE | {"prompt", "n", "best_of", "upsample", "min_pixels", "max_pixels"}
@@ -1347,10 +1401,19 @@ def add_image_flags(add):
         help="Euler steps of the DiT (the checkpoint's, else 30)")
     add("--cfg", type=number(*SAMPLING["cfg"]),
         help="guidance of the DiT, 1 for none (the checkpoint's, else 3)")
+    add("--sampler", choices=CHOICES["sampler"], help="of the DiT's steps: ab2 (Adams-Bashforth) has "
+        "order 2, at the same cost (the checkpoint's, else euler)")
+    add("--cfg-interval", type=number(float, FRACTION), nargs=2, metavar=("LO", "HI"), help="guidance of "
+        "the DiT from time LO to HI alone, 0 noise, 1 image: other steps cost half (the checkpoint's, else "
+        "0 1)")
     add("--decoder-steps", type=number(*SAMPLING["decoder_steps"]),
         help="steps of the pixel decoder (the checkpoint's, else 50)")
     add("--decoder-cfg", type=number(*SAMPLING["decoder_cfg"]),
         help="guidance of the pixel decoder (the checkpoint's, else 3)")
+    add("--decoder-sampler", choices=CHOICES["decoder_sampler"],
+        help="of the pixel decoder's steps: dpm++2m has order 2 (the checkpoint's, else euler)")
+    add("--decoder-spacing", choices=CHOICES["decoder_spacing"],
+        help="of their times (the checkpoint's, else leading)")
     add("--size", type=number(int, Interval(8, 8192)), help="side of generated images in pixels, from half "
         "to twice the decoder's own (official: 1024; nano: 64), where alone they look right: away from it "
         "objects are repeated, cut or deformed")
@@ -1383,7 +1446,9 @@ def add_model_flags(add):
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     add("--dtype", default="auto", help=f"auto, {', '.join(DTYPES)}; or int8: large linear layers take a "
         "byte a weight, all else is as auto")
-    add("--offload", action="store_true", help="keep only the part in memory that works")
+    add("--offload", nargs="?", const=True, default=False, choices=("layers",), help="keep only the part in "
+        "memory that works; layers: only the layer that works (the VAE stays whole): takes least, but each "
+        "step and each token reads all layers again")
     add("--compile", action="store_true", help="torch.compile DiT and UNet: faster for many images")
     add("--dry-run", action="store_true", help="print what memory it takes; --ckpt 4b and 8b need no files")
     add("--export", nargs=2, metavar=("diffusers", "DIR"), help="DiT, UNet and VAE in diffusers' layout")
@@ -1409,7 +1474,8 @@ def mistakes(command, args, given):
     given: those that aren't at their defaults, where a flag changes nothing."""
     yield command is None, "say what to do: --prompt generates, --image with --prompt answers, --chat talks"
     for name, value in given.items():
-        texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+        values = value if isinstance(value, list) else [value]
+        texts = [text for text in values if isinstance(text, str)]
         yield not all(text.strip() for text in texts), f"{flags([name])} is empty"
         yield name in TEXTS and not is_text(value), f"{flags([name])} isn't UTF-8 text"
     yield (args.draw and (command == "draw" or command == "edit" and args.prompt is None),
@@ -1427,6 +1493,8 @@ def mistakes(command, args, given):
     yield args.compile and args.offload, "--compile needs the parts to stay in memory: leave out --offload"
     yield "top_p" in given and not args.temperature, "no effect without --temperature: leave out --top-p"
     yield 0 < (args.temperature or 0) < 1e-3, "--temperature below 0.001 is greedy: say 0"
+    low, high = args.cfg_interval or (0, 1)
+    yield low > high, f"--cfg-interval takes its earlier time first, not {low:g} {high:g}"
     yield ((args.min_pixels or 0) > (args.max_pixels or math.inf),
            f"--min-pixels {args.min_pixels} is above --max-pixels {args.max_pixels}")
     yield ((args.seed + args.n) * args.best_of > MAX_SEED,
@@ -1462,12 +1530,14 @@ def check_model(pipe, args):
     make; a warning for a size that it wasn't trained at."""
     config, idle = pipe.model.config, []
     if config.latents:                      # the design VAE + FM: no UNet
-        idle += ["decoder_steps", "decoder_cfg", "size"]
+        idle += ["decoder_steps", "decoder_cfg", "decoder_sampler", "decoder_spacing", "size"]
     if pipe.model.dit is None:              # a linear map, or a model that only answers
-        idle += ["steps", "cfg"]
+        idle += ["steps", "cfg", "sampler", "cfg_interval"]
     idle = [name for name in idle if getattr(args, name) is not None]
     if idle:
         raise ValueError(f"no effect on the images of {args.ckpt}: leave out {flags(idle)}")
+    if args.cfg_interval and pipe.setting("cfg", args.cfg) in (0, 1):
+        raise ValueError("no effect with --cfg 0 or 1: leave out --cfg-interval")
     if args.size:
         (own, _), size = pipe.image_size(), args.size
         pipe.image_size((size, size))
@@ -1505,14 +1575,22 @@ def main(argv=None):
     return run_command("sample.py", partial(run, argv))
 
 
+def open_pipeline(args):
+    """The Pipeline that a command line names, with the limits and samplers that it says."""
+    pipe = Pipeline(args.ckpt, args.device, args.dtype, args.offload, args.compile, args.eva)
+    pipe.limits = {key: getattr(args, key) for key in ("min_pixels", "max_pixels") if getattr(args, key)}
+    said = {name: getattr(args, name) for name in SAMPLERS}
+    pipe.sampling = pipe.sampling | {name: value for name, value in said.items() if value is not None}
+    return pipe
+
+
 def run(argv):
     """What the command line asks for; raises ValueError for what can't be meant."""
     name, args = parse(argv)
     if name == "dry-run":
         from evals.estimate import estimate_sampling
         return estimate_sampling(args)
-    pipe = Pipeline(args.ckpt, args.device, args.dtype, args.offload, args.compile, args.eva)
-    pipe.limits = {key: getattr(args, key) for key in ("min_pixels", "max_pixels") if getattr(args, key)}
+    pipe = open_pipeline(args)
     if READS[name] >= GENERATE - {"compile"}:
         check_model(pipe, args)
     sampled = pipe.answer_config.do_sample if args.temperature is None else args.temperature

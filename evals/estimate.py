@@ -3,11 +3,20 @@
 Modules are built on the device "meta", where they have sizes and no memory.
 """
 import math
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from checkpoint import INT8_BLOCK, Int8, Int8Linear, activation_dtype, folder_parts, quantise_linears
+from checkpoint import (
+    INT8_BLOCK,
+    Int8,
+    Int8Linear,
+    activation_dtype,
+    folder_parts,
+    quantise_linears,
+    stacked_layers,
+)
 from clip_decoder import PRESETS as DECODER_PRESETS
 from clip_decoder import VAE, EvaClip, PixelDecoder, UNet
 from model import PRESETS, BLIP3o, preset
@@ -80,6 +89,26 @@ def dequantised(pipe, module):
     return min(largest, INT8_BLOCK if pipe.device.type == "cpu" else largest) * pipe.dtype.itemsize
 
 
+def weight_bytes(module):
+    """Bytes of a module's weights."""
+    return sum(tensor.nbytes for tensor in module.state_dict().values())
+
+
+def layered_bytes(module):
+    """Bytes of a module's weights of which only the largest of its stacked layers is in memory."""
+    layers = [weight_bytes(module.get_submodule(name)) for name in stacked_layers(module)]
+    return weight_bytes(module) - sum(layers) + max(layers, default=0)
+
+
+def peaks(pipe, modules, parts, n, size=None):
+    """Bytes that a use of `parts` takes beside the process itself, at its peak: all modules at once, with
+    offload, and with offload of layers. Arguments as those of `components` and `working_memory`."""
+    work = {name: working_memory(pipe, name, n, size) + dequantised(pipe, modules[name]) for name in parts}
+    return (sum(weight_bytes(modules[name]) for name in parts) + max(work.values()),
+            max(weight_bytes(modules[name]) + work[name] for name in parts),
+            max(layered_bytes(modules[name]) + work[name] for name in parts))
+
+
 def estimate_sampling(args):
     """`sample.py --dry-run`: what each part takes, and the peak memory of each use."""
     without_files = args.ckpt in BLUEPRINTS and not Path(args.ckpt).exists()
@@ -88,25 +117,24 @@ def estimate_sampling(args):
     else:
         pipe = Pipeline(args.ckpt, args.device, args.dtype, eva=args.eva)
     modules = components(pipe)
-    sizes = {name: (sum(p.numel() for p in module.parameters()),
-                    sum(tensor.nbytes for tensor in module.state_dict().values()))
+    sizes = {name: (sum(p.numel() for p in module.parameters()), weight_bytes(module))
              for name, module in modules.items()}
     total = tuple(map(sum, zip(*sizes.values())))
     print(f"{args.ckpt} in {str(pipe.precision).removeprefix('torch.')}, on {pipe.device.type}")
     print(f"{'':16}{'parameters':>16}{'GiB':>9}")
     for name, (count, bytes) in {**sizes, "all": total}.items():
         print(f"{name:16}{count:16,}{bytes / GIB:9.3f}")
-    print(f"\n{'peak, GiB':16}{'':>9}{'at once':>16}{'--offload':>12}")
+    print(f"\n{'peak, GiB':25}{'at once':>16}{'--offload':>12}{'--offload layers':>19}")
+    if not without_files:
+        with suppress(OSError, ValueError):
+            _ = pipe.tokenizer          # takes memory, too
     base = pipe.peak_memory()           # Python and PyTorch themselves
     for use, parts in USES.items():
         if not sizes.keys() >= set(parts):
             continue
-        work = {name: working_memory(pipe, name, args.n, args.size) + dequantised(pipe, modules[name])
-                for name in parts}
-        together = sum(sizes[name][1] for name in parts) + max(work.values())
-        apart = max(sizes[name][1] + work[name] for name in parts)
-        peaks = ["unknown" if base is None else f"{(base + bytes) / GIB:.3f}" for bytes in (together, apart)]
-        print(f"{use:25}{peaks[0]:>16}{peaks[1]:>12}")
+        cells = ["unknown" if base is None else f"{(base + bytes) / GIB:.3f}"
+                 for bytes in peaks(pipe, modules, parts, args.n, args.size)]
+        print(f"{use:25}{cells[0]:>16}{cells[1]:>12}{cells[2]:>19}")
 
 
 # ---- training ---------------------------------------------------------------------------------------------

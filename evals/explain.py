@@ -25,7 +25,7 @@ from PIL import Image
 
 import data
 import model
-from clip_decoder import VAE, PixelDecoder
+from clip_decoder import VAE, EulerSchedule
 from dit import Block
 from flow import euler_sample, guided, timesteps
 from sample import to_uint8
@@ -50,7 +50,7 @@ PANELS = {  # title, what it shows, the function that makes it, its line
                    lambda pipe: model.BLIP3o.condition, "return self.llm(queries"),
     "state": ("The state x_t", "Noise at t = 0, features at t = 1: what the decoder makes of the state "
               "itself.",
-              lambda pipe: euler_sample, "x = x + (times"),
+              lambda pipe: euler_sample, "x = x + dt"),
     "prediction": ("The predicted result", "Where the velocity points from here: x_t + (1 - t) v, decoded "
                    "likewise.", lambda pipe: type(pipe).trajectory, "(1 - t[:-1]) * v"),
     "velocity": ("How fast", "The velocity's root mean square over all features, at each step.",
@@ -62,7 +62,7 @@ PANELS = {  # title, what it shows, the function that makes it, its line
              lambda pipe: Block.cross_attend, "attend(self.attn2.query"),
     "decoder": ("The decoder's steps", "Given the features, the UNet takes the noise off latents: left what "
                 "the VAE makes of them on the way, right of the result that the UNet predicts.",
-                lambda pipe: PixelDecoder.decode, "x = x + (sigma_next"),
+                lambda pipe: EulerSchedule.denoise, "x = x + (sigma_next"),
     "image": ("The image", "The VAE turns the last latents into pixels.", lambda pipe: VAE.decode,
               "return self.decoder(")}
 
@@ -76,6 +76,7 @@ class Tape:
     decoder_guidance: float
     layers: dict = field(default_factory=dict)      # of the LLM: attention of the queries (heads, n, keys)
     condition: torch.Tensor | None = None           # query states (n, D)
+    batch: int = 0                                  # of so many conditions that is the first
     states: list = field(default_factory=list)      # x_t at each step (C, grid, grid)
     velocities: list = field(default_factory=list)  # there, with guidance (C, grid, grid)
     pulls: list = field(default_factory=list)       # root mean square of v_true - v_null; without guidance 0
@@ -90,11 +91,11 @@ class Tape:
 
     def hear_condition(self, _, args, hidden):
         """After the language model: the queries come last."""
-        self.condition = on_cpu(hidden[0])
+        self.condition, self.batch = on_cpu(hidden[0]), len(hidden)
 
     def hear_step(self, _, args, v):
-        """After the DiT, whose batch is [null, cond] with guidance."""
-        x, both = args[0], self.guidance not in (0, 1)
+        """After the DiT, whose batch is [null, cond] where there is guidance."""
+        x, both = args[0], len(args[0]) > self.batch
         v_null, v_true = v.float().chunk(2) if both else (v.float(), v.float())
         self.states.append(on_cpu(x[0]))            # the same in both halves
         self.velocities.append(on_cpu(guided(v_true[0], v_null[0], self.guidance)))
@@ -236,7 +237,8 @@ def frames_panel(pipe, tape, decode):
 def decoder_panel(pipe, tape):
     """The UNet's way from noise to latents: {"step", "sigma", "state", "prediction"} of each frame."""
     steps, vae, frames = len(tape.latents), pipe.decoder.vae, []
-    sigmas = pipe.decoder.schedule.with_steps(steps).sigmas if steps else []
+    names = pipe.sampling["decoder_sampler"], pipe.sampling["decoder_spacing"]
+    sigmas = pipe.decoder.schedule.with_steps(steps, *names).sigmas if steps else []
     for i in spread(steps, LARGE_FRAMES if pipe.image_size()[0] > LARGE else FRAMES) if steps else []:
         sigma, z = float(sigmas[i]), tape.latents[i]                                # (4, h, w), variance 1
         clean = (sigma ** 2 + 1) ** 0.5 * z - sigma * tape.noises[i]                # the predicted result

@@ -32,7 +32,7 @@ from checkpoint import activation_dtype, load_strict
 from clip_decoder import PRESETS as DECODER_PRESETS
 from clip_decoder import VAE, EvaClip, PixelDecoder, UNet
 from dit import NextDiT
-from evals.estimate import USES, components, working_memory
+from evals.estimate import USES, components, peaks
 from evals.report import save_results, write_text
 from evals.speed import max_relative_difference
 from model import BLIP3o, Transformer, preset
@@ -112,8 +112,7 @@ class RandomPipeline(Pipeline):
 
     def part(self, build, dtype=None, compile_target=False):
         """build() without memory, until it is called."""
-        load = partial(random_module, build, dtype=dtype or self.precision)
-        return self.load_when_called(load(device="meta"), partial(load, device=self.device), compile_target)
+        return self.load_when_called(random_module(build, "meta", dtype or self.precision), compile_target)
 
 
 class Training:
@@ -466,18 +465,15 @@ def parity(bench):
 def offload(bench):
     """The peak memory of an image, against what `sample.py --dry-run` predicts."""
     s = bench.sizes
+    modes = {False: "at once", True: "with --offload", "layers": "with --offload layers"}
     for name in (bench.half, "int8"):
-        for offload in (True, False):
+        for i, offload in enumerate(modes):
             pipe = None                                              # frees the one before
             before = bench.free()
             pipe = bench.pipeline(name, offload=offload)
-            weights = {part: sum(p.nbytes for p in module.state_dict().values())
-                       for part, module in components(pipe).items()}
-            work = {part: working_memory(pipe, part, 1, s.small_side) for part in USES["draw"]}
+            predicted = peaks(pipe, components(pipe), USES["draw"], 1, s.small_side)[i] / GIB
             pipe.images([PROMPT], [0], 2, 3.0, 1, 3.0, (s.small_side,) * 2)
-            predicted = (max(weights[part] + work[part] for part in work) if offload
-                         else sum(weights[part] for part in work) + max(work.values())) / GIB
-            check = f"{s.name}, {s.small_side} px, {name}, peak {'with --offload' if offload else 'at once'}"
+            check = f"{s.name}, {s.small_side} px, {name}, peak {modes[offload]}"
             if bench.cuda:
                 peak = (torch.cuda.max_memory_allocated(bench.device) - before) / GIB
                 bench.row(check, abs(peak / predicted - 1), "from the prediction", 0.05,
@@ -558,7 +554,7 @@ def train_logs(bench, steps, batch):
 
 # Title, function, and the most seconds that it may take.
 SECTIONS = (("images", draw_images, 90), ("text", decode_text, 60), ("training", train_images, 140),
-            ("precision", parity, 60), ("memory", offload, 60), ("optimizer", fused, 30),
+            ("precision", parity, 60), ("memory", offload, 90), ("optimizer", fused, 30),
             ("processes", ddp, 60), ("compiled images", draw_compiled, 150))
 
 

@@ -996,6 +996,24 @@ def test_explain_page_shows_that_very_run(tiny_folder, tmp_path, capsys):
     assert not page_run(other.read_text("utf-8"))["guided"]
 
 
+def test_explain_page_of_other_samplers(tiny_folder, tmp_path, capsys):
+    """Order 2 and guidance at early times alone: the page is of that run, and pulls where it was guided."""
+    command = ["--ckpt", tiny_folder, "--device", "cpu", "--out", str(tmp_path), "--explain", "a star"]
+    words = "--sampler ab2 --cfg-interval 0 0.1 --decoder-sampler dpm++2m --decoder-spacing karras"
+    command += words.split()
+    assert sample.main(command) == 0
+    run = page_run(Path(capsys.readouterr().out.strip()).read_text("utf-8"))
+    pipe = sample.open_pipeline(sample.parse(command)[1])
+    image, other = (each.images(["a star"], [0])[0] for each in (pipe, sample.Pipeline(tiny_folder, "cpu")))
+    assert (image_in(run["image"]) == sample.to_uint8(image)).all() and gap(image, other) > 1e-2
+    assert [frame["pull"] > 0 for frame in run["flow"]["frames"]] == [True, True, False, False, False]
+    last = image_in(run["decoder"]["frames"][-1]["prediction"])
+    assert np.abs(last - sample.to_uint8(image).astype(int)).max() <= 1
+    schedule = pipe.decoder.schedule.with_steps(3, "dpm++2m", "karras")
+    sigmas = [frame["sigma"] for frame in run["decoder"]["frames"]]
+    assert sigmas == pytest.approx(schedule.sigmas[:3].tolist())
+
+
 def test_explain_page_is_small_for_large_models(tiny_folder, monkeypatch):
     """Layers, heads, frames and pixels are capped; half precision, a model without DiT."""
     caps = {"LAYERS": 1, "HEADS": 2, "LARGE": 16, "LARGE_FRAMES": 2, "PIXELS": 8, "RESULT": 16}

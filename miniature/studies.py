@@ -26,7 +26,7 @@ from data import DESCRIBE
 from evals.charts import draw_charts
 from evals.distances import clip_features, frechet
 from evals.report import BATCH, FORMATS, read_records, save_results, wilson, write_image, write_text
-from miniature import world
+from miniature import steps, world
 from miniature.judge import caption_truth, count_asked, scene_for, score_renders
 from miniature.scores import SEEDS, answer_all, answers_right, draw_questions, generate_images
 from model import BLIP3o
@@ -76,9 +76,7 @@ STUDIES = {
               "width 128, 4 layers": SMALL,
               "width 192, 6 layers": "--dit dim=192,n_layers=6,n_heads=6,n_kv_heads=2,ffn_dim=512"},
         panels=("alignment", "colours", "Frechet")),
-    "steps": dict(
-        vary="steps", values=(4, 8, 15, 30, 60), x_label="Euler steps", objects=4,
-        panels=("alignment", "colours", "Frechet")),
+    "steps": dict(ways=True, seeds=1, n_prompts=553, images=1, objects=4, panels=()),     # see steps.py
     "guidance": dict(
         vary="guidance", values=(1, 1.5, 2, 3, 5), x_label="guidance", objects=4,
         panels=("alignment", "Frechet", "feature spread")),
@@ -93,7 +91,8 @@ PANELS = {"alignment": "Alignment: % of images that show what was asked",
           "gap, t = 0.02": "Loss of shuffled less true prompts at t = 0.02",
           "gap, t = 0.05": "Loss of shuffled less true prompts at t = 0.05"}
 # Numbers that are rates, and the number that counts their trials.
-RATES = {"alignment": "images", "colours": "images", "questions": "scenes", "captions": "scenes"}
+RATES = {"alignment": "images", "colours": "images", "questions": "scenes", "captions": "scenes",
+         **dict.fromkeys(steps.RATES, "images")}
 USUAL = {"steps": 2000, "points": 5, "batch": 64, "seeds": 3, "n_prompts": 128, "images": 2, "n": 120,
          "objects": 1}
 # The same with --quick, to see that everything runs; its figures mean nothing.
@@ -401,6 +400,25 @@ def by_value(runs, x):
     return {f"{x} {numbers[0][x]}": [[row] for row in numbers] for numbers in zip(*seeds)}
 
 
+def compare_ways(args, folder, out):
+    """Measure the samplers of --ckpt by miniature/steps.py; print and write table, figure and numbers."""
+    found = steps.measure_ways(args)
+    settings = steps.judged(found)
+    rows = {name: [[row] for row in each] for part in settings.values() for name, each in part.items()}
+    table = markdown(rows, ("evaluations", "core-seconds", "relative distance", *steps.RATES))
+    best = {part: steps.cheapest(each) for part, each in settings.items()}
+    words = "".join(f"\nThe cheapest within the best one's intervals: {name}." for name in best.values())
+    about = (f"{args.n_prompts} prompts x {args.images} images, seeds: {args.seeds}; relative distance: the "
+             f"median of {steps.COMPARED} images, to the result of {steps.REFERENCE:,} official steps")
+    print(f"\n{folder}, {about}\n{table}{words}")
+    write_text(out / "table.md", f"{about}\n\n{table}{words}\n")
+    title = "log10 of the relative distance to {:,} steps: {}"
+    panels = [(title.format(steps.REFERENCE, part), "log2 of the number of steps", steps.curves(part, ways))
+              for part, ways in found.items()]
+    write_image(out / "figure.png", np.asarray(draw_charts(panels, size=(720, 420))))
+    save_results(args, {"ways": found, "cheapest": best}, f"{folder}/results")
+
+
 def run_study(args):
     """The paper's figures and what people ask about them, in miniature. Each trains its runs on as many
     images, and goes on where it stopped; numbers are in OUT/STUDY/results.json, the table (table.md: last
@@ -410,14 +428,16 @@ def run_study(args):
     And how much do the images of a prompt differ? figure5: is the language model better frozen or trained
     along? ablation --what: stage 2, or as many more images of stage 1 (both from --ckpt); upsampled captions
     and prompts, or as typed; query supervision, or learnt queries (--inits: the models of both stages 0);
-    number of queries, RoPE, shift of time, EMA, size of the DiT; without training, Euler steps and guidance
-    of --ckpt.
+    number of queries, RoPE, shift of time, EMA, size of the DiT; without training, guidance of --ckpt, and
+    its samplers, each in several numbers of steps.
     """
     study = STUDIES[getattr(args, "what", args.command)]
     name = f"ablation-{args.what}" if args.command == "ablation" else args.command
     folder = name + "-quick" * args.quick
     out = Path(args.out) / folder
     fill_settings(args, study)
+    if "ways" in study:
+        return compare_ways(args, folder, out)
     if "runs" in study:
         x, x_label = "step", f"training steps of {args.batch} images"
         rows = runs = train_runs(args, study, folder, out)
