@@ -1285,14 +1285,14 @@ class FeatureCache:
 
 class QueryStates:
     """Query states of prompts on disk, (n_query, D) each: what a frozen language model with frozen queries
-    makes of a prompt never changes. Files NNNNNN-RANK.safetensors hold 256 prompts each, and name them.
+    makes of a prompt never changes. Files of random names hold up to 256 prompts each, and name them.
 
     Unlike images, prompts come as an epoch meets them: the first one computes, all others read.
     """
     prompts_per_file = 256
 
-    def __init__(self, folder, rank=0):
-        self.folder, self.rank, self.rows, self.new = Path(folder), rank, {}, {}
+    def __init__(self, folder):
+        self.folder, self.rows, self.new = Path(folder), {}, {}
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(self.folder.glob("*.safetensors")):
             self.open(path)
@@ -1327,8 +1327,9 @@ class QueryStates:
 
     def flush(self):
         """Write what is not yet on disk."""
-        number = len(list(self.folder.glob(f"*-{self.rank}.safetensors")))
-        path = self.folder / f"{number:06d}-{self.rank}.safetensors"
+        if not self.new:
+            return
+        path = self.folder / f"{os.urandom(8).hex()}.safetensors"    # several runs may share the folder
         with atomic_write(path) as temporary:
             save_file({"states": torch.stack(list(self.new.values()))}, temporary,
                       {"prompts": json.dumps(list(self.new))})

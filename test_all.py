@@ -4001,8 +4001,8 @@ ALL = ("--stage", "all", "--steps", 2, "--batch", 4, "--max-bad", 1)
 
 
 def test_one_command_trains_all_that_own_images_need(tiny, tmp_path, capsys):
-    """--stage all makes a folder for sample.py; the same line again exports it again; what is printed is true
-    of each part."""
+    """--stage all makes a folder for sample.py; the same line again exports it again, also after a move;
+    what is printed is true of each part."""
     images, out = write_worlds(tmp_path / "images"), tmp_path / "mine"
     assert run_training(*ALL, "--data", images, "--out", out) == 0
     said = capsys.readouterr().out
@@ -4017,10 +4017,16 @@ def test_one_command_trains_all_that_own_images_need(tiny, tmp_path, capsys):
     assert pipe.folder == out / "model" and not pipe.sampling["upsample"]
     assert pipe.images(["a red circle"], [0], 1).isfinite().all()
     assert isinstance(pipe.answer(Image.new("RGB", (64, 64)), "What is this?", max_new_tokens=2), str)
-    before = {f: f.read_bytes() for f in (out / "model").rglob("*") if f.is_file()}
+    before = {f.relative_to(out): f.read_bytes() for f in (out / "model").rglob("*") if f.is_file()}
     shutil.rmtree(out / "model" / "diffusion-decoder")
-    assert run_training(*ALL, "--data", images, "--out", out) == 0   # exports what is finished
-    assert before == {f: f.read_bytes() for f in (out / "model").rglob("*") if f.is_file()}
+    moved = out.rename(tmp_path / "moved")
+    assert run_training(*ALL, "--data", images, "--out", moved) == 0     # exports what is finished
+    assert before == {f.relative_to(moved): f.read_bytes()
+                      for f in (moved / "model").rglob("*") if f.is_file()}
+    capsys.readouterr()
+    assert run_training(*ALL, "--data", images, "--init", moved, "--out", tmp_path / "b") == 0
+    assert f"continued from {moved / 'model'}" in capsys.readouterr().out        # all it lacks is stage 1
+    assert not (tmp_path / "b" / "clip").exists()
 
 
 def test_given_parts_are_not_trained_again(tiny, tmp_path, capsys):
@@ -4050,6 +4056,11 @@ def test_given_parts_are_not_trained_again(tiny, tmp_path, capsys):
     (("--data", "IMAGES", "--save", "TMP/x"), "doesn't take --save"), (("--world", "objects=1"), "--world"),
     (("--data", "IMAGES", "--dry-run"), "describes one stage"),
     (("--data", "IMAGES", "--resume"), "it goes on by itself"),
+    (("--data", "IMAGES", "--init", "TMP/none"), "no model folder"),
+    (("--data", "IMAGES", "--eva", "TMP/none"), "no model folder"),
+    (("--data", "IMAGES", "--dit", "foo=3"), "not 'foo=3'"),
+    (("--data", "IMAGES", "--out", "TMP/{step}"), "{step}"),
+    (("--data", "IMAGES", "--cache", "TMP/c", "--joint", 0.2), "--joint"),
     (("--data", "IMAGES", "--init", "TINY", "--optimizer", "adamw", "--zero"), None),
     (("--data", "TMP/none"), "none"), (("--data", "IMAGES", "--eva", "CLIP"), "belong together"),
     (("--data", "IMAGES", "--init", "LLM", "--eva", "TINY", "--cache", "TMP/c", "--design", "vae-fm"), None),
@@ -4089,6 +4100,20 @@ def test_blind_parts_are_found_before_they_cost_anything(tiny, tmp_path, capsys,
                         least_psnr=99) == 0
 
 
+@pytest.mark.parametrize("line", [("--stage", "1", "--eva", "OTHER"),
+                                  ("--stage", "decoder", "--init", "OTHER")], ids=str)
+def test_a_folder_has_one_encoder(tiny, tmp_path, capsys, line):
+    """What is trained on one EVA-CLIP isn't saved beside another; beside its own, or none, it is."""
+    other = shutil.copytree(tiny, tmp_path / "other")
+    randomise(EvaClip.from_pretrained(other), 5).save_pretrained(other)
+    line = (*[other if word == "OTHER" else word for word in line], "--steps", 1, "--batch", 2)
+    mine = shutil.copytree(tiny, tmp_path / "mine")
+    assert run_training(*line, "--save", mine, "--out", tmp_path / "a") == 2
+    assert "has another EVA-CLIP than" in capsys.readouterr().err
+    for name, folder in ("b", other), ("c", tmp_path / "new"):
+        assert run_training(*line, "--save", folder, "--out", tmp_path / name) == 0
+
+
 def test_models_of_own_images_draw_prompts_as_they_are(tiny, tmp_path):
     """Upsampled prompts describe the world: a model trained on other images is saved without them, and with
     the parts that sample.py needs."""
@@ -4099,16 +4124,16 @@ def test_models_of_own_images_draw_prompts_as_they_are(tiny, tmp_path):
     for source, upsamples in (("--data", write_worlds(tmp_path / "images")), False), ((), True):
         for fresh in [], ["--fresh"]:
             out = tmp_path / f"run-{upsamples}-{len(fresh)}"
-            assert run_training("--stage", "1", "--init", folder, *fresh, *source, "--steps", 1, "--batch", 2,
-                                "--out", out) == 0
+            assert run_training("--stage", "1", "--init", folder, *fresh, *source, "--steps", 1,
+                                "--batch", 2, "--out", out) == 0
             pipe = sample.Pipeline(out)
             assert pipe.sampling["upsample"] is upsamples
             assert checkpoint.folder_parts(out / "model") == checkpoint.folder_parts(folder)
 
 
 def test_frozen_queries_run_once_per_prompt(tiny, tmp_path, monkeypatch):
-    """With --freeze-queries --cache each prompt meets the language model once, whatever the epochs; losses are
-    those of a run without cache; what a damaged file held is made again."""
+    """With --freeze-queries --cache each prompt meets the language model once, whatever the epochs; losses
+    are those of a run without cache; what a damaged file held is made again."""
     images, asked = write_worlds(tmp_path / "images"), Counter()
     condition = BLIP3o.condition
 
@@ -4125,7 +4150,9 @@ def test_frozen_queries_run_once_per_prompt(tiny, tmp_path, monkeypatch):
     assert len(asked) > 10 and set(asked.values()) == {1}
     assert_same_log(tmp_path / "live", tmp_path / "cached")
     assert "model.latent_queries" not in read_state(tmp_path / "cached")
-    first, second, *_ = sorted((tmp_path / "c").glob("*/*-0.safetensors"))
+    files = [file for file in (tmp_path / "c").glob("*/*.safetensors") if len(file.stem) == 16]
+    *_, first, second = sorted(files, key=lambda file: file.stat().st_size)
+    assert len(data.QueryStates(first.parent).rows) == len(asked)    # also the last ones, at the run's end
     first.write_bytes(first.read_bytes()[:-5])
     second.write_bytes(b"")
     assert run_training(*cached[:-1], tmp_path / "again") == 0
@@ -7043,6 +7070,13 @@ def anchors(path):
     return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
+def resolve_first(words):
+    """Check a command line of train.py; of --stage all, what doesn't need the stages before."""
+    runs = train.runs_of(words)
+    if len(runs) == 1:
+        train.resolve(runs[0])
+
+
 def broken_promises(name, text):
     """What the Markdown file `name` of this text names, but isn't there: paths, links, flags of commands."""
     blocks, spans = code_of(text)
@@ -7057,7 +7091,7 @@ def broken_promises(name, text):
         if not target.exists() or anchor and anchor not in anchors(target):
             yield f"there is no {link}#{anchor}"
     evaluation = importlib.import_module("eval")
-    parsers = {"train": train.arguments, "sample": sample.parse, "eval": evaluation.parse}
+    parsers = {"train": resolve_first, "sample": sample.parse, "eval": evaluation.parse}
     for line, script in COMMAND.findall("\n".join([*blocks, *spans])):
         words = shlex.split(line, comments=True)[1:]
         for flag in {"--init", "--eva"} & set(words):                        # must exist

