@@ -6,8 +6,8 @@
 
 writes emoji.tar, to train on, and held-out.tar: a tenth of the (name, style) pairs. Each name of a held-out
 pair is in emoji.tar in another style, and each style with other names. A sample is a PNG of 64 x 64 and a
-JSON with two captions: the name and the style, and keywords and the style. Flags and other skin colours are
-left out.
+JSON with two captions: the name and the style, and keywords and the style. Flags that emojilib names so and
+other skin colours are left out.
 """
 import hashlib
 import io
@@ -174,8 +174,8 @@ def run_emoji(args):
 
     --data: the folder that `python -m miniature.emoji` filled. Beside it: the true image, encoded and
     decoded (the ceiling); the same name's image by another artist, what copying would give; and chance.
-    synonyms: prompts with a word that no caption has. OUT/emoji.png: the first 32 held-out pairs, generated
-    and true.
+    synonyms: prompts with a word that no caption has. OUT/emoji.png: 32 held-out pairs, spread evenly,
+    generated and true.
     """
     pipe = Pipeline(args.ckpt, args.device, args.dtype, eva=args.eva)
     side = pipe.eva.config.image_size
@@ -245,12 +245,11 @@ def reconstruct(pipe, images, seed):
 
 
 def side_by_side(images, truth, n=32, columns=8):
-    """The first n images, below each its true one, in rows of `columns`, twice as large."""
-    rows = []
-    for i in range(0, min(n, len(truth)), columns):
-        blank = [np.full_like(truth[0], 255)] * (columns - len(truth[i:i + columns]))
-        rows += [np.concatenate([*part[i:i + columns][:len(truth[i:i + columns])], *blank], 1)
-                 for part in (images, truth)]
+    """n of the images, spread evenly, below each its true one, in rows of `columns`, twice as large."""
+    n = min(n, len(truth)) // columns * columns or 1
+    chosen = [i * len(truth) // n for i in range(n)]
+    rows = [np.concatenate([part[j] for j in chosen[i:i + columns]], 1)
+            for i in range(0, n, columns) for part in (images, truth)]
     return np.concatenate(rows).repeat(2, 0).repeat(2, 1)
 
 
