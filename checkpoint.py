@@ -7,8 +7,8 @@
 
 Loading is strict and cheap: read_headers -> compare all names and shapes with the module -> map and assign.
 No tensor is read before all names and shapes match, and memory never holds one twice. On the device "meta" a
-module remembers its `sources`, and `fill` reads any of them later. Writing is atomic: after a crash a file is
-complete or absent.
+module remembers its `sources`, and `fill` reads any of them later. Writing is atomic: after a crash a file
+is complete or absent.
 
 Whatever a person brings, a flag, a JSON file or a folder, is checked here by one function of its kind; a
 mistake is a ValueError of one sentence, which `run_command` prints.
@@ -539,8 +539,8 @@ def stored_layers(names, prefix):
 
 
 def read_tensor(stored, device="cpu", dtype=None):
-    """The tensor on `device` as `dtype` (None: the file's), copied at most once, and then in `pieces`; "meta"
-    reads nothing. The file is mapped, and reopened for each tensor."""
+    """The tensor on `device` as `dtype` (None: the file's), copied at most once, and then in `pieces`;
+    "meta" reads nothing. The file is mapped, and reopened for each tensor."""
     if str(device) == "meta":
         return torch.empty(stored.shape, dtype=dtype, device="meta")
     if dtype in (None, DTYPES.get(stored.dtype)) or not stored.shape:
@@ -554,8 +554,8 @@ def read_tensor(stored, device="cpu", dtype=None):
 
 
 def pieces(stored, device):
-    """Iterator over (slice, those rows of a tensor on `device`), of about PIECE numbers each. Pages of a file
-    that are mapped count as memory until it is closed: it is reopened for each piece."""
+    """Iterator over (slice, those rows of a tensor on `device`), of about PIECE numbers each. Pages of a
+    file that are mapped count as memory until it is closed: it is reopened for each piece."""
     n = max(1, PIECE * stored.shape[0] // max(1, math.prod(stored.shape)))
     for i in range(0, stored.shape[0], n):
         with safe_open(stored.file, framework="pt", device=str(device)) as f:
@@ -798,7 +798,8 @@ def fill(module, tensors, device):
     file. What `tensors` lacks stays as it is.
     """
     own, state = module.state_dict(), {}
-    for name, tensor in tensors.items():
+    # Large ones first: they don't fit into the holes that the making of others leaves in the heap.
+    for name, tensor in sorted(tensors.items(), key=lambda item: -math.prod(item[1].shape)):
         dtype, stored = own[name].dtype, isinstance(tensor, Stored)
         if dtype == torch.int8:
             scale = name.removesuffix("weight") + "scale"

@@ -11,6 +11,9 @@ from contextlib import contextmanager
 import torch
 from tqdm import tqdm
 
+import clip_decoder
+import flow
+from clip_decoder import EulerSchedule
 from evals.report import BATCH, wilson
 from miniature import world
 from miniature.judge import score_renders
@@ -157,12 +160,42 @@ def cheapest(settings):
     return min(good, key=lambda name: settings[name][0]["evaluations"]) if good else None
 
 
+def logarithms(steps, distances):
+    """A point of a curve as draw_charts takes it: log10 of each seed's distance, over log2 of steps."""
+    logs = [math.log10(max(distance, 1e-9)) for distance in distances]
+    return math.log2(steps), min(logs), sum(logs) / len(logs), max(logs)
+
+
 def curves(part, ways):
-    """The ways of a part -> curves as draw_charts takes them: log10 of the distance over log2 of steps."""
-    lines = {}
-    for way, seeds in ways.items():
-        lines[way] = []
-        for rows in zip(*seeds):
-            logs = [math.log10(max(row["relative distance"], 1e-9)) for row in rows]
-            lines[way].append((math.log2(rows[0][NAMES[part]]), min(logs), sum(logs) / len(logs), max(logs)))
+    """The ways of a part -> {way: its curve}: the relative distance by the number of steps."""
+    return {way: [logarithms(rows[0][NAMES[part]], [row["relative distance"] for row in rows])
+                  for rows in zip(*seeds)] for way, seeds in ways.items()}
+
+
+def exact_curves(mean=1.5, std=0.4):
+    """{sampler: its curve} for Gaussian data, whose flow is known in closed form: twice the steps halve the
+    distance at order 1 and quarter it at order 2. The decoder's is that at the last noise level."""
+    start, lines = torch.linspace(-3, 3, 60).view(60, 1, 1, 1), {}
+
+    def velocity(x, t):
+        t = t.view(-1, 1, 1, 1)
+        return mean + (t * std ** 2 - (1 - t)) / (t ** 2 * std ** 2 + (1 - t) ** 2) * (x - t * mean)
+
+    def latents(steps, sampler):
+        schedule, seen = EulerSchedule(steps, sampler=sampler, spacing="karras"), []
+
+        def predict(x, t):
+            sigma = schedule.sigmas[len(seen)]
+            seen.append(x * (sigma ** 2 + 1).sqrt())
+            return sigma * (seen[-1] - mean) / (std ** 2 + sigma ** 2)
+        schedule.denoise(predict, start)
+        variances = std ** 2 + schedule.sigmas ** 2
+        return seen[-1], mean + (seen[0] - mean) * (variances[-2] / variances[0]).sqrt()
+    for part, samplers in (("DiT", flow.SAMPLERS), ("decoder", clip_decoder.SAMPLERS)):
+        for sampler in samplers:
+            points = lines[f"{part}: {sampler}"] = []
+            for steps in CURVE[1:]:
+                made, exact = latents(steps, sampler) if part == "decoder" else (
+                    flow.euler_sample(velocity, start, steps, sampler=sampler), mean + std * start)
+                points.append(logarithms(steps, [float((made - exact).norm() / exact.norm())]))
     return lines

@@ -408,13 +408,15 @@ def compare_ways(args, folder, out):
     table = markdown(rows, ("evaluations", "core-seconds", "relative distance", *steps.RATES))
     best = {part: steps.cheapest(each) for part, each in settings.items()}
     words = "".join(f"\nThe cheapest within the best one's intervals: {name}." for name in best.values())
-    about = (f"{args.n_prompts} prompts x {args.images} images, seeds: {args.seeds}; relative distance: the "
-             f"median of {steps.COMPARED} images, to the result of {steps.REFERENCE:,} official steps")
+    about = (f"{args.n_prompts} prompts (alignment's own: 553) x {args.images} images, seeds: {args.seeds}; "
+             f"relative distance: the median of {steps.COMPARED} images, to the result of "
+             f"{steps.REFERENCE:,} official steps")
     print(f"\n{folder}, {about}\n{table}{words}")
     write_text(out / "table.md", f"{about}\n\n{table}{words}\n")
     title = "log10 of the relative distance to {:,} steps: {}"
     panels = [(title.format(steps.REFERENCE, part), "log2 of the number of steps", steps.curves(part, ways))
               for part, ways in found.items()]
+    panels.append(("The same where it is known: Gaussian data", panels[0][1], steps.exact_curves()))
     write_image(out / "figure.png", np.asarray(draw_charts(panels, size=(720, 420))))
     save_results(args, {"ways": found, "cheapest": best}, f"{folder}/results")
 

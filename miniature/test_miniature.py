@@ -1275,8 +1275,8 @@ def test_study_of_samplers_equals_images_made_by_hand(tiny_folder, tmp_path, mon
     folder = tmp_path / "ablation-steps-quick"
     found, table = json.loads((folder / "results.json").read_text()), (folder / "table.md").read_text()
     printed = capsys.readouterr().out
-    assert table_rows(table).items() <= table_rows(printed).items() and "3 prompts x 2 images" in table
-    assert Image.open(folder / "figure.png").size == (1440, 420)
+    assert table_rows(table).items() <= table_rows(printed).items() and "3 prompts (" in table
+    assert Image.open(folder / "figure.png").size == (1440, 840)
     ways = {part: {way: rows for way, (rows,) in each.items()} for part, each in found["ways"].items()}
     for way, evaluations in (("euler", 8), ("ab2", 8), ("euler, guidance 0 to 0.2", 7),
                              ("euler, guidance 0.03 to 0.3", 6)):    # at 0, 0.0625, 0.17 and 0.38
@@ -1310,6 +1310,13 @@ def test_cheapest_setting_is_within_the_best_intervals():
     assert steps.cheapest(settings) == "near"
     del settings["near"]
     assert steps.cheapest(settings) == "best"
+
+
+def test_orders_of_convergence_are_drawn():
+    """The slopes of the lines whose end is known: 1 of Euler, 2 of the others."""
+    for name, points in steps.exact_curves().items():
+        slope = (points[-2][2] - points[-1][2]) / math.log10(2)
+        assert slope == pytest.approx(1 if "euler" in name else 2, abs=0.25), name
 
 
 @pytest.mark.slow
