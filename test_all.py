@@ -6924,7 +6924,7 @@ CASES = {  # command line: what the sentence names
     "--image IMAGE --max-new-tokens 40000": "shorten the answer", "--prompt": "expected one argument",
     "--prompt a --ckpt TMP/nowhere": "no model in", "--prompt a --ckpt TMP/text.png": "no model in",
     "--prompt a --out TMP/text.png": "is no folder", "--prompt a --out TMP/text.png/x": "Not a directory",
-    f"--prompt a --out TMP/{'x' * 300}": "too long", "--prompt a --eva TMP": "no diffusion-decoder"}
+    f"--prompt a --out TMP/{'x' * 300}": "too long", "--prompt a --eva TMP/x": "no diffusion-decoder"}
 SPOILT = {  # what the sentence names: what is done to a model folder (test_net_part.py has more)
     "it has no config.json": lambda folder: (folder / "config.json").unlink(),
     "no tokenizer.json": lambda folder: (folder / "tokenizer.json").unlink(),
@@ -6943,6 +6943,7 @@ def test_sample_mistakes_are_a_sentence(line, sentence, spoil, tiny_folder, imag
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     (tmp_path / "text.png").write_text("not an image")
+    (tmp_path / "x").mkdir()
     spoil(folder := shutil.copytree(tiny_folder, tmp_path / "model"))
     words = [word.replace("IMAGE", image_file).replace("TMP", str(tmp_path)) for word in shlex.split(line)]
     monkeypatch.setattr(sample, "OUT", str(tmp_path / "out"))

@@ -1533,10 +1533,10 @@ def autocast(args, device):
 def train(args, device, stop):
     """Train one stage, resuming the run in --out. Returns False if a signal stopped it."""
     fixed = itertools.takewhile(lambda part: "{step}" not in part, Path(args.save).parts)
-    for folder in args.out, Path(*fixed), args.cache:
-        if folder:
-            check_writable(folder)
+    check_writable(args.out)
     with nullcontext() if rank() > 0 else file_lock(Path(args.out) / ".lock"):
+        for folder in filter(None, (Path(*fixed), args.cache)):
+            check_writable(folder)
         with stop.within(0):
             run = Run(args, device)
         if run.step < args.steps:
