@@ -1744,7 +1744,8 @@ def announce(args, stage, ema, samples, state):
         held_out, n = len(source.held_out), len(source)
         print(f"  {'samples:':<16}{n}, {held_out} of them ({held_out / n:.1%}) held out; "
               f"left out: {counted(source.left_out)}")
-    if args.device == "cpu" and args.bf16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if args.device == "cpu" and args.bf16 and torch.backends.mkldnn.is_available() and \
+            not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         print("this CPU computes bf16 by way of fp32, which is slower: leave out --bf16")
 
 
