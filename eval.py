@@ -149,7 +149,7 @@ COMMANDS = {
                   flag("--inits", nargs=2, metavar=("WITH", "WITHOUT"),
                        help="supervision: model folders with and without query supervision in stage 0"))),
     "speed": ("evals.speed", "speed", (
-        whole("rounds", 5), flag("--quick", action="store_true", help="tiny: see that it runs"))),
+        whole("rounds", 2), flag("--quick", action="store_true", help="tiny: see that it runs"))),
     "gpu": ("evals.gpu", "gpu", (flag("--quick", action="store_true", help="tiny: see that it runs"),)),
     "scale": ("evals.scale", "scale", (flag("--quick", action="store_true", help="1,200 samples instead"),)),
 }

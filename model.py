@@ -752,7 +752,7 @@ class BLIP3o(nn.Module):
         trained = any(p.requires_grad for part in modules for p in part.parameters())
         cache, positions, past = KVCache(), plain_positions(mask), 0
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            if pixels is None and len(ids) > 1:
+            if pixels is None and len(ids) > 1:  # equal prompts keep their last token: no pass is empty
                 past = int(((ids == ids[:1]) & mask).all(0).cumprod(0)[:-1].sum())
             if past:
                 self.llm(self.llm.embed_tokens(ids[:1, :past]), positions[:1, :past], None, cache)

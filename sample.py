@@ -86,7 +86,7 @@ from model import CHOICES, SAMPLING, BLIP3o, last_real, read_sampling
 OFFICIAL = {"steps": 30, "cfg": 3.0, "decoder_steps": 50, "decoder_cfg": 3.0, "upsample": False,
             "sampler": "euler", "cfg_interval": [0.0, 1.0], "decoder_sampler": "euler",
             "decoder_spacing": "leading"}
-SAMPLERS = ("sampler", "cfg_interval", "decoder_sampler", "decoder_spacing")     # are the pipeline's alone
+SAMPLERS = ("sampler", "cfg_interval", "decoder_sampler", "decoder_spacing")     # set for all of a Pipeline
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # One seed drives four independent streams of noise, MAX_SEED apart: torch's CPU generator uses only 32 bits
 # of a seed.
@@ -154,11 +154,11 @@ class Pipeline:
     compiled  torch.compile the DiT and the UNet
     eva       the folder with EVA-CLIP and the diffusion-decoder, if it is another one
 
-    Steps, guidance and upsampling left at None are the checkpoint's own, else the official ones: `sampling`,
-    a dict of OFFICIAL's names, where others can be set, which alone says the SAMPLERS. Whoever has
-    a live model assigns `model`, `eva` or `decoder` instead of having it read. Up to rounding, an image
-    depends on its prompt, its seed and the settings alone: not on its batch, nor on what was generated
-    before. Raises ValueError for a folder that holds no model, or a device that isn't there.
+    Steps, guidance and upsampling left at None are those of `sampling`, a dict of OFFICIAL's names: the
+    checkpoint's own, else the official ones. SAMPLERS are set there alone. Whoever has a live model assigns
+    `model`, `eva` or `decoder` instead of having it read. Up to rounding, an image depends on its prompt,
+    its seed and the settings alone: not on its batch, nor on what was generated before. Raises ValueError
+    for a folder that holds no model, or a device that isn't there.
     """
 
     coming = ()                         # see `expect`

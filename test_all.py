@@ -3781,7 +3781,7 @@ def run_training(*args, least_psnr=0):
 
 def build(*args):
     """(stage, args) as train.py builds them from a command line."""
-    args = train.arguments(["--device", "cpu", *map(str, args)])
+    args = train.resolve(*train.runs_of(["--device", "cpu", *map(str, args)]))
     torch.manual_seed(args.seed)
     return train.build_stage(args), args
 
@@ -4990,7 +4990,7 @@ def test_fuzz_command_lines(tiny, fuzz):
             value = str(rng.choice(FUZZ_VALUES)).replace("TINY", str(tiny))
             line += [str(flag), value] if rng.random() < 0.9 else [str(flag)]
         try:
-            understood += train.arguments(line).steps > 0
+            understood += train.resolve(*train.runs_of(line)).steps > 0
         except ValueError as error:
             assert str(error) and len(str(error)) < 1000
     assert understood
@@ -5752,7 +5752,7 @@ def test_dry_run_counts_as_the_facts_do(capsys, monkeypatch):
 def test_estimates_grow_and_shrink_with_what_they_depend_on():
     """--zero, --checkpointing and GPUs save memory; more parts to train take more of everything."""
     def numbers(*flags):
-        args = train.arguments(["--stage", "1", "--paper", "--device", "cpu", *flags])
+        args = train.resolve(*train.runs_of(["--stage", "1", "--paper", "--device", "cpu", *flags]))
         names = ("trained", "frozen", "weights", "activations", "work")
         return dict(zip(names, estimate.estimate("nano", args)))
     gpus = "--dry-run", "--gpus", "8"
@@ -5944,7 +5944,7 @@ def test_devices_decide_about_precision(monkeypatch, tiny):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
 
     def of(*flags):
-        args = train.arguments(["--stage", "1", *flags])
+        args = train.resolve(*train.runs_of(["--stage", "1", *flags]))
         return args.device, args.bf16, args.compile, args.frozen_dtype
     assert of() == of("--device", "cuda") == ("cuda", True, True, torch.bfloat16)
     assert of("--device", "mps") == ("mps", True, False, torch.bfloat16)
@@ -5957,7 +5957,7 @@ def test_devices_decide_about_precision(monkeypatch, tiny):
 def test_recipes_by_stage(tiny):
     """Flags win over recipes; --paper has the paper's numbers; half of a run is warmup at most."""
     def of(*flags):
-        args = train.arguments(["--device", "cpu", *map(str, flags)])
+        args = train.resolve(*train.runs_of(["--device", "cpu", *map(str, flags)]))
         names = ("steps", "batch", "lr", "ema", "optimizer", "warmup", "shift", "queries")
         return tuple(getattr(args, name) for name in names)
     assert of("--stage", "1") == (4400, 192, 2e-3, 0.999, "muon", 100, 5.0, None)

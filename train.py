@@ -369,11 +369,8 @@ class GenerationStage(Stage):
         if self.decoder is None or is_official(self.eva):
             return
         pixels = batch["pixels"]
-        if self.design == "vae-fm":
-            images = self.decode_latents(self.encode(pixels)["latents"])
-        else:
-            images = decode_preview(self.decoder, self.eva.encode(pixels), self.size)
-        kept = float(psnr(images, to_unit_range(pixels)))
+        (target,) = self.encode(pixels).values()
+        kept = float(psnr(self.decode(target), to_unit_range(pixels)))
         if rank() == 0:
             print(f"encoder and decoder keep {kept:.1f} dB of {len(pixels)} held-out images", flush=True)
         if kept < LEAST_PSNR:
@@ -405,8 +402,8 @@ class GenerationStage(Stage):
         if not keeps_queries:
             model.add_queries(config.n_query, config.query_std)
             if not stored.n_query and not is_official(self.eva):
-                # A language model of other people's knows its own words: after 64 of them its states differ
-                # by prompt more than after noise (prompt tuning, arXiv 2104.08691, section 3.1).
+                # A language model that never had queries knows its own words: its states after them tell
+                # prompts apart, those after noise hardly (as prompt tuning starts, arXiv 2104.08691).
                 words = torch.randperm(stored.text.vocab_size)[:config.n_query]
                 model.latent_queries.data[0] = model.llm.embed_tokens.weight[words].detach()
         model.add_generator(replace(config, queries_supervised=keeps_queries and stored.queries_supervised))
@@ -480,12 +477,14 @@ class GenerationStage(Stage):
         """Also what the folder lacks for every use of the model: vision tower, encoder and decoder, and the
         files beside the weights, as --init and --eva have them."""
         (init, eva), stored, model = self.folders, folder_parts(folder), self.trained
-        lacks, unread = (folder_parts(init) | folder_parts(eva)) - stored, model.visual is None
+        lacks, visual = (folder_parts(init) | folder_parts(eva)) - stored, model.visual
         self.tokenizer.save(folder)
-        if unread and "visual" in lacks & folder_parts(init):        # for questions about images
-            model.visual = BLIP3o.from_pretrained(init, dtype=torch.float16, parts={"visual"}).visual
-        model.save_pretrained(folder, torch.float16)
-        model.visual = None if unread else model.visual
+        try:
+            if visual is None and "visual" in lacks & folder_parts(init):    # for questions about images
+                model.visual = BLIP3o.from_pretrained(init, dtype=torch.float16, parts={"visual"}).visual
+            model.save_pretrained(folder, torch.float16)
+        finally:
+            model.visual = visual
         if "clip" in lacks:
             self.eva.save_pretrained(folder, torch.float16)
         if "unet" in lacks and self.decoder is not None:
@@ -539,20 +538,19 @@ class GenerationStage(Stage):
         """The features (B, n, C) that are generated for a condition, always from the same noise."""
         return self.trained.generate_features(cond, 10, 2.0, generator=torch.Generator().manual_seed(0))
 
-    def decode_latents(self, latents):
-        """VAE latents (B, h w, C) -> images (B, 3, S, S) in [0, 1]."""
-        z = latents.transpose(1, 2).unflatten(2, (self.trained.config.grid,) * 2)
+    def decode(self, target):
+        """The design's target, CLIP features (B, n, C) or VAE latents (B, h w, C), -> images (B, 3, S, S) in
+        [0, 1]."""
+        if self.design != "vae-fm":
+            return decode_preview(self.decoder, target, self.size)
+        z = target.transpose(1, 2).unflatten(2, (self.trained.config.grid,) * 2)  # (B, C, h, w)
         return (self.decoder.vae.decode(z) / 2 + 0.5).clamp(0, 1)
 
     def preview(self, batch):
         if self.decoder is None:
             return None
-        features = self.generate(self.condition(batch["prompts"])[:PREVIEWS])
-        if self.design == "vae-fm":
-            images = self.decode_latents(features)
-        else:
-            images = decode_preview(self.decoder, features, self.size)
-        return [images, to_unit_range(batch["pixels"][:PREVIEWS])]
+        generated = self.generate(self.condition(batch["prompts"])[:PREVIEWS])
+        return [self.decode(generated), to_unit_range(batch["pixels"][:PREVIEWS])]
 
 
 class DecoderStage(Stage):
@@ -1329,6 +1327,7 @@ def changed_flags(state, args, resume):
     names = [name for name, flag in FLAGS.items() if flag.resume == resume]
     if lacking := [name for name in names if name not in state.args]:
         raise ValueError(f"state.json lacks the flag {lacking[0]}")
+
     def value(flags, name):                      # the model of this very run may be moved together with it
         own = name in ("init", "eva") and flags[name] == flags.get("save")
         return "OUT/model" if own else flags[name]
@@ -1881,11 +1880,6 @@ def add_recipe(add, switch, count, fraction):
 
 
 FLAGS = make_parser()[1]
-
-
-def arguments(argv=None):
-    """The command line of one stage as `resolve` completes it."""
-    return resolve(vars(make_parser()[0].parse_args(argv)))
 
 
 def resolve(given, later=None):

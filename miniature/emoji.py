@@ -15,7 +15,9 @@ import json
 import re
 import sys
 import tarfile
+import zlib
 from collections import defaultdict
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -55,11 +57,13 @@ ARTISTS = {
 }
 
 
+@contextmanager
 def opened(folder, package):
-    """The tar file of a package in `folder`; ValueError if it isn't there."""
+    """Within: the tar file of a package in `folder`; ValueError where it is missing, cut, or another's."""
     try:
-        return tarfile.open(Path(folder) / package)
-    except (OSError, tarfile.TarError) as error:
+        with tarfile.open(Path(folder) / package, "r:gz") as tar:
+            yield tar
+    except (OSError, tarfile.TarError, EOFError, zlib.error, KeyError) as error:
         raise ValueError(f"{Path(folder) / package} can't be read ({error}): `npm pack` brings it, see "
                          "python -m miniature.emoji --help") from None
 
@@ -117,9 +121,11 @@ def build(folder, out):
     train on, held-out pairs)}."""
     words, images = read_words(folder), defaultdict(dict)            # code -> {artist: PNG}
     for name, artist in ARTISTS.items():
-        for key, content in read_images(folder, artist):
-            if key in words:
-                images[key][name] = content.getvalue()
+        found = dict(read_images(folder, artist))
+        if not found:
+            raise ValueError(f"{Path(folder) / artist.package} has no images in {artist.folder}")
+        for key in found.keys() & words.keys():
+            images[key][name] = found[key].getvalue()
     counts = {name: [0, 0] for name in ARTISTS}
     Path(out).mkdir(parents=True, exist_ok=True)
     files = Path(out) / "emoji.tar", Path(out) / "held-out.tar"
@@ -153,6 +159,9 @@ def read_pairs(path, size):
     source, pairs = open_source(str(path), size), []
     for i in range(len(source)):
         item, (key, _, artist) = source[i], Path(source.name(i).split(": ")[-1]).stem.rpartition("-")
+        if artist not in ARTISTS:
+            raise ValueError(f"{source.name(i)} isn't called CODE-ARTIST: python -m miniature.emoji makes "
+                             f"{path}")
         pairs.append((key, artist, item["captions"][0], item["image"]))
     return pairs
 
@@ -193,10 +202,11 @@ def run_emoji(args):
     common = set(re.findall(r"\w+", " ".join(caption for _, _, caption, _ in seen).lower()))
     words = [(word, key, artist) for word, key in SYNONYMS.items() if word not in common
              for artist in ARTISTS if (key, artist) in known]
-    images = generate(pipe, [caption for _, _, caption, _ in pairs] +
-                      [f"{word}, {ARTISTS[artist].style}" for word, _, artist in words], args.seed)
-    drawn = encode(pipe, images)
-    again = encode(pipe, reconstruct(pipe, [image for *_, image in pairs], args.seed))
+    prompts = [pair[2] for pair in pairs] + [f"{word}, {ARTISTS[artist].style}" for word, _, artist in words]
+    truth = [pair[3] for pair in pairs]
+    images = batched(prompts, lambda part, seeds: to_uint8(pipe.images(part, seeds)), args.seed)
+    again = batched(truth, lambda part, seeds: to_uint8(pipe.reconstruct(to_pil(part), seeds)), args.seed)
+    drawn, again = encode(pipe, images), encode(pipe, again)
     ranks = [rank(f, key, artist) for f, (key, artist, _, _) in zip(drawn, pairs)]
     others = [next(((key, o) for o in ARTISTS if o != artist and (key, o) in known), None)
               for key, artist, _, _ in pairs]
@@ -214,39 +224,35 @@ def run_emoji(args):
     table["chance"] = {"top 1": 1 / names} | dict.fromkeys(("score", "low", "high"), 5 / names)
     print_table(f"{len(pairs)} held-out pairs among {names:.0f} names a style: right name the nearest, "
                 "or among the five nearest (score)", table)
-    write_image(Path(args.out) / "emoji.png", side_by_side(images, [image for *_, image in pairs]))
+    write_image(Path(args.out) / "emoji.png", side_by_side(images, truth))
     save_results(args, {"table": table, "pairs": [
         {"caption": pair[2], "rank": r} for pair, r in zip(pairs, ranks)]})
 
 
+def batched(items, work, seed=0):
+    """The results of work(some items, their seeds), one for each item; item i has seed + i."""
+    results = []
+    for i in tqdm(range(0, len(items), BATCH), disable=None):
+        part = items[i:i + BATCH]
+        results.extend(work(part, range(seed + i, seed + i + len(part))))
+    return results
+
+
+def to_pil(images):
+    """uint8 images (H, W, 3) -> PIL images."""
+    return [Image.fromarray(image) for image in images]
+
+
 def encode(pipe, images):
-    """CLIP features of images, flat, (n, D)."""
-    images = [Image.fromarray(image) for image in images]
-    return torch.cat([clip_features(pipe, images[i:i + BATCH]).flatten(1)
-                      for i in range(0, len(images), BATCH)])
-
-
-def generate(pipe, prompts, seed):
-    """uint8 images (H, W, 3) of prompts, image i with seed + i."""
-    images = []
-    for i in tqdm(range(0, len(prompts), BATCH), desc="generated", disable=None):
-        batch = prompts[i:i + BATCH]
-        images += list(to_uint8(pipe.images(batch, range(seed + i, seed + i + len(batch)))))
-    return images
-
-
-def reconstruct(pipe, images, seed):
-    """uint8 images -> the same after encoder and decoder."""
-    again = []
-    for i in tqdm(range(0, len(images), BATCH), desc="reconstructed", disable=None):
-        batch = [Image.fromarray(image) for image in images[i:i + BATCH]]
-        again += list(to_uint8(pipe.reconstruct(batch, range(seed + i, seed + i + len(batch)))))
-    return again
+    """CLIP features of uint8 images (H, W, 3), flat, (n, D)."""
+    return torch.stack(batched(list(images),
+                               lambda part, _: clip_features(pipe, to_pil(part)).flatten(1)))
 
 
 def side_by_side(images, truth, n=32, columns=8):
     """n of the images, spread evenly, below each its true one, in rows of `columns`, twice as large."""
-    n = min(n, len(truth)) // columns * columns or 1
+    columns = min(columns, len(truth))
+    n = min(n, len(truth)) // columns * columns
     chosen = [i * len(truth) // n for i in range(n)]
     rows = [np.concatenate([part[j] for j in chosen[i:i + columns]], 1)
             for i in range(0, n, columns) for part in (images, truth)]
