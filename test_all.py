@@ -5099,7 +5099,7 @@ def test_cached_features_change_nothing(tiny, tmp_path, line, monkeypatch):
 
 
 def test_caches_are_named_after_what_is_in_them(tiny, tmp_path):
-    """Other frozen weights, another design or other shards: another cache; trained weights: the same."""
+    """Another encoder, design or other shards: another cache; trained weights or another decoder: the same."""
     shards, stamp = str(make_shards(tmp_path)), os.stat(tmp_path / "000.tar").st_mtime_ns
 
     def name_of(*line, change=None, time=stamp):
@@ -5110,7 +5110,8 @@ def test_caches_are_named_after_what_is_in_them(tiny, tmp_path):
         source = data.open_source(args.data, stage.size)
         return train.feature_cache(args, stage, source, CPU).folder.name
     first = name_of("1")
-    assert name_of("1", change=lambda stage: stage.trained.latent_queries) == first
+    for change in (lambda stage: stage.trained.latent_queries, lambda stage: stage.decoder.unet.conv_in.bias):
+        assert name_of("1", change=change) == first
     assert len({first, name_of("1", time=1), name_of("1", "--design", "vae-fm"),
                 name_of("1", change=lambda stage: next(stage.eva.parameters()))}) == 4
 

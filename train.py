@@ -224,7 +224,8 @@ class DecoderCollate:
 
 class Stage(nn.Module):
     """One stage: `trained` (a module whose parameters with requires_grad are trained), collate, forward,
-    export; `parts` says in words where each part of the model comes from.
+    export; `parts` says in words where each part of the model comes from, `encoders` are the frozen modules
+    that `encode` runs.
 
     forward(batch) returns {name: scalar}; the sum of those whose names don't begin with _ is minimised.
     """
@@ -235,7 +236,7 @@ class Stage(nn.Module):
     def __init__(self):
         super().__init__()
         # For torch.compile: the part whose shapes never change. (A class attribute would hide the module.)
-        self.compile_target, self.parts = None, {}
+        self.compile_target, self.parts, self.encoders = None, {}, []
 
     def encode(self, pixels):
         """Frozen encoders' outputs {name: (B, ...)} for pixels (B, 3, S, S); --cache keeps them."""
@@ -338,6 +339,7 @@ class GenerationStage(Stage):
         if self.design == "vae-fm" and self.decoder is None:
             raise ValueError(f"design vae-fm generates a VAE's latents: {args.eva} has no diffusion-decoder "
                              "(--eva names one)")
+        self.encoders = [self.decoder.vae if self.design == "vae-fm" else self.eva]
         trained, self.query_states = ("dit.", "regressor.", "latent_queries"), None
         if args.freeze_queries or keeps_queries and config.queries_supervised:  # as stage 0 taught them
             trained = ("dit.", "regressor.")
@@ -574,6 +576,7 @@ class DecoderStage(Stage):
         unet = UNet.from_pretrained(args.init) if has_unet else UNet(config)
         self.compile_target = self.trained = unet.to(memory_format=torch.channels_last)
         self.decoder = PixelDecoder(unet, vae, EulerSchedule())
+        self.encoders = [self.eva, vae]
         with torch.no_grad():  # guidance leads away from an image of the mean colour
             negative = self.eva.encode(torch.zeros(1, 3, self.size, self.size, dtype=args.frozen_dtype))
         self.register_buffer("negative", negative)                   # (1, n, C)
@@ -911,10 +914,9 @@ def query_states(args, stage):
 
 def feature_cache(args, stage, source, device):
     """The filled FeatureCache of a source."""
-    design, trained = getattr(stage, "design", None), set(stage.trained.parameters())
+    design, encoders = getattr(stage, "design", None), nn.ModuleList(stage.encoders)
     cache = data.FeatureCache(args.cache, digest_of(
-        f"{source.fingerprint()} {stage.size} square bicubic {design}",
-        [(name, p) for name, p in stage.named_parameters() if p not in trained]))
+        f"{source.fingerprint()} {stage.size} square bicubic {design}", encoders.named_parameters()))
 
     @torch.no_grad()
     def encode(pixels):
@@ -1330,9 +1332,10 @@ def changed_flags(state, args, resume):
 
     def value(flags, name):                      # the model of this very run may be moved together with it
         own = name in ("init", "eva") and flags[name] == flags.get("save")
-        return "OUT/model" if own else flags[name]
-    return [(f"--{name.replace('_', '-')} {state.args[name]}", str(getattr(args, name))) for name in names
-            if value(state.args, name) != value(vars(args), name)]
+        return "the folder of --save" if own else flags[name]
+    pairs = {name: (value(state.args, name), value(vars(args), name)) for name in names}
+    return [(f"--{name.replace('_', '-')} {before}", str(now)) for name, (before, now) in pairs.items()
+            if before != now]
 
 
 def warn(text):
