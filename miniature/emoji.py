@@ -166,10 +166,31 @@ def read_pairs(path, size):
     return pairs
 
 
-def rank_of(feature, gallery, target):
-    """The rank, 0 the nearest, of the image `target` of a gallery (N, D) by distance from a feature (D,)."""
-    distances = (gallery - feature).square().sum(1)
-    return int((distances < distances[target]).sum())
+class Galleries:
+    """CLIP features of true images by style: {artist: features (N, D)} and {artist: their N codes}, of pairs
+    as `read_pairs` returns them."""
+
+    def __init__(self, pipe, pairs):
+        known = [(key, artist) for key, artist, *_ in pairs]
+        self.features = dict(zip(known, encode(pipe, [image for *_, image in pairs])))  # each (D,)
+        self.codes = {artist: [key for key, other in known if other == artist] for artist in ARTISTS}
+        self.matrices = {artist: torch.stack([self.features[key, artist] for key in codes])
+                         for artist, codes in self.codes.items() if codes}
+
+    def rank(self, feature, key, artist):
+        """The rank, 0 the nearest, of a code among all of its style by distance from a feature (D,)."""
+        distances = (self.matrices[artist] - feature).square().sum(1)
+        return int((distances < distances[self.codes[artist].index(key)]).sum())
+
+    def ranks(self, features, pairs):
+        """The ranks of pairs (code, artist, ...) by features (N, D)."""
+        return [self.rank(feature, *pair[:2]) for feature, pair in zip(features, pairs)]
+
+    def copying(self, pairs):
+        """The ranks of pairs by the true image of the same code by another artist, where there is one."""
+        others = [(next((other for other in ARTISTS if other != artist and (key, other) in self.features),
+                        None), key, artist) for key, artist, *_ in pairs]
+        return [self.rank(self.features[key, other], key, artist) for other, key, artist in others if other]
 
 
 def top(ranks):
@@ -181,46 +202,36 @@ def run_emoji(args):
     """Do generated emoji show what was asked? For each held-out pair, the names of that style are ranked by
     the distance of their true images' CLIP features from those of the generated image.
 
-    --data: the folder that `python -m miniature.emoji` filled. Beside it: the true image, encoded and
-    decoded (the ceiling); the same name's image by another artist, what copying would give; and chance.
-    synonyms: prompts with a word that no caption has. OUT/emoji.png: 32 held-out pairs, spread evenly,
-    generated and true.
+    --data: the folder that `python -m miniature.emoji` filled. Beside it: as many pairs that were trained
+    on, spread evenly; the true image, encoded and decoded (the ceiling); the same name's image by another
+    artist, what copying would give; and chance. synonyms: prompts with a word that no caption has.
+    OUT/emoji.png: 32 held-out pairs, spread evenly, generated and true.
     """
     pipe = Pipeline(args.ckpt, args.device, args.dtype, eva=args.eva)
     side = pipe.eva.config.image_size
     seen, unseen = (read_pairs(Path(args.data) / f"{name}.tar", side) for name in ("emoji", "held-out"))
-    known = {(key, artist): image for key, artist, _, image in seen + unseen}
-    features = dict(zip(known, encode(pipe, known.values())))                    # each (D,)
-    galleries = {artist: [key for key, other in known if other == artist] for artist in ARTISTS}
-    matrices = {artist: torch.stack([features[key, artist] for key in keys])
-                for artist, keys in galleries.items()}
-
-    def rank(feature, key, artist):
-        return rank_of(feature, matrices[artist], galleries[artist].index(key))
-
-    pairs = unseen[:args.n]
+    galleries, pairs = Galleries(pipe, seen + unseen), unseen[:args.n]
+    trained = [seen[i * len(seen) // len(pairs)] for i in range(len(pairs))]
     common = set(re.findall(r"\w+", " ".join(caption for _, _, caption, _ in seen).lower()))
-    words = [(word, key, artist) for word, key in SYNONYMS.items() if word not in common
-             for artist in ARTISTS if (key, artist) in known]
-    prompts = [pair[2] for pair in pairs] + [f"{word}, {ARTISTS[artist].style}" for word, _, artist in words]
-    truth = [pair[3] for pair in pairs]
-    images = batched(prompts, lambda part, seeds: to_uint8(pipe.images(part, seeds)), args.seed)
+    words = [(key, artist, f"{word}, {ARTISTS[artist].style}") for word, key in SYNONYMS.items()
+             if word not in common for artist in ARTISTS if (key, artist) in galleries.features]
+    asked, truth = pairs + words + trained, [pair[3] for pair in pairs]
+    images = batched([pair[2] for pair in asked], lambda part, seeds: to_uint8(pipe.images(part, seeds)),
+                     args.seed)
     again = batched(truth, lambda part, seeds: to_uint8(pipe.reconstruct(to_pil(part), seeds)), args.seed)
-    drawn, again = encode(pipe, images), encode(pipe, again)
-    ranks = [rank(f, key, artist) for f, (key, artist, _, _) in zip(drawn, pairs)]
-    others = [next(((key, o) for o in ARTISTS if o != artist and (key, o) in known), None)
-              for key, artist, _, _ in pairs]
+    ranks = galleries.ranks(encode(pipe, images), asked)
+    ranks, of_words, of_trained = (ranks[:len(pairs)], ranks[len(pairs):-len(trained)],
+                                   ranks[-len(trained):])
     table = {"generated": top(ranks)}
     for artist in ARTISTS:
         if of_artist := [r for r, pair in zip(ranks, pairs) if pair[1] == artist]:
             table[f"  {ARTISTS[artist].style}"] = top(of_artist)
-    table |= {"reconstructed": top([rank(f, key, artist) for f, (key, artist, _, _) in zip(again, pairs)]),
-              "another artist's": top([rank(features[other], key, artist) for other, (key, artist, _, _)
-                                       in zip(others, pairs) if other])}
+    table |= {"pairs trained on": top(of_trained),
+              "reconstructed": top(galleries.ranks(encode(pipe, again), pairs)),
+              "another artist's": top(galleries.copying(pairs))}
     if words:
-        table["synonyms"] = top([rank(f, key, artist)
-                                 for f, (_, key, artist) in zip(drawn[len(pairs):], words)])
-    names = sum(map(len, galleries.values())) / len(galleries)
+        table["synonyms"] = top(of_words)
+    names = sum(map(len, galleries.codes.values())) / len(ARTISTS)
     table["chance"] = {"top 1": 1 / names} | dict.fromkeys(("score", "low", "high"), 5 / names)
     print_table(f"{len(pairs)} held-out pairs among {names:.0f} names a style: right name the nearest, "
                 "or among the five nearest (score)", table)
