@@ -82,7 +82,7 @@ NANO = Path(__file__).parent / "weights" / "nano"                    # what a cl
 
 # Steps and guidance that suit what is trained at nano size; saved with the weights, sample.py takes them
 # from there.
-NANO_SAMPLING = {"steps": 8, "cfg": 3.0, "decoder_steps": 10, "decoder_cfg": 1.0}
+NANO_SAMPLING = {"steps": 6, "cfg": 3.0, "decoder_steps": 5, "decoder_cfg": 1.0, "decoder_spacing": "karras"}
 
 # The recipe of each stage at nano size (two CPU cores). The learning rate rises to `lr` in `warmup` steps
 # and falls along a cosine to `final_lr` of it. steps, batch, lr, ema and optimizer are flags, too.
