@@ -5099,7 +5099,7 @@ def test_cached_features_change_nothing(tiny, tmp_path, line, monkeypatch):
 
 
 def test_caches_are_named_after_what_is_in_them(tiny, tmp_path):
-    """Another encoder, design or other shards: another cache; trained weights or another decoder: the same."""
+    """Another encoder, design or shards: another cache; other trained weights, another decoder: the same."""
     shards, stamp = str(make_shards(tmp_path)), os.stat(tmp_path / "000.tar").st_mtime_ns
 
     def name_of(*line, change=None, time=stamp):
@@ -5110,10 +5110,22 @@ def test_caches_are_named_after_what_is_in_them(tiny, tmp_path):
         source = data.open_source(args.data, stage.size)
         return train.feature_cache(args, stage, source, CPU).folder.name
     first = name_of("1")
-    for change in (lambda stage: stage.trained.latent_queries, lambda stage: stage.decoder.unet.conv_in.bias):
+    for change in (lambda stage: stage.trained.latent_queries,
+                   lambda stage: stage.decoder.unet.conv_in.bias):
         assert name_of("1", change=change) == first
     assert len({first, name_of("1", time=1), name_of("1", "--design", "vae-fm"),
                 name_of("1", change=lambda stage: next(stage.eva.parameters()))}) == 4
+
+
+def test_a_moved_run_says_which_flag_is_its_own_model(tiny):
+    """--eva that is --save may move together with it; alone, the sentence doesn't repeat a name."""
+    _, args = build("--stage", "1", "--init", tiny, "--eva", tiny, "--save", tiny)
+    state = train.RunState(1, 1, args=dict(vars(args)))
+    args.init = args.eva = args.save = "elsewhere"
+    assert train.changed_flags(state, args, train.SAME) == []
+    args.save = "a third"
+    changed = dict(train.changed_flags(state, args, train.SAME))
+    assert changed["--eva the folder of --save"] == "elsewhere" == changed["--init the folder of --save"]
 
 
 # ---- The loop ---------------------------------------------------------------------------------------------

@@ -205,7 +205,8 @@ def run_emoji(args):
     --data: the folder that `python -m miniature.emoji` filled. Beside it: as many pairs that were trained
     on, spread evenly; the true image, encoded and decoded (the ceiling); the same name's image by another
     artist, what copying would give; and chance. synonyms: prompts with a word that no caption has.
-    OUT/emoji.png: 32 held-out pairs, spread evenly, generated and true.
+    OUT/emoji.png: 32 held-out pairs, spread evenly, generated and true; OUT/generated, OUT/true: all, for
+    `fid` and `neighbours`.
     """
     pipe = Pipeline(args.ckpt, args.device, args.dtype, eva=args.eva)
     side = pipe.eva.config.image_size
@@ -236,6 +237,9 @@ def run_emoji(args):
     print_table(f"{len(pairs)} held-out pairs among {names:.0f} names a style: right name the nearest, "
                 "or among the five nearest (score)", table)
     write_image(Path(args.out) / "emoji.png", side_by_side(images, truth))
+    for folder, shown in ("generated", images), ("true", truth):
+        for (key, artist, *_), image in zip(pairs, shown):
+            write_image(Path(args.out) / folder / f"{key}-{artist}.png", image)
     save_results(args, {"table": table, "pairs": [
         {"caption": pair[2], "rank": r} for pair, r in zip(pairs, ranks)]})
 

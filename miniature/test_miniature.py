@@ -2030,6 +2030,7 @@ def test_emoji_are_ranked_among_all_names_of_a_style(tiny_folder, tmp_path, monk
             assert table[row]["top 1"] == expected and table[row]["n"] == 5
         assert table["chance"]["score"] == pytest.approx(5 / 27.5)
     assert (tmp_path / "emoji.png").exists()
+    assert len(list((tmp_path / "generated").iterdir())) == len(list((tmp_path / "true").iterdir())) == 5
 
 
 def test_smollm2_says_what_it_needs(tmp_path, monkeypatch, capsys):
