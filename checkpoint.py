@@ -811,12 +811,18 @@ def fill(module, tensors, device):
         else:
             state[name] = read_tensor(tensor, device, dtype) if stored else tensor.to(device, dtype)
     module.load_state_dict(state, strict=False, assign=True)
+    return_freed_memory()  # of the pieces
 
 
 def empty(module):
-    """Move a module to the device "meta", and give its memory back to the system: glibc would keep freed
-    pieces of up to 32 MiB, which most tensors are, for later ones."""
+    """Move a module to the device "meta", and give its memory back to the system."""
     module.to("meta")
+    return_freed_memory()
+
+
+def return_freed_memory():
+    """Give what is free on the heap back to the system: glibc keeps freed pieces of up to 32 MiB, which most
+    tensors are, for later ones."""
     with suppress(OSError):  # other systems have another libc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
