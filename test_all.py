@@ -7476,6 +7476,24 @@ def test_what_leaves_memory_is_free_again(tmp_path):
         assert mebibytes("VmRSS") - before < 20
 
 
+@pytest.mark.skipif("linux" not in sys.platform or os.confstr_names.get("CS_GNU_LIBC_VERSION") is None,
+                    reason="needs Linux's /proc and glibc")
+def test_loading_leaves_the_weights_alone_in_memory(tmp_path):
+    """What was read to make int8 of it, twice its size, is given back."""
+    def build():
+        return nn.Sequential(*[nn.Linear(2048, 1024) for _ in range(48)])
+    with torch.device("meta"):
+        sizes = {name: p.shape for name, p in build().state_dict().items()}
+    save_file({name: torch.zeros(size, dtype=torch.bfloat16) for name, size in sizes.items()},
+              tmp_path / "w.safetensors")
+    module = load_strict(build, read_headers(tmp_path), "here", "meta", Int8(torch.float32))
+    for _ in range(2):                  # the first time, libraries are loaded, too
+        checkpoint.empty(module)
+        before = mebibytes("VmRSS")
+        checkpoint.fill(module, module.sources, "cpu")
+    assert 90 < mebibytes("VmRSS") - before < 110
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_official_loading_copies_once(tmp_path):
     """Reading bf16 weights into fp32 takes their fp32 size and a piece more, whatever the sizes of file and

@@ -31,7 +31,8 @@ from checkpoint import Parser, atomic_write, parse_json, run_command
 from data import open_source, to_rgb
 from evals.distances import clip_features
 from evals.report import BATCH, print_table, rate, save_results, write_image
-from sample import Pipeline, to_uint8
+from miniature.scores import load_pipeline
+from sample import to_uint8
 
 NAMES = "emojilib-4.0.3.tgz", "package/dist/emoji-en-US.json"       # MIT; {emoji: [name, keyword, ...]}
 SIZE = 64                                                           # side of an image
@@ -205,10 +206,10 @@ def run_emoji(args):
     --data: the folder that `python -m miniature.emoji` filled. Beside it: as many pairs that were trained
     on, spread evenly; the true image, encoded and decoded (the ceiling); the same name's image by another
     artist, what copying would give; and chance. synonyms: prompts with a word that no caption has.
-    OUT/emoji.png: 32 held-out pairs, spread evenly, generated and true; OUT/generated, OUT/true: all, for
-    `fid` and `neighbours`.
+    OUT/emoji.png: 32 held-out pairs, spread evenly, generated and true; OUT/emoji-generated, OUT/emoji-true:
+    all, for `fid` and `neighbours`.
     """
-    pipe = Pipeline(args.ckpt, args.device, args.dtype, eva=args.eva)
+    pipe = load_pipeline(args)
     side = pipe.eva.config.image_size
     seen, unseen = (read_pairs(Path(args.data) / f"{name}.tar", side) for name in ("emoji", "held-out"))
     galleries, pairs = Galleries(pipe, seen + unseen), unseen[:args.n]
@@ -237,11 +238,19 @@ def run_emoji(args):
     print_table(f"{len(pairs)} held-out pairs among {names:.0f} names a style: right name the nearest, "
                 "or among the five nearest (score)", table)
     write_image(Path(args.out) / "emoji.png", side_by_side(images, truth))
-    for folder, shown in ("generated", images), ("true", truth):
-        for (key, artist, *_), image in zip(pairs, shown):
-            write_image(Path(args.out) / folder / f"{key}-{artist}.png", image)
+    for name, shown in ("generated", images), ("true", truth):
+        write_pairs(Path(args.out) / f"emoji-{name}", pairs, shown)
     save_results(args, {"table": table, "pairs": [
         {"caption": pair[2], "rank": r} for pair, r in zip(pairs, ranks)]})
+
+
+def write_pairs(folder, pairs, images):
+    """Write the images of pairs (code, artist, ...) as CODE-ARTIST.png; those of an earlier run go."""
+    for artist in ARTISTS:
+        for old in folder.glob(f"*-{artist}.png"):
+            old.unlink()
+    for (key, artist, *_), image in zip(pairs, images):
+        write_image(folder / f"{key}-{artist}.png", image)
 
 
 def batched(items, work, seed=0):

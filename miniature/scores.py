@@ -57,8 +57,11 @@ TIMES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)     # at which `binding` measures the 
 
 
 def load_pipeline(args):
-    """The Pipeline that --ckpt, --device, --dtype and, where there is one, --eva name."""
-    return Pipeline(args.ckpt, args.device, args.dtype, eva=getattr(args, "eva", None))
+    """The Pipeline that --ckpt, --device, --dtype and, where there is one, --eva name. How it samples stands
+    among the settings of the results."""
+    pipe = Pipeline(args.ckpt, args.device, args.dtype, eva=getattr(args, "eva", None))
+    args.sampling = pipe.sampling
+    return pipe
 
 
 def batches(count, leave=True):

@@ -769,6 +769,8 @@ def to_pixels(scenes):
 
 class Oracle:
     """In the Pipeline's place: generates what is asked, and says yes to every question."""
+    sampling = {"steps": 7}
+
     def __init__(self, *_, **__):
         self.upsampled = {}
 
@@ -811,6 +813,7 @@ def test_alignment_command_writes_scores_and_images(tmp_path, monkeypatch, capsy
     results = run(tmp_path, *line, 3)
     assert results["model"]["overall"]["score"] == results["real"]["overall"]["score"] == 1
     assert results["shuffled"]["overall"]["score"] < 0.4 and "upsampled" not in results
+    assert results["settings"]["sampling"] == Oracle.sampling
     assert len(results["images"]) == len({image["seed"] for image in results["images"]}) == 36
     assert all(image["generated_from"] == image["prompt"] for image in results["images"])
     assert load_image(tmp_path / "alignment.png").width == 12 * (128 + 16)
@@ -1003,7 +1006,7 @@ def test_chat_command(monkeypatch, tmp_path):
     asked, changes, answers = {e["prompt"]: e for e in entries}, {}, {}
 
     class Talker:
-        pipe, last, count = SimpleNamespace(requests={1: data.IMG, 2: data.EDIT}), None, 0
+        pipe, last, count = SimpleNamespace(requests={1: data.IMG, 2: data.EDIT}, sampling={}), None, 0
 
         def __init__(self, pipe, flags):
             self.turns, self.faulty, self.out = [], Talker.count % 2, Path(flags.out)
@@ -2030,7 +2033,9 @@ def test_emoji_are_ranked_among_all_names_of_a_style(tiny_folder, tmp_path, monk
             assert table[row]["top 1"] == expected and table[row]["n"] == 5
         assert table["chance"]["score"] == pytest.approx(5 / 27.5)
     assert (tmp_path / "emoji.png").exists()
-    assert len(list((tmp_path / "generated").iterdir())) == len(list((tmp_path / "true").iterdir())) == 5
+    run(tmp_path, "emoji", "--ckpt", tiny_folder, "--data", folder, "--n", 2)        # the others are gone
+    for name in "generated", "true":
+        assert len(list((tmp_path / f"emoji-{name}").iterdir())) == 2
 
 
 def test_smollm2_says_what_it_needs(tmp_path, monkeypatch, capsys):
