@@ -827,6 +827,16 @@ def return_freed_memory():
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+MAPPED = 2 ** 20  # bytes
+
+
+def map_large_tensors():
+    """From now on each tensor of MAPPED bytes or more lies in pages of its own, and they are free as soon as
+    it is: glibc would put most on the heap, where smaller ones that live on keep the freed ones' memory."""
+    with suppress(OSError, AttributeError):  # other systems have another libc
+        ctypes.CDLL("libc.so.6").mallopt(-3, MAPPED)  # M_MMAP_THRESHOLD, which glibc no longer raises then
+
+
 def below(tensors, prefix):
     """Those of {name: tensor} whose names begin with a prefix, without it."""
     return {name[len(prefix):]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}

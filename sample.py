@@ -62,6 +62,7 @@ from checkpoint import (
     fill,
     folder_parts,
     from_json,
+    map_large_tensors,
     model_folder,
     number,
     open_file,
@@ -167,6 +168,8 @@ class Pipeline:
     def __init__(self, folder, device="auto", dtype="auto", offload=False, compiled=False, eva=None):
         if offload not in (False, True, "layers"):
             raise ValueError(f"offload is False, True or 'layers', not {offload!r}")
+        if offload:
+            map_large_tensors()         # not otherwise: it takes small models more time
         self.folder, self.offload, self.compiled = model_folder(folder), offload, compiled
         self.eva_folder = model_folder(eva or folder)
         self.config = self.read("config.json")

@@ -7494,6 +7494,27 @@ def test_loading_leaves_the_weights_alone_in_memory(tmp_path):
     assert 90 < mebibytes("VmRSS") - before < 110
 
 
+@pytest.mark.skipif("linux" not in sys.platform or os.confstr_names.get("CS_GNU_LIBC_VERSION") is None,
+                    reason="needs Linux's /proc and glibc")
+def test_with_offload_what_a_layer_frees_is_free():
+    """Although keys and values, which stay, would keep its place on the heap, layer by layer."""
+    run = """
+import sys, torch, sample
+from test_all import mebibytes
+sample.Pipeline("weights/nano", offload=sys.argv[1] == "offload")
+torch.ones(31, 2 ** 18).sum()
+kept, before = [], mebibytes("VmRSS")
+for i in range(30):
+    work = [torch.ones(20 + i % 7, 2 ** 18) for _ in range(2)]       # 20 to 26 MiB
+    kept.append(torch.ones(2, 2 ** 18))
+    del work
+print(mebibytes("VmRSS") - before)
+"""
+    grown = [float(subprocess.run([sys.executable, "-c", run, offload], cwd=HERE, capture_output=True,
+                                  text=True, check=True).stdout) for offload in ("offload", "without")]
+    assert 40 < grown[0] < 75 and grown[1] > 100                     # all that is kept has 60 MiB
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_official_loading_copies_once(tmp_path):
     """Reading bf16 weights into fp32 takes their fp32 size and a piece more, whatever the sizes of file and
