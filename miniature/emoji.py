@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoint import Parser, atomic_write, parse_json, run_command
+from checkpoint import POSITIVE, Parser, atomic_write, number, parse_json, run_command
 from data import open_source, to_rgb
 from evals.distances import clip_features
 from evals.report import BATCH, print_table, rate, save_results, write_image
@@ -117,9 +117,15 @@ def add(tar, name, content):
     tar.addfile(member, io.BytesIO(content))
 
 
-def build(folder, out):
-    """Write out/emoji.tar and out/held-out.tar from the packages in `folder`; returns {artist: (pairs to
-    train on, held-out pairs)}."""
+def spread(items, n):
+    """n of the items of a list, or all, spread evenly."""
+    n = min(n, len(items))
+    return [items[i * len(items) // n] for i in range(n)]
+
+
+def read_packages(folder):
+    """[(code, artist, PNG, is the pair held out?)] of the packages in `folder`, and their words, as
+    `read_words` has them."""
     words, images = read_words(folder), defaultdict(dict)            # code -> {artist: PNG}
     for name, artist in ARTISTS.items():
         found = dict(read_images(folder, artist))
@@ -127,19 +133,29 @@ def build(folder, out):
             raise ValueError(f"{Path(folder) / artist.package} has no images in {artist.folder}")
         for key in found.keys() & words.keys():
             images[key][name] = found[key].getvalue()
+    return [(key, name, content, is_held_out(key, name, by_artist)) for key, by_artist in
+            sorted(images.items()) for name, content in by_artist.items()], words
+
+
+def build(folder, out, n=None):
+    """Write out/emoji.tar and out/held-out.tar from the packages in `folder`; n: only so many pairs are to
+    train on, spread evenly, and all others held out. Returns {artist: (pairs to train on, held-out pairs)}.
+    """
+    pairs, words = read_packages(folder)
+    training = [pair[:2] for pair in pairs if not pair[3]]
+    training = set(spread(training, len(training) if n is None else n))
     counts = {name: [0, 0] for name in ARTISTS}
     Path(out).mkdir(parents=True, exist_ok=True)
     files = Path(out) / "emoji.tar", Path(out) / "held-out.tar"
     with atomic_write(files[0]) as train, atomic_write(files[1]) as held_out, \
             tarfile.open(train, "w") as train_tar, tarfile.open(held_out, "w") as held_out_tar:
-        for key, by_artist in sorted(images.items()):
-            for name, content in by_artist.items():
-                unseen = is_held_out(key, name, by_artist)
-                tar = held_out_tar if unseen else train_tar
-                about = {"captions": captions(words[key], ARTISTS[name].style)}
-                add(tar, f"{key}-{name}.png", content)
-                add(tar, f"{key}-{name}.json", json.dumps(about).encode())
-                counts[name][unseen] += 1
+        for key, name, content, _ in pairs:
+            unseen = (key, name) not in training
+            tar = held_out_tar if unseen else train_tar
+            about = {"captions": captions(words[key], ARTISTS[name].style)}
+            add(tar, f"{key}-{name}.png", content)
+            add(tar, f"{key}-{name}.json", json.dumps(about).encode())
+            counts[name][unseen] += 1
     return counts
 
 
@@ -203,7 +219,8 @@ def run_emoji(args):
     """Do generated emoji show what was asked? For each held-out pair, the names of that style are ranked by
     the distance of their true images' CLIP features from those of the generated image.
 
-    --data: the folder that `python -m miniature.emoji` filled. Beside it: as many pairs that were trained
+    --data: the folder that `python -m miniature.emoji` filled; of more than --n held-out pairs so many are
+    chosen, spread evenly. Beside it: as many pairs that were trained
     on, spread evenly; the true image, encoded and decoded (the ceiling); the same name's image by another
     artist, what copying would give; and chance. synonyms: prompts with a word that no caption has.
     OUT/emoji.png: 32 held-out pairs, spread evenly, generated and true; OUT/emoji-generated, OUT/emoji-true:
@@ -212,8 +229,8 @@ def run_emoji(args):
     pipe = load_pipeline(args)
     side = pipe.eva.config.image_size
     seen, unseen = (read_pairs(Path(args.data) / f"{name}.tar", side) for name in ("emoji", "held-out"))
-    galleries, pairs = Galleries(pipe, seen + unseen), unseen[:args.n]
-    trained = [seen[i * len(seen) // len(pairs)] for i in range(len(pairs))]
+    galleries, pairs = Galleries(pipe, seen + unseen), spread(unseen, args.n)
+    trained = spread(seen, len(pairs))
     common = set(re.findall(r"\w+", " ".join(caption for _, _, caption, _ in seen).lower()))
     words = [(key, artist, f"{word}, {ARTISTS[artist].style}") for word, key in SYNONYMS.items()
              if word not in common for artist in ARTISTS if (key, artist) in galleries.features]
@@ -277,7 +294,7 @@ def side_by_side(images, truth, n=32, columns=8):
     """n of the images, spread evenly, below each its true one, in rows of `columns`, twice as large."""
     columns = min(columns, len(truth))
     n = min(n, len(truth)) // columns * columns
-    chosen = [i * len(truth) // n for i in range(n)]
+    chosen = spread(range(len(truth)), n)
     rows = [np.concatenate([part[j] for j in chosen[i:i + columns]], 1)
             for i in range(0, n, columns) for part in (images, truth)]
     return np.concatenate(rows).repeat(2, 0).repeat(2, 1)
@@ -288,8 +305,9 @@ def run(argv):
     parser = Parser("python -m miniature.emoji", description=__doc__)
     parser.add_argument("folder", help="folder with the packages")
     parser.add_argument("out", help="folder for emoji.tar and held-out.tar")
+    parser.add_argument("--n", type=number(int, POSITIVE), help="pairs to train on (default: nine tenths)")
     args = parser.parse_args(argv)
-    for name, (seen, unseen) in build(args.folder, args.out).items():
+    for name, (seen, unseen) in build(args.folder, args.out, args.n).items():
         print(f"{name}: {seen} images, {unseen} held out")
 
 
