@@ -32,7 +32,7 @@ from data import open_source, to_rgb
 from evals.distances import clip_features
 from evals.report import BATCH, print_table, rate, save_results, write_image
 from miniature.scores import load_pipeline
-from sample import to_uint8
+from sample import Pipeline, to_uint8
 
 NAMES = "emojilib-4.0.3.tgz", "package/dist/emoji-en-US.json"       # MIT; {emoji: [name, keyword, ...]}
 SIZE = 64                                                           # side of an image
@@ -217,19 +217,21 @@ def top(ranks):
 
 def run_emoji(args):
     """Do generated emoji show what was asked? For each held-out pair, the names of that style are ranked by
-    the distance of their true images' CLIP features from those of the generated image.
+    the distance of their true images' CLIP features, by the encoder of --judge, from those of the generated
+    image.
 
     --data: the folder that `python -m miniature.emoji` filled; of more than --n held-out pairs so many are
-    chosen, spread evenly. Beside it: as many pairs that were trained
-    on, spread evenly; the true image, encoded and decoded (the ceiling); the same name's image by another
-    artist, what copying would give; and chance. synonyms: prompts with a word that no caption has.
+    chosen, spread evenly. Beside it: as many pairs that were trained on; the true image, encoded and decoded
+    (the ceiling); the same name's image by another artist, what copying would give; and chance. synonyms:
+    prompts with a word that no caption has.
     OUT/emoji.png: 32 held-out pairs, spread evenly, generated and true; OUT/emoji-generated, OUT/emoji-true:
     all, for `fid` and `neighbours`.
     """
     pipe = load_pipeline(args)
+    judge = Pipeline(args.judge, args.device, args.dtype) if args.judge else pipe
     side = pipe.eva.config.image_size
     seen, unseen = (read_pairs(Path(args.data) / f"{name}.tar", side) for name in ("emoji", "held-out"))
-    galleries, pairs = Galleries(pipe, seen + unseen), spread(unseen, args.n)
+    galleries, pairs = Galleries(judge, seen + unseen), spread(unseen, args.n)
     trained = spread(seen, len(pairs))
     common = set(re.findall(r"\w+", " ".join(caption for _, _, caption, _ in seen).lower()))
     words = [(key, artist, f"{word}, {ARTISTS[artist].style}") for word, key in SYNONYMS.items()
@@ -238,7 +240,7 @@ def run_emoji(args):
     images = batched([pair[2] for pair in asked], lambda part, seeds: to_uint8(pipe.images(part, seeds)),
                      args.seed)
     again = batched(truth, lambda part, seeds: to_uint8(pipe.reconstruct(to_pil(part), seeds)), args.seed)
-    ranks = galleries.ranks(encode(pipe, images), asked)
+    ranks = galleries.ranks(encode(judge, images), asked)
     ranks, of_words, of_trained = (ranks[:len(pairs)], ranks[len(pairs):-len(trained)],
                                    ranks[-len(trained):])
     table = {"generated": top(ranks)}
@@ -246,7 +248,7 @@ def run_emoji(args):
         if of_artist := [r for r, pair in zip(ranks, pairs) if pair[1] == artist]:
             table[f"  {ARTISTS[artist].style}"] = top(of_artist)
     table |= {"pairs trained on": top(of_trained),
-              "reconstructed": top(galleries.ranks(encode(pipe, again), pairs)),
+              "reconstructed": top(galleries.ranks(encode(judge, again), pairs)),
               "another artist's": top(galleries.copying(pairs))}
     if words:
         table["synonyms"] = top(of_words)

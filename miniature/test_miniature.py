@@ -1989,6 +1989,13 @@ def test_emoji_become_pairs_of_which_a_tenth_is_held_out(tmp_path, capsys):
                                                                                       "hog, x style"]
     miniature_emoji.build(packages, tmp_path / "b")                  # a pure function of the packages
     assert miniature_emoji.read_pairs(tmp_path / "b" / "emoji.tar", 16)[3][:3] == pairs["emoji"][3][:3]
+    for n in 7, 1000:                                                # of the same pairs, spread evenly
+        argv = [str(packages), str(tmp_path / "c"), "--n", str(n)]
+        assert run_command("miniature.emoji", partial(miniature_emoji.run, argv)) in (0, None)
+        few, rest = ({pair[:2] for pair in miniature_emoji.read_pairs(tmp_path / "c" / f"{name}.tar", 16)}
+                     for name in ("emoji", "held-out"))
+        assert few <= seen and len(few) == min(n, len(seen)) and few | rest == seen | unseen
+        assert not few & rest and len({artist for _, artist in few}) >= 3
 
 
 @pytest.mark.parametrize("package", ["emojilib-4.0.3.tgz", "emojione-2.2.7.tgz"])
@@ -2033,7 +2040,9 @@ def test_emoji_are_ranked_among_all_names_of_a_style(tiny_folder, tmp_path, monk
             assert table[row]["top 1"] == expected and table[row]["n"] == 5
         assert table["chance"]["score"] == pytest.approx(5 / 27.5)
     assert (tmp_path / "emoji.png").exists()
-    run(tmp_path, "emoji", "--ckpt", tiny_folder, "--data", folder, "--n", 2)        # the others are gone
+    line = "emoji", "--ckpt", tiny_folder, "--data", folder, "--n", 2                # the others are gone
+    assert run(tmp_path, *line)["table"] == run(tmp_path, *line, "--judge", tiny_folder)["table"]
+    assert evaluation.main([*map(str, line), "--judge", str(tmp_path / "emoji")]) == 2
     for name in "generated", "true":
         assert len(list((tmp_path / f"emoji-{name}").iterdir())) == 2
 
