@@ -102,7 +102,6 @@ class Example:
     turns: list = ()                             # a conversation [(user, assistant)]
     turns_images: list = ()                      # of each turn uint8 (S, S, 3) or None; may end early
     hard_negative: str | None = None             # a prompt that must fit worse; probes only
-    query_targets: np.ndarray | None = None      # (n_query, D), where a task supervises the queries' states
     skipped: list = ()                           # (cause, name) of broken items passed over
 
 

@@ -11,7 +11,7 @@ On the synthetic world of the miniature, whose images a judge of rules reads exa
     python eval.py chat --ckpt weights/nano                 image, change, question: who confuses what?
     python eval.py binding --ckpt weights/nano              whose colour is it? the loss with colours swapped
     python eval.py figure4 | figure5                        the figures in miniature (--quick: a trial)
-    python eval.py ablation --what upsample                 also stage2, supervision, queries, shift, ...
+    python eval.py ablation --what upsample                 also stage2, queries, shift, ...
 
 What other people publish, for models of any size:
 
@@ -143,12 +143,10 @@ COMMANDS = {
     "figure5": ("miniature.studies", "run_study", STUDY),
     "ablation": ("miniature.studies", "run_study",
                  (*STUDY, flag("--what", required=True,
-                               choices=("stage2", "upsample", "supervision", "queries", "rope", "shift",
-                                        "ema", "size", "steps", "guidance")),
+                               choices=("stage2", "upsample", "queries", "rope", "shift", "ema", "size",
+                                        "steps", "guidance")),
                   flag("--ckpt", default=NANO,
-                       help="model folder that generates for steps and guidance, and that stage2 trains on"),
-                  flag("--inits", nargs=2, metavar=("WITH", "WITHOUT"),
-                       help="supervision: model folders with and without query supervision in stage 0"))),
+                       help="steps, guidance: the model folder that generates; stage2: that is trained on"))),
     "speed": ("evals.speed", "speed", (
         whole("rounds", 2), flag("--quick", action="store_true", help="tiny: see that it runs"))),
     "gpu": ("evals.gpu", "gpu", (flag("--quick", action="store_true", help="tiny: see that it runs"),)),
@@ -167,8 +165,7 @@ NO_EFFECT = (
     ("leakage", "with --train", lambda a: a.train, "--n"),
     ("figure4 ablation", "in this study, which asks no questions", lambda a: True, "--n"),
     ("ablation", "in this study", lambda a: a.what not in ("stage2", "steps", "guidance"), "--ckpt"),
-    ("ablation", "in this study", lambda a: a.what != "supervision", "--inits"),
-    ("ablation", "in a study of other folders", lambda a: a.what in ("stage2", "supervision"), "--init"),
+    ("ablation", "in a study that trains on --ckpt", lambda a: a.what == "stage2", "--init"),
     ("ablation", "in a study that trains nothing", lambda a: a.what in ("steps", "guidance"),
      "--steps --points --batch --init --eva --jobs --runs --bf16"),
 )

@@ -127,7 +127,6 @@ class BLIP3oConfig:
     dit: DiTConfig | None = None
     n_query: int | None = field(default=None, metadata=FROM_ZERO)  # None: 64 where it generates, else 0
     query_std: float = field(default=1.0, metadata=FROM_ZERO)  # standard deviation of fresh queries
-    queries_supervised: bool = False   # stage 0 has trained the queries: stage 1 freezes them; official: no
     grid: int = 8                      # an image has grid x grid features
     latents: bool = False              # the DiT generates VAE latents, not CLIP features
     mse_channels: int | None = None    # width of the CLIP features that a regressor predicts, without a DiT
@@ -905,10 +904,11 @@ def resized(weight, rows):
 # ---- config.json ------------------------------------------------------------------------------------------
 
 FORMAT = 2  # version of the settings under "nano_blip3o"
-NANO_KEYS = ("n_query", "query_std", "queries_supervised", "grid", "shift", "upsample_prompts",
-             "chat_images", "latents", "mse_channels")
+NANO_KEYS = ("n_query", "query_std", "grid", "shift", "upsample_prompts", "chat_images", "latents",
+             "mse_channels")
 GENERATOR_KEYS = ("dit", "grid", "shift", "latents", "mse_channels")
 FOREIGN_KEYS = ("clip", "sampling")  # read by clip_decoder.py and sample.py
+RETIRED = {"queries_supervised": (False,)}  # settings of older code -> the values that change nothing
 TOKEN_IDS = ("image_token_id", "vision_start_token_id", "eos_token_id", "pad_token_id")
 CHOICES = {"sampler": SAMPLERS, "decoder_sampler": ("euler", "dpm++2m"),
            "decoder_spacing": ("leading", "trailing", "karras")}
@@ -1032,10 +1032,11 @@ def our_settings(path, raw):
         raise ValueError(f'{path} has format {version} under "nano_blip3o", this code reads up to '
                          f"{FORMAT}: update the code")
     dit = section(ours, "dit", f"{path}: nano_blip3o")
-    unknown = sorted(ours.keys() - {"format", "dit", *NANO_KEYS, *FOREIGN_KEYS})
+    unknown = sorted(ours.keys() - {"format", "dit", *NANO_KEYS, *FOREIGN_KEYS, *RETIRED})
     unknown += sorted(f"dit.{name}" for name in dit.keys() - {f.name for f in fields(DiTConfig)})
     if unknown:
         raise ValueError(f'{path} has unknown settings under "nano_blip3o": {", ".join(unknown)}')
+    require_settings(ours, RETIRED, f"{path}: nano_blip3o")
     return ours | {"dit": dit}
 
 

@@ -1084,6 +1084,7 @@ BROKEN = [
      r"the DiT in .* lacks layers\.0\.gate, from which sizes"),
     (BLIP3o, {CONFIG: {"nano_blip3o.expands": True}},
      'config.json has unknown settings under "nano_blip3o": expands'),
+    (BLIP3o, {CONFIG: {"nano_blip3o.queries_supervised": True}}, "asks for queries_supervised = true"),
     (BLIP3o, {CONFIG: {"nano_blip3o.dit.depth": 3}}, r"unknown.*: dit\.depth"),
     (BLIP3o, {CONFIG: {"nano_blip3o.format": 3}}, "format 3 .*update the code"),
     (BLIP3o, {CONFIG: {"hidden_act": "gelu"}}, "asks for hidden_act = gelu"),
@@ -1964,7 +1965,7 @@ def test_flow_loss():
 
 def test_save_load_round_trip(tmp_path):
     """Tensors and config come back exactly; foreign keys, files and tensors of the folder survive."""
-    net = tiny_model(upsample_prompts=True, queries_supervised=True)
+    net = tiny_model(upsample_prompts=True, chat_images=True)
     net.save_pretrained(tmp_path)
     stored = load_file(tmp_path / WEIGHTS)
     assert {key.split(".")[0] for key in stored} == {"visual", "model", "lm_head"}
@@ -3876,7 +3877,7 @@ def test_stages_build_one_model_folder(tiny, monkeypatch, tmp_path):
     times = {f"_{name}@{t}" for name in ("true", "shuffled", "null") for t in (0.02, 0.05, 0.3)}
     assert set(probe) == {"step", "_cosine", "_retrieval", "_positive@0.15", "_hard_negative@0.15"} | times
     config = model.BLIP3o.from_pretrained(folder, "meta").config
-    assert config.chat_images and not config.queries_supervised      # stage 0 said so
+    assert config.chat_images                                        # stage 0 said so
 
 
 TRAIN_LINES = [("clip",), ("vae",), ("0",), ("decoder",), ("1",), ("2",), ("1", "--design", "clip-mse"),
@@ -3919,30 +3920,16 @@ def test_output_heads_are_no_hidden_matrices(tiny, monkeypatch):
     assert id(llm.layers[0].mlp.up_proj.weight) in set(map(id, matrices))
 
 
-def supervised(folder, to):
-    """A copy of a model folder whose queries stage 0 has supervised."""
-    shutil.copytree(folder, to)
-    config = read_json(to / "config.json")
-    config["nano_blip3o"]["queries_supervised"] = True
-    write_json(to / "config.json", config)
-    return to
-
-
 @pytest.mark.parametrize("line, learn, stay", [
-    (("1",), False, True), (("1", "--fresh"), False, True), (("2",), False, True),
-    (("1", "--design", "vae-fm"), False, True), (("1", "--queries", 4, "--fresh"), True, False),
-    (("1", "--queries", 5, "--fresh"), True, False), (("1", "--design", "clip-mse"), True, False),
-    (("1", "--joint", 0.5), True, True)], ids=lambda value: str(value))
-def test_supervised_queries_stay_as_stage_0_taught_them(tiny, tmp_path, line, learn, stay):
-    """Frozen in stages 1 and 2, unless --joint trains everything; fresh ones are trained, and say so."""
-    folder = supervised(tiny, tmp_path / "m")
+    ((), True, True), (("--freeze-queries",), False, True), (("--fresh",), True, False),
+    (("--design", "vae-fm", "--freeze-queries"), False, True), (("--design", "vae-fm"), True, False),
+    (("--fresh", "--queries", 5, "--freeze-queries"), False, False)], ids=lambda value: str(value))
+def test_queries_are_those_of_init_or_fresh_and_are_trained_or_frozen(tiny, line, learn, stay):
+    """A fresh generator has fresh queries, unless --freeze-queries keeps those that --init has."""
     stored = load_file(tiny / "model.safetensors")["model.latent_queries"]
-    stage, _ = build("--stage", *line, "--init", folder)
-    queries = stage.trained.latent_queries
-    assert queries.requires_grad == learn and stage.trained.config.queries_supervised == stay
+    queries = build("--stage", "1", "--init", tiny, *line)[0].trained.latent_queries
+    assert queries.requires_grad == learn
     assert (queries.shape == stored.shape and torch.equal(queries.detach(), stored)) == stay
-    stage, _ = build("--stage", *line)                               # those that nobody has supervised
-    assert stage.trained.latent_queries.requires_grad and not stage.trained.config.queries_supervised
 
 
 def test_stages_change_only_what_they_train(tiny, tmp_path):
@@ -5558,15 +5545,10 @@ def test_stage_2_goes_on_with_the_design_it_finds(tiny, tmp_path):
     stage, args = build("--stage", "2", "--init", folder, "--eva", tiny)
     stored = load_file(folder / "model.safetensors")["model.latent_queries"]
     assert torch.equal(stage.trained.latent_queries.detach().half(), stored) and stage.collate.shift == 2.0
-    assert replace_supervision(stage.trained.config) == replace_supervision(config)
+    assert replace(stage.trained.config, upsample_prompts=config.upsample_prompts) == config
     assert (args.final_lr, args.lr, stage.long_captions) == (0.0, 1.2e-3, False)
     with pytest.raises(ValueError, match="dim, n_layers.*not 'width=3'"):
         train.dit_fields("dim=4,width=3")
-
-
-def replace_supervision(config):
-    """A config as text, without what the world's conversations change."""
-    return re.sub("upsample_prompts=(True|False)", "", str(config))
 
 
 def test_targets_of_the_designs(tiny):
@@ -5606,7 +5588,7 @@ def test_joint_processes_agree_on_the_losses(tiny):
 
 def test_conversations_are_learnt_from_what_the_assistant_says(tiny):
     """The loss "text" is the cross-entropy of the assistant's tokens alone, images among the others."""
-    stage, args = build("--stage", "0", "--world", "query_supervision=0")
+    stage, args = build("--stage", "0")
     batch, loss = training_batch(stage, args, 4), 0.0
     assert batch["grid"] is not None
     with torch.no_grad():
@@ -5620,14 +5602,14 @@ def test_conversations_are_learnt_from_what_the_assistant_says(tiny):
 
 
 def test_stage_0_without_queries(tiny, tmp_path):
-    """A bare Qwen2.5-VL has no queries to supervise: stage 0 trains the rest of it, of shards, too."""
+    """A bare Qwen2.5-VL has none: stage 0 trains it, from shards, too."""
     tokenizer = data.Tokenizer.from_pretrained(tiny)
     BLIP3o(train.nano_config(tokenizer, dit=None, n_query=0)).save_pretrained(tmp_path / "bare")
     tokenizer.save(tmp_path / "bare")
     for name, flags in ("world", ()), ("shards", ("--data", make_shards(tmp_path))):
         assert run_training("--stage", "0", "--init", tmp_path / "bare", "--steps", 1, "--batch", 4,
                             "--out", tmp_path / name, *flags) == 0
-        assert "queries" not in read_log(tmp_path / name)[0]
+        assert "text" in read_log(tmp_path / name)[0]
 
 
 def test_hard_negatives_come_from_the_task(tiny):
@@ -5884,8 +5866,8 @@ MISTAKES = [
         ("edit=1", "--world edit is a fraction"), ("edit=nan", "fraction"), ("edit=2", "not 'edit=2'"),
         ("objects", "not 'objects'"), ("objects=", "not 'objects='"), ("edit=0.1,edit=0.2", "edit twice"),
         ("edit=0.1", "--world edit belongs to stages 1 and 2"), ("upsample=1", "belongs to stages 1"),
-        ("upsample=2", "upsample is a fraction"), ("query_supervision=1", "supervision belongs to stage 0"),
-        ("query_supervision=inf", "query_supervision is a weight")]],
+        ("upsample=2", "upsample is a fraction"), ("captions=1", "captions belongs to stage 0"),
+        ("query_supervision=1", "not 'query_supervision=1'")]],
     # flags without effect in this combination
     *[(f"--stage {stage} --out TMP/out {flags}", text) for stage, flags, text in [
         ("vae", "--paper", "--paper belongs to stages 1 and 2, not to stage vae"),

@@ -341,7 +341,7 @@ class GenerationStage(Stage):
                              "(--eva names one)")
         self.encoders = [self.decoder.vae if self.design == "vae-fm" else self.eva]
         trained, self.query_states = ("dit.", "regressor.", "latent_queries"), None
-        if args.freeze_queries or keeps_queries and config.queries_supervised:  # as stage 0 taught them
+        if args.freeze_queries:
             trained = ("dit.", "regressor.")
         for name, p in self.trained.named_parameters():
             p.requires_grad_(bool(args.joint) or name.startswith(trained))
@@ -389,7 +389,7 @@ class GenerationStage(Stage):
         check_use(args, {"fresh": resumes or not continues,
                          "flow": (design_of(stored) if continues else args.design) != "clip-mse"})
         wanted = {"llm"} | ({"visual"} if args.joint or args.prompt_images else set())
-        keeps = stored.queries_supervised or args.freeze_queries and not args.fresh
+        keeps = args.freeze_queries and not args.fresh
         if continues or keeps and not (args.queries or args.paper):
             wanted |= {"queries"} & parts        # other queries are learnt with the generator, so as fresh
         if continues:
@@ -408,7 +408,7 @@ class GenerationStage(Stage):
                 # prompts apart, those after noise hardly (as prompt tuning starts, arXiv 2104.08691).
                 words = torch.randperm(stored.text.vocab_size)[:config.n_query]
                 model.latent_queries.data[0] = model.llm.embed_tokens.weight[words].detach()
-        model.add_generator(replace(config, queries_supervised=keeps_queries and stored.queries_supervised))
+        model.add_generator(config)
         return model, False, keeps_queries
 
     def fresh_config(self, stored, args):
@@ -629,7 +629,7 @@ def build_stage(args):
     if args.stage in ("clip", "vae") or args.stage == "0" and args.data is None:
         from miniature import pretrain
         stages = {"clip": pretrain.ClipStage, "vae": pretrain.VaeStage,
-                  "0": pretrain.SupervisedUnderstandingStage}
+                  "0": pretrain.FreshUnderstandingStage}
         return stages[args.stage](args)
     return {"0": UnderstandingStage, "decoder": DecoderStage}.get(args.stage, GenerationStage)(args)
 

@@ -2,7 +2,7 @@
 
     clip    EVA-CLIP tower, with a text tower and heads that are thrown away afterwards
     vae     pixels <-> latents
-    0       language model and vision tower from random weights, and, if asked for, supervised queries
+    0       language model and vision tower from random weights
 
 The paper has EVA-CLIP, SDXL's VAE and Qwen2.5-VL for these. The stages have train.Stage's form; train.py
 picks them. B batch, L tokens, C width of the image features, E of the contrastive embedding, S side of an
@@ -288,23 +288,6 @@ class VaeStage(train.Stage):
 
 # ---- stage 0 from random weights ------------------------------------------------------------------------
 
-class SupervisedCollate(train.ConversationCollate):
-    """Conversations, and beside them prompts with the targets (B, n_query, D) of the queries' states
-    after them."""
-
-    def __init__(self, tokenizer, vision, size, shape):
-        super().__init__(tokenizer, vision, size)
-        self.shape = shape
-
-    def __call__(self, examples):
-        batch, zeros = super().__call__(examples), np.zeros(self.shape, np.float32)
-        targets = [zeros if e.query_targets is None else e.query_targets for e in examples]
-        has_targets = [e.query_targets is not None for e in examples]
-        return {**batch, "prompts": self.prompts(examples),
-                "query_targets": torch.from_numpy(np.stack(targets)),
-                "has_query_targets": torch.tensor(has_targets)}
-
-
 def whiten(patch_embed, config, size, n=512):
     """Set the vision tower's first layer so that the world's patches come out of it white, in their
     principal components (as the first convolution of Jordan's CIFAR-10 speedrun, arXiv 2404.00498).
@@ -322,37 +305,10 @@ def whiten(patch_embed, config, size, n=512):
     patch_embed.proj.weight.data.copy_(weight.view_as(patch_embed.proj.weight))
 
 
-class SupervisedUnderstandingStage(train.UnderstandingStage):
-    """Stage 0 of the miniature: conversations, and with --world query_supervision=1 query supervision.
-
-    Left to chance, the states of the latent queries encode which words a prompt holds, hardly which belong
-    together: exchanging two colours moved them by 2 % of what another prompt does, and the DiT learnt to
-    generate bags of words. So each query is trained to encode one object of the prompt, the objects taking
-    turns, as a sum of fixed random vectors for its words (world.query_targets). The paper has no such loss;
-    it has a language model of 7B, whose states hold conjunctions such as "red circle" after reading the
-    internet.
-    """
+class FreshUnderstandingStage(train.UnderstandingStage):
+    """Stage 0 of the miniature, where a vision tower may start from random weights."""
 
     def __init__(self, args):
         super().__init__(args)
-        self.weight, model, config = args.world["query_supervision"], self.trained, self.trained.config
         if args.fresh or "visual" not in folder_parts(args.init):
-            whiten(model.visual.patch_embed, config.vision, self.size)
-        if model.latent_queries is None and self.weight not in (0, 1):
-            raise ValueError(f"--world query_supervision: {args.init} has no latent queries to supervise")
-        if model.latent_queries is None or not self.weight:  # a bare Qwen2.5-VL has none to supervise
-            return
-        model.latent_queries.requires_grad_(True)
-        config.queries_supervised = True
-        self.query_targets_shape = config.n_query, config.text.hidden_size
-        world.query_targets([], *self.query_targets_shape)           # refuses a width that has no targets
-        self.collate = SupervisedCollate(self.tokenizer, config.vision, self.size, self.query_targets_shape)
-
-    def forward(self, batch):
-        losses = super().forward(batch)
-        if "query_targets" in batch:
-            p = batch["prompts"]
-            states = self.trained.condition(p["ids"], p["mask"], p["patches"], p["grid"])  # (B, n_query, D)
-            error = (states.float() - batch["query_targets"]).square().mean((1, 2))               # (B,)
-            losses["queries"] = train.mean_over_ranks(self.weight * error[batch["has_query_targets"]])
-        return losses
+            whiten(self.trained.visual.patch_embed, self.trained.config.vision, self.size)

@@ -29,7 +29,6 @@ from evals.report import BATCH, FORMATS, read_records, save_results, wilson, wri
 from miniature import steps, world
 from miniature.judge import caption_truth, count_asked, scene_for, score_renders
 from miniature.scores import SEEDS, answer_all, answers_right, draw_questions, generate_images
-from model import BLIP3o
 from sample import Pipeline
 
 # `runs` is {name: flags of train.py}, `start` and `flags` are those of all runs, in which {init} is --init;
@@ -53,11 +52,6 @@ STUDIES = {
         steps=800, batch=128, objects=4, panels=("alignment", "Frechet")),
     "upsample": dict(
         runs={"upsampled": "", "as typed": ""}, flags=SMALL, typed=("as typed",),
-        panels=("alignment", "colours", "Frechet", "gap, t = 0.05")),
-    # train.py keeps queries that stage 0 supervised, and trains others.
-    "supervision": dict(
-        runs={"query supervision": "--init {inits[0]}", "learnt queries": "--init {inits[1]}"},
-        start="--stage 1 --fresh", flags=SMALL, objects=4,
         panels=("alignment", "colours", "Frechet", "gap, t = 0.05")),
     "queries": dict(
         runs={"16 queries": "--queries 16", "64 queries": "--queries 64"}, flags=SMALL,
@@ -320,12 +314,6 @@ def fill_settings(args, study):
     if not ("questions" in study["panels"]) < args.objects <= 4:
         raise ValueError("--objects must lie between 1 and 4 (figure5, which asks where objects lie: 2), "
                          f"not {args.objects}")
-    if "{inits[0]}" in str(study):
-        args.inits = args.inits or [args.init] * 2
-        configs = [BLIP3o.from_pretrained(folder, "meta").config for folder in args.inits]
-        if [config.queries_supervised for config in configs] != [True, False] and not args.quick:
-            raise ValueError("--inits names two model folders: stage 0 supervised the queries of the first, "
-                             "and not those of the second")
 
 
 def train_runs(args, study, folder, out):
@@ -429,9 +417,8 @@ def run_study(args):
     figure4: CLIP features by regression, CLIP features by flow matching, or VAE latents by flow matching?
     And how much do the images of a prompt differ? figure5: is the language model better frozen or trained
     along? ablation --what: stage 2, or as many more images of stage 1 (both from --ckpt); upsampled captions
-    and prompts, or as typed; query supervision, or learnt queries (--inits: the models of both stages 0);
-    number of queries, RoPE, shift of time, EMA, size of the DiT; without training, guidance of --ckpt, and
-    its samplers, each in several numbers of steps.
+    and prompts, or as typed; number of queries, RoPE, shift of time, EMA, size of the DiT; without training,
+    guidance of --ckpt, and its samplers, each in several numbers of steps.
     """
     study = STUDIES[getattr(args, "what", args.command)]
     name = f"ablation-{args.what}" if args.command == "ablation" else args.command

@@ -31,17 +31,14 @@ OPTIONS = {
     "edit": None,                 # stages 1, 2: fraction of prompts that are an image and a change of it
     "upsample": None,             # stages 1, 2: fraction of captions and changes that are upsampled
     "captions": 0.0,              # stage 0: fraction of the conversations that are a description alone
-    "query_supervision": 0.0,     # stage 0: weight of the loss between the queries' states and their targets
 }
 KINDS = {
     "objects": (number(int, Interval(1, 4)), "objects must lie between 1 and 4, the world's most"),
     "edit": (number(float, Interval(0, below=1)), "edit is a fraction of the samples, from 0 to below 1"),
     **{name: (number(float, Interval(0, 1)), f"{name} is a fraction of the samples, from 0 to 1")
        for name in ("upsample", "captions")},
-    "query_supervision": (number(float, Interval(0, 1e6)), "query_supervision is a weight from 0 to 1e6"),
 }
-STAGES = {"edit": ("1", "2"), "upsample": ("1", "2"), "query_supervision": ("0",),
-          "captions": ("0",)}                                        # the others: all
+STAGES = {"edit": ("1", "2"), "upsample": ("1", "2"), "captions": ("0",)}             # the others: all
 
 
 def parse_options(spec, stage, has_vision=False):
@@ -92,9 +89,8 @@ class WorldTask:
     long: long captions, short ones (False), or a mixture (None). short_caption: the probability of short
     ones, instead. converse, reconstruct, edit: fractions of the samples, as in data.CaptionTask. upsample:
     fraction of the captions and changes that are upsampled; here the image stays beside such a change.
-    queries: (n_query, D), the shape of the query targets, where there are to be any. captions: fraction of
-    the conversations that are a description alone. hard_negatives: give each prompt with two colours also
-    with these exchanged, for probes.
+    captions: fraction of the conversations that are a description alone. hard_negatives: give each prompt
+    with two colours also with these exchanged, for probes.
     """
     long: bool | None = None
     short_caption: float | None = None
@@ -102,7 +98,6 @@ class WorldTask:
     reconstruct: float = 0.0
     edit: float = 0.0
     upsample: float = 0.0
-    queries: tuple | None = None
     captions: float = 0.0
     hard_negatives: bool = False
 
@@ -111,8 +106,7 @@ class WorldTask:
         scene, image = item["scene"], item["image"]
         text = self.caption(scene, rng)
         if self.converse == 1 or self.converse and rng.random() < self.converse:
-            example = self.conversation(scene, image, text, rng)
-            return self.supervise_queries(example, scene, image, text) if self.queries else example
+            return self.conversation(scene, image, text, rng)
         choice = rng.random() if self.reconstruct or self.edit else 1.0
         upsample = self.upsample > 0 and rng.random() < self.upsample
         if choice < self.reconstruct + self.edit:
@@ -153,29 +147,6 @@ class WorldTask:
             prompt, parsed = parse_or_paraphrase(caption, rng, rng.random() < 0.6)
             turns.append((data.UPSAMPLE.format(prompt), world.upsample_caption(described, caption, parsed)))
         return Example(rng, turns=turns)
-
-    def supervise_queries(self, example, scene, image, text):
-        """Add a prompt and the targets of the queries' states after it: most prompts are captions, many of
-        them upsampled or paraphrased; the others are the image, to be generated again or with a change."""
-        rng = example.rng
-        # A chimera has no caption that fits it; nobody shall generate it.
-        is_chimera = any(shown is not None and shown is not image for shown in example.turns_images)
-        if is_chimera or rng.random() < 0.6:
-            form = rng.random()
-            if rng.random() < 0.2:
-                text, scene = read_only_scene(rng)
-            if form < 0.4:
-                text = world.upsample_caption(scene, text, world.parse_caption(text))
-            example.prompt, parsed = parse_or_paraphrase(text, rng, 0.4 < form < 0.7)
-        else:
-            instruction, after = data.RECONSTRUCT, scene
-            if rng.random() >= 0.4:
-                instruction, after = world.edit(scene, rng)
-            parsed = world.parse_caption(world.describe(after))
-            example.prompt, example.prompt_image = instruction, image
-        if parsed:
-            example.query_targets = world.query_targets(parsed, *self.queries)
-        return example
 
 
 def parse_or_paraphrase(text, rng, paraphrase):
@@ -266,8 +237,7 @@ def open_world(args, stage):
     if upsample is None:
         upsample = UPSAMPLED * (args.stage in ("1", "2") and config.upsample_prompts)
     task = WorldTask(stage.long_captions, args.short_caption, stage.converse, args.reconstruct,
-                     options["edit"], upsample, getattr(stage, "query_targets_shape", None),
-                     options["captions"])
+                     options["edit"], upsample, options["captions"])
     if stage.converse and options["captions"] < 1:                   # the conversations teach it
         config.upsample_prompts = config.chat_images = True
     training, unseen = (World(seed, stage.size, options["objects"])

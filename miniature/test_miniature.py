@@ -288,25 +288,6 @@ def test_upsampled_captions_name_the_scene():
         assert all(b in ("", a) for (_, *one), other in zip(named, wanted) for a, b in zip(one, other)), text
 
 
-def test_query_targets_are_sums_of_the_shipped_codes():
-    table, names = world.target_table(), world.CAPTION_WORDS
-    assert np.array_equal(table, default_rng(0).standard_normal((5, len(names), 128), dtype=np.float32)[-1])
-    for dim, parsed, *expected in (
-            (128, [["circle", "blue"]], "circle,blue,of one"), (32, [["star", "red"]], "star,red,of one"),
-            (128, parse_caption("a red circle and a blue star"), "circle,red,of two", "star,blue,of two"),
-            (128, [["circle", "blue"], ["star", "two"]], "circle,blue,of three", "star,two,of three"),
-            (128, [["star", "two"], ["circle", "three"]], "star,two,of four")):
-        targets = world.query_targets(parsed, 4, dim)
-        assert targets.shape == (4, dim) and targets.dtype == np.float32
-        assert (targets[:2] == targets[2:]).all()
-        for target, said in zip(targets, expected):
-            total = sum(table[names.index(name)] for name in said.split(","))[:dim]
-            assert target == pytest.approx(total / np.sqrt(np.square(total).mean()), abs=1e-5), parsed
-    assert not world.query_targets([], 4, 64).any()
-    with pytest.raises(ValueError, match="128 dimensions at most"):
-        world.query_targets([["circle"]], 1, 129)
-
-
 NAME = rf"\b(?:it|the object|the(?: (?:left|right|upper|lower|small|large|{COLOURS}))* (?:one|{SHAPES}))\b"
 
 
@@ -1094,27 +1075,17 @@ def open_study(line, folder):
     return args, studies.Trainer(args, study, folder)
 
 
-def with_supervision(folder, target):
-    """A copy of a model folder whose stage 0 says that it supervised the queries."""
-    shutil.copytree(folder, target)
-    config = json.loads((target / "config.json").read_text())
-    config["nano_blip3o"]["queries_supervised"] = True
-    (target / "config.json").write_text(json.dumps(config))
-    return target
-
-
 def test_studies_train_what_they_say(monkeypatch, tmp_path):
-    """Their queries are fresh and trained, or those that stage 0 supervised, which are frozen; captions are
-    upsampled but in one run; all studies have the budget at which alignment shows."""
+    """Their queries are fresh and trained; captions are upsampled but in one run; all studies have the
+    budget at which alignment shows."""
     for part in train.EvaClip, train.PixelDecoder:               # loaded once
         monkeypatch.setattr(part, "from_pretrained", cache(part.from_pretrained))
     made = {}
     taught = load_file(Path(NANO) / "model.safetensors")["model.latent_queries"].float()
-    learnt = ["--inits", str(with_supervision(NANO, tmp_path / "supervised")), NANO]
     for study in (name for name, spec in studies.STUDIES.items() if "runs" in spec):
         line = study if study.startswith("figure") else f"ablation --what {study}"
-        own, trainer = open_study(" ".join((line, *learnt * (study == "supervision"))), tmp_path)
-        assert (own.seeds, own.objects) == (3, {"figure5": 2, "stage2": 4, "supervision": 4}.get(study, 1))
+        own, trainer = open_study(line, tmp_path)
+        assert (own.seeds, own.objects) == (3, {"figure5": 2, "stage2": 4}.get(study, 1))
         assert own.steps * own.batch == (102_400 if study == "stage2" else 128_000)
         assert len(trainer.points) == (10 if study == "figure4" else 5) and trainer.points[-1] == own.steps
         for name in trainer.study["runs"]:
@@ -1122,11 +1093,10 @@ def test_studies_train_what_they_say(monkeypatch, tmp_path):
             args = train.resolve(*train.runs_of(line))
             model = train.build_stage(args).trained
             made.setdefault(study, []).append((args, model.config))
-            supervised, queries = name == "query supervision", model.latent_queries
-            fresh = not supervised and study != "stage2"             # which trains the shipped model on
+            queries, fresh = model.latent_queries, study != "stage2"     # which trains the shipped model on
             assert model.config.n_query == (64 if study == "figure4" or name == "64 queries" else 16)
             assert (queries.shape != taught.shape or not torch.equal(queries.detach(), taught)) == fresh
-            assert queries.requires_grad != supervised
+            assert queries.requires_grad
             assert model.config.shift == (float(name.split()[1]) if study == "shift" else 5)
             assert args.world["upsample"] == trainer.upsample(name) == (name != "as typed")
             assert (args.world["objects"], args.seed) == (own.objects, 1)
@@ -1138,10 +1108,6 @@ def test_studies_train_what_they_say(monkeypatch, tmp_path):
     assert [args.joint for args, _ in made["figure5"]] == [0, 0.5]
     assert [(args.stage, args.fresh, args.lr, args.init) for args, _ in made["stage2"]] == [
         ("2", False, 1.2e-3, NANO), ("1", False, 1.2e-3, NANO)]
-    assert [args.init for args, _ in made["supervision"]] == learnt[1:]
-    for inits in ([], learnt[:1] + learnt[:0:-1]):
-        with pytest.raises(ValueError, match="--inits names two model folders"):
-            open_study(" ".join(("ablation --what supervision", *inits)), tmp_path)
 
 
 def test_numbers_of_a_run_by_hand(tmp_path):
@@ -1366,11 +1332,10 @@ def test_figure4_from_training_to_figure(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("study, rows", [
     ("figure5", ["sequential", "joint"]), ("ablation --what upsample", ["upsampled", "as typed"]),
-    ("ablation --what supervision", ["query supervision", "learnt queries"]),
     ("ablation --what stage2", ["stage 2", "more of stage 1", "before"])])
 def test_studies_run(tiny_folder, tmp_path, study, rows):
     """From training to the table, with --quick, of a tiny model."""
-    flags = {"supervision": "--inits {0} {0}", "stage2": "--ckpt {0}"}.get(study.split()[-1], "--init {0}")
+    flags = "--ckpt {0}" if study.endswith("stage2") else "--init {0}"
     line = [*study.split(), "--quick", *flags.format(tiny_folder).split(), "--eva", tiny_folder,
             "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     assert evaluation.main(line) == 0
@@ -1591,42 +1556,19 @@ def test_joint_training_mixes_conversations_in():
     assert all((e.image is None) == bool(e.turns) and (e.prompt == "") == bool(e.turns) for e in mixed)
 
 
-def test_query_supervision_has_the_prompts_targets():
-    """A conversation comes with a prompt and the targets of what it names: captions, upsampled or in other
-    words; images to generate again or with a change. Nothing may generate a chimera."""
-    shape, kinds = (4, 128), Counter()
-    for scene, example in examples(WorldTask(converse=1, queries=shape), 400):
-        targets, shown = example.query_targets, world.render(scene, 16)
-        assert example.turns and (targets is None or targets.shape == shape)
-        if example.prompt_image is not None:
-            kinds["reconstruct" if example.prompt == data.RECONSTRUCT else "edit"] += 1
-            assert (example.prompt_image == shown).all()
-            assert all((image == shown).all() for image in example.turns_images if image is not None)
-            if example.prompt == data.RECONSTRUCT:
-                expected = world.query_targets(world.parse_caption(world.describe(scene)), *shape)
-                assert np.array_equal(targets, expected)
-        elif world.parse_caption(example.prompt):
-            exact = np.array_equal(targets, world.query_targets(world.parse_caption(example.prompt), *shape))
-            kinds["caption" if exact else "paraphrase"] += 1
-        assert (targets is None) <= (not world.parse_caption(example.prompt))
-    assert 30 < kinds["reconstruct"] < 100 and 50 < kinds["edit"] < 140
-    assert kinds["caption"] > 80 and 10 < kinds["paraphrase"] < 120
-    assert all(e.query_targets is None for _, e in examples(WorldTask(converse=1), 20))
-
-
 # ---- --world and who trains on what -----------------------------------------------------------------------
 @pytest.mark.parametrize("given, expected", [
-    ((None, "clip"), dict(objects=4, edit=0.0, upsample=None, query_supervision=0.0)),
-    ((None, "0", True), dict(edit=0.0, query_supervision=0.0)),
+    ((None, "clip"), dict(objects=4, edit=0.0, upsample=None, captions=0.0)),
+    ((None, "0", True), dict(edit=0.0, captions=0.0)),
     ((None, "1", True), dict(edit=0.0, upsample=None)),
     ((None, "2"), dict(edit=0.0)), ((None, "2", True), dict(edit=0.25)),
     (("objects=2", "1"), dict(objects=2, edit=0.0)),
     (("edit=0.3,upsample=0.5,", "1"), dict(edit=0.3, upsample=0.5)),
-    (("query_supervision=2", "0"), dict(query_supervision=2.0, objects=4))])
+    (("captions=0.5", "0"), dict(captions=0.5, objects=4))])
 def test_options_of_the_world(given, expected):
     """Defaults by stage, and what is given instead. (Mistakes: see those of train.py.)"""
     options = tasks.parse_options(*given)
-    assert set(options) == {"objects", "edit", "upsample", "captions", "query_supervision"}
+    assert set(options) == {"objects", "edit", "upsample", "captions"}
     assert {key: options[key] for key in expected} == expected and isinstance(options["objects"], int)
 
 
@@ -1647,8 +1589,7 @@ def test_open_world_gives_each_stage_its_task(tiny):
     edits and reconstructions unless the stage has nothing else, and with hard negatives."""
     wanted = {("clip",): dict(long=True, converse=0.0), ("vae",): dict(long=None),
               ("decoder",): dict(long=None, upsample=0.0),
-              ("0",): dict(long=None, converse=1.0, queries=None),
-              ("0", "--world", "query_supervision=1"): dict(converse=1.0, queries=(4, 32), captions=0.0),
+              ("0",): dict(long=None, converse=1.0, captions=0.0),
               ("0", "--world", "captions=0.5"): dict(converse=1.0, captions=0.5),
               ("1", "--joint", 0.5, "--reconstruct", 0.1): dict(converse=0.5, reconstruct=0.1, edit=0.0),
               ("2", "--world", "objects=2"): dict(long=False, edit=0.25, reconstruct=0.1),
@@ -1717,29 +1658,6 @@ def test_images_in_prompts_are_seen_but_teach_nothing(tiny):
 
 
 # ---- Stage 0 ----------------------------------------------------------------------------------------------
-def test_query_supervision_is_the_distance_of_the_states(tiny):
-    """The loss "queries" is the weighted distance of each query's state from its target, over the prompts
-    that have some; gradients reach the queries, every layer of the language model and the vision tower."""
-    stage, training, _, _ = build("--stage", "0", "--init", tiny, "--world", "query_supervision=2")
-    some = [training[i] for i in range(8)]
-    some[2].prompt, some[2].prompt_image, some[2].query_targets = "a photograph of Paris", None, None
-    losses, distances, vision = stage(stage.collate(some)), [], 0
-    for example in some:
-        prompts = stage.collate.prompts([example])
-        state = stage.trained.condition(prompts["ids"], prompts["mask"], prompts["patches"], prompts["grid"])
-        vision += example.prompt_image is not None
-        if example.query_targets is not None:
-            distances.append(((state[0].detach().numpy() - example.query_targets) ** 2).mean())
-    assert len(distances) == 7 and 0 < vision < 8
-    assert losses["queries"].item() == pytest.approx(2 * np.mean(distances), rel=1e-4)
-    losses["queries"].backward()
-    assert stage.trained.latent_queries.grad.abs().sum() > 0 and stage.trained.config.queries_supervised
-    assert all(layer.self_attn.q_proj.weight.grad.abs().sum() > 0 for layer in stage.trained.llm.layers)
-    assert stage.trained.visual.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
-    nothing = stage(stage.collate(some[2:3]))["queries"]
-    assert nothing == 0 and nothing.requires_grad                    # all processes have the same losses
-
-
 def test_stage_0_begins_with_descriptions(tiny):
     """--world captions=1: nothing else, which teaches neither upsampling nor requests. Random weights begin
     with a first layer out of which the world's patches come white; trained ones keep theirs."""
@@ -1758,14 +1676,12 @@ def test_stage_0_begins_with_descriptions(tiny):
     assert torch.equal(*first)
 
 
-def test_stage_0_without_query_supervision(tiny):
-    """The default: conversations alone, the queries stay as they are, and config.json says so. The images of
-    a conversation stand in their turns."""
+def test_stage_0_learns_conversations(tiny):
+    """And nothing else: the queries stay as they are. The images of a conversation stand in their turns."""
     stage, training, _, _ = build("--stage", "0", "--init", tiny)
     some = [training[i] for i in range(12)]
     losses = stage(stage.collate(some))
     assert set(losses) == {"text"} and not stage.trained.latent_queries.requires_grad
-    assert not stage.trained.config.queries_supervised
     chats = [example for example in some if len(example.turns_images) > 1]
     batch, pad = stage.collate(chats), stage.trained.config.image_token_id
     assert chats and len(batch["grid"]) == sum(image is not None for e in chats for image in e.turns_images)

@@ -10,12 +10,9 @@ import itertools
 import math
 import re
 from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
-from safetensors.numpy import load_file
 
 from data import MATCH
 
@@ -448,37 +445,6 @@ def swap_colours(text):
     swapped = re.sub("|".join(COLOURS), lambda match: other[match[0]], text)
     return re.sub(r"\b([Aa])n? (?=(\w))",
                   lambda match: match[1] + ("n " if match[2] in "aeiou" else " "), swapped)
-
-
-# ---- Query targets ---------------------------------------------------------------------------------------
-@cache
-def target_table():
-    """Gaussian codes (len(CAPTION_WORDS), 128), fp32.
-
-    They are shipped rather than drawn: the queries of the shipped weights have learnt just these.
-    """
-    return load_file(Path(__file__).with_name("query_targets.safetensors"))["words"]
-
-
-def query_targets(parsed, n, dim):
-    """Targets (n, dim) fp32 for the states of n queries: one entry of parse_caption each, in turn.
-
-    An object is the sum of the codes of its words and of how many objects there are in all (without that,
-    one of two is often left out), scaled to an rms of 1. Random codes are nearly orthogonal: a linear map
-    can read off each word. Nothing parsed: zeros. dim > 128: ValueError.
-    """
-    table = target_table()
-    widest = table.shape[1]
-    if dim > widest:
-        raise ValueError(f"query targets have {widest} dimensions at most, the language model {dim}: leave "
-                         "them out with --world query_supervision=0")
-    total = sum(number_of(words) for _, *words in parsed)
-    targets = np.zeros((max(1, len(parsed)), dim), np.float32)
-    for target, words in zip(targets, parsed):
-        words = [*words, f"of {NUMBERS[min(total, 4)]}"]
-        target += table[[CAPTION_WORDS.index(word) for word in words], :dim].sum(0)
-        target /= np.sqrt(np.square(target).mean())
-    return targets[np.arange(n) % len(targets)]
 
 
 # ---- Edits and perturbations -----------------------------------------------------------------------------
