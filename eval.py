@@ -138,7 +138,7 @@ COMMANDS = {
     "emoji": ("miniature.emoji", "run_emoji",
               (seed(0), whole("n", 608), *MODEL,
                flag("--data", required=True, help="folder that python -m miniature.emoji filled"),
-               flag("--judge", help="model folder whose image encoder compares images (default: --ckpt's)"))),
+               flag("--judge", help="model folder whose encoder compares images (default: --ckpt's)"))),
     "figure4": ("miniature.studies", "run_study", STUDY),
     "figure5": ("miniature.studies", "run_study", STUDY),
     "ablation": ("miniature.studies", "run_study",
@@ -146,7 +146,7 @@ COMMANDS = {
                                choices=("stage2", "upsample", "queries", "rope", "shift", "ema", "size",
                                         "steps", "guidance")),
                   flag("--ckpt", default=NANO,
-                       help="steps, guidance: the model folder that generates; stage2: that is trained on"))),
+                       help="model folder that generates or, for stage2, is trained on"))),
     "speed": ("evals.speed", "speed", (
         whole("rounds", 2), flag("--quick", action="store_true", help="tiny: see that it runs"))),
     "gpu": ("evals.gpu", "gpu", (flag("--quick", action="store_true", help="tiny: see that it runs"),)),
