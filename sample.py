@@ -151,7 +151,8 @@ class Pipeline:
     device    "auto" is CUDA where there is one, else the CPU
     dtype     "auto" is bf16 on CUDA, else fp32; "int8": large linear layers in int8, all else as "auto"; the
               VAE is always fp32
-    offload   True: keep only one component in memory at a time; "layers": of its stacked layers also one
+    offload   True: keep only one component in memory at a time; "layers": of its stacked layers also one;
+              both change how this process allocates, see checkpoint.map_large_tensors
     compiled  torch.compile the DiT and the UNet
     eva       the folder with EVA-CLIP and the diffusion-decoder, if it is another one
 
