@@ -671,8 +671,8 @@ INT8_ROWS = 4          # a CPU multiplies so many rows, or fewer, fastest withou
 
 
 class Int8(NamedTuple):
-    """What `load_strict` takes as a dtype for a model in int8: the linear layers that `quantise_linears`
-    chooses are Int8Linear, all else is `rest`, the dtype of the activations."""
+    """What `load_strict` takes as a dtype for a model in int8: `rest` is the dtype of the activations and of
+    all weights that `quantise_linears` leaves as they are."""
     rest: torch.dtype
 
     def __str__(self):
@@ -737,11 +737,15 @@ def quantise(weight, dtype):
 
 def quantise_linears(module, dtype):
     """Replace the linear layers of a module, on any device, by Int8Linear for activations of a dtype: those
-    of INT8_LEAST weights or more whose name has no EMBEDDING. Returns the names of their weights."""
+    of INT8_LEAST weights or more whose name has no EMBEDDING. Tables of embeddings become bf16. Returns the
+    names of the layers' weights."""
     names = [name for name, part in module.named_modules() if name and isinstance(part, nn.Linear)
              and part.weight.numel() >= INT8_LEAST and EMBEDDING not in name]
     for name in names:
         module.set_submodule(name, Int8Linear(module.get_submodule(name), dtype))
+    for part in module.modules():
+        if isinstance(part, nn.Embedding):
+            part.to(torch.bfloat16)
     return {f"{name}.weight" for name in names}
 
 

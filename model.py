@@ -529,6 +529,10 @@ class Transformer(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
+    def embed(self, ids):
+        """Ids (B, L) -> embeddings (B, L, D), in the dtype of the activations."""
+        return self.embed_tokens(ids).to(self.norm.weight.dtype)
+
     def head(self, hidden):
         """Hidden states (..., D) -> logits (..., V)."""
         if self.config.tie_word_embeddings:
@@ -660,13 +664,13 @@ class BLIP3o(nn.Module):
         if pixels is None or not len(pixels):
             if len(spots):
                 raise ValueError(f"the prompts hold {len(spots)} image placeholders, but pixels is empty")
-            return self.llm.embed_tokens(ids)
+            return self.llm.embed(ids)
         if self.visual is None and grid_thw is not None:
             raise ValueError("this model has no vision tower, so it can't take pixels")
         tokens = pixels if grid_thw is None else self.visual(pixels, grid_thw)  # (count, D)
         if len(spots) != len(tokens):
             raise ValueError(f"the prompts hold {len(spots)} image placeholders, the images {len(tokens)}")
-        embeds = self.llm.embed_tokens(ids)
+        embeds = self.llm.embed(ids)
         spots = spots.to(embeds.device, non_blocking=True)  # not a bool mask, which would synchronise
         return embeds.flatten(0, 1).index_put((spots,), tokens.to(embeds.dtype)).view_as(embeds)
 
@@ -722,7 +726,7 @@ class BLIP3o(nn.Module):
                 break
             seen.scatter_(1, token[:, None], True)
             mask = F.pad(mask, (0, 1), value=True)
-            embeds = self.llm.embed_tokens(token)[:, None]  # (B, 1, D)
+            embeds = self.llm.embed(token)[:, None]  # (B, 1, D)
             hidden = self.llm(embeds, next_position[:, None], mask if padded else None, cache)[:, 0]
             next_position = next_position + 1
         return [torch.tensor(row, dtype=torch.long, device=ids.device) for row in new]
@@ -754,13 +758,13 @@ class BLIP3o(nn.Module):
             if pixels is None and len(ids) > 1:  # equal prompts keep their last token: no pass is empty
                 past = int(((ids == ids[:1]) & mask).all(0).cumprod(0)[:-1].sum())
             if past:
-                self.llm(self.llm.embed_tokens(ids[:1, :past]), positions[:1, :past], None, cache)
+                self.llm(self.llm.embed(ids[:1, :past]), positions[:1, :past], None, cache)
                 cache.expand(len(ids))
             embeds = self.embed(ids[:, past:], mask[:, past:], pixels, grid_thw)
             self.llm(embeds, positions[:, past:], mask, cache)
         n = self.latent_queries.shape[1]
         positions = mask.sum(1, keepdim=True) + torch.arange(n, device=ids.device)  # (B, n_query)
-        queries = self.latent_queries.to(self.llm.embed_tokens.weight.dtype).expand(len(ids), -1, -1)
+        queries = self.latent_queries.to(self.llm.norm.weight.dtype).expand(len(ids), -1, -1)
         return self.llm(queries, positions, F.pad(mask, (0, n), value=True), cache)
 
     @torch.no_grad()
@@ -865,6 +869,9 @@ class BLIP3o(nn.Module):
             # load_strict reports the keys that config.json doesn't know.
             if not extra and (part in parts or part not in config.parts):
                 tensors[name] = tensor
+        if isinstance(dtype, checkpoint.Int8) and config.text.tie_word_embeddings and "llm" in parts:
+            config.text.tie_word_embeddings = False  # the head becomes int8, the embeddings don't
+            tensors["llm.lm_head.weight"] = embeddings
         return checkpoint.load_strict(build, tensors, folder, device, dtype)
 
     def save_pretrained(self, folder, dtype=None):

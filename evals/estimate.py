@@ -38,9 +38,10 @@ class Blueprint(Pipeline):
     def __init__(self, name, device="auto", dtype="auto"):
         self.folder, self.device, sizes = None, pick_device(device), DECODER_PRESETS["official"]
         self.precision = pick_dtype(dtype, self.device)
-        self.dtype = activation_dtype(self.precision)
+        self.dtype, config = activation_dtype(self.precision), preset(name)
+        config.text.tie_word_embeddings &= not isinstance(self.precision, Int8)     # see from_pretrained
         with torch.device("meta"):
-            self.model = BLIP3o(preset(name)).to(self.dtype)
+            self.model = BLIP3o(config).to(self.dtype)
             self.eva = EvaClip(sizes["clip"]).to(self.dtype)
             unet, vae = UNet(sizes["unet"]).to(self.dtype), VAE(sizes["vae"])
         if isinstance(self.precision, Int8):

@@ -427,7 +427,7 @@ def networks(config, decoder, device):
         return module(y, 500.0, c, c.mean(1), time_ids)
     return {
         "LLM, hidden states": (partial(Transformer, config.text),
-                               lambda m: m(m.embed_tokens(ids), positions)),
+                               lambda m: m(m.embed(ids), positions)),
         "DiT, velocity": (partial(NextDiT, config.dit), lambda m: m(x, t, cond)),
         "UNet, eps": (partial(UNet, decoder["unet"]), unet),
         "EVA-CLIP, features": (partial(EvaClip, decoder["clip"]),
