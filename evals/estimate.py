@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import (
+    DTYPES,
     INT8_BLOCK,
     Int8,
     Int8Linear,
@@ -95,6 +96,18 @@ def weight_bytes(module):
     return sum(tensor.nbytes for tensor in module.state_dict().values())
 
 
+def unread_bytes(pipe, module):
+    """Bytes of those weights that stay in their file: of a table of embeddings that is stored in the dtype
+    in which it is used, as official ones are in bf16, a CPU maps only the rows that it looks up; of one that
+    is the head, too, all."""
+    table = getattr(module, "embed_tokens", None)
+    if table is None or pipe.device.type != "cpu" or module.config.tie_word_embeddings:
+        return 0
+    stored = getattr(module, "sources", {}).get("embed_tokens.weight")
+    dtype = DTYPES[stored.dtype] if stored is not None else torch.bfloat16
+    return table.weight.nbytes * (dtype == table.weight.dtype)
+
+
 def layered_bytes(module):
     """Bytes of a module's weights of which only the largest of its stacked layers is in memory."""
     layers = [weight_bytes(module.get_submodule(name)) for name in stacked_layers(module)]
@@ -105,9 +118,10 @@ def peaks(pipe, modules, parts, n, size=None):
     """Bytes that a use of `parts` takes beside the process itself, at its peak: all modules at once, with
     offload, and with offload of layers. Arguments as those of `components` and `working_memory`."""
     work = {name: working_memory(pipe, name, n, size) + dequantised(pipe, modules[name]) for name in parts}
-    return (sum(weight_bytes(modules[name]) for name in parts) + max(work.values()),
-            max(weight_bytes(modules[name]) + work[name] for name in parts),
-            max(layered_bytes(modules[name]) + work[name] for name in parts))
+    unread = {name: unread_bytes(pipe, modules[name]) for name in parts}
+    return (sum(weight_bytes(modules[name]) - unread[name] for name in parts) + max(work.values()),
+            max(weight_bytes(modules[name]) - unread[name] + work[name] for name in parts),
+            max(layered_bytes(modules[name]) - unread[name] + work[name] for name in parts))
 
 
 def estimate_sampling(args):
