@@ -684,6 +684,12 @@ def activation_dtype(dtype):
     return dtype.rest if isinstance(dtype, Int8) else dtype
 
 
+def unties(dtype):
+    """Whether a tied head loaded as `dtype` becomes a layer in int8 beside the table of embeddings, which is
+    bf16: with activations in bf16 the table serves both, and nothing is dequantised."""
+    return isinstance(dtype, Int8) and dtype.rest != torch.bfloat16
+
+
 class Int8Linear(nn.Module):
     """A linear layer with weight-only quantisation: (..., in) -> (..., out), for inference without gradient.
 

@@ -869,8 +869,8 @@ class BLIP3o(nn.Module):
             # load_strict reports the keys that config.json doesn't know.
             if not extra and (part in parts or part not in config.parts):
                 tensors[name] = tensor
-        if isinstance(dtype, checkpoint.Int8) and config.text.tie_word_embeddings and "llm" in parts:
-            config.text.tie_word_embeddings = False  # the head becomes int8, the embeddings don't
+        if checkpoint.unties(dtype) and config.text.tie_word_embeddings and "llm" in parts:
+            config.text.tie_word_embeddings = False
             tensors["llm.lm_head.weight"] = embeddings
         return checkpoint.load_strict(build, tensors, folder, device, dtype)
 

@@ -996,8 +996,8 @@ def test_int8_linear(width, monkeypatch):
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cls", [BLIP3o, EvaClip, UNet])
 def test_loading_in_int8_is_quantising(cls, stored, tiny_folder, tmp_path, monkeypatch):
-    """Bit for bit, the large linear layers alone, a tied head among them; the embeddings are bf16; with bf16
-    activations the same; and it is never saved."""
+    """Bit for bit, the large linear layers alone, a tied head among them; the embeddings are bf16, and with
+    bf16 activations the head, too, all else the same; and it is never saved."""
     monkeypatch.setattr(checkpoint, "INT8_LEAST", 600)
     folder = tmp_path / ("unet" if cls is UNet else "model")
     cls.from_pretrained(tiny_folder).save_pretrained(folder, stored)
@@ -1019,8 +1019,13 @@ def test_loading_in_int8_is_quantising(cls, stored, tiny_folder, tmp_path, monke
     on_meta = cls.from_pretrained(folder, "meta", Int8(torch.bfloat16)).state_dict()
     assert {n: (t.shape, t.dtype) for n, t in half.items()} == {
         n: (t.shape, t.dtype) for n, t in on_meta.items()}
+    assert "llm.lm_head.weight" not in half
+    if cls is BLIP3o:
+        logits = [cls.from_pretrained(folder, dtype=Int8(dtype)).logits(ids).float()
+                  for dtype in (torch.float32, torch.bfloat16)]
+        assert gap(*logits) < 0.1
     assert all(torch.equal(half[f"{name}.{part}"].float(), after.state_dict()[f"{name}.{part}"].float())
-               for name in large for part in ("weight", "scale"))
+               for name in large - {"llm.lm_head"} for part in ("weight", "scale"))
     for dtype in (None, torch.float32):
         refuses("int8 can't be saved", loaded.save_pretrained, tmp_path / "new", dtype)
     assert not (tmp_path / "new").exists()
@@ -7559,6 +7564,7 @@ def test_official_dry_run_in_int8(capsys, monkeypatch):
     assert sample.main(["--ckpt", "8b", "--dry-run", "--dtype", "int8", "--device", "cpu"]) == 0
     lines = {line.split("  ")[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
     assert float(lines["draw"][-2]) < 7.1
+    assert not checkpoint.unties(Int8(torch.bfloat16)) and not checkpoint.unties(torch.float32)
     pipe = estimate.Blueprint("8b", "cpu", "int8")
     table, llm = pipe.model.llm.embed_tokens.weight, pipe.model.llm
     assert estimate.unread_bytes(pipe, llm) == table.nbytes > 2 ** 30

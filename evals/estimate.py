@@ -17,6 +17,7 @@ from checkpoint import (
     folder_parts,
     quantise_linears,
     stacked_layers,
+    unties,
 )
 from clip_decoder import PRESETS as DECODER_PRESETS
 from clip_decoder import VAE, EvaClip, PixelDecoder, UNet
@@ -40,7 +41,7 @@ class Blueprint(Pipeline):
         self.folder, self.device, sizes = None, pick_device(device), DECODER_PRESETS["official"]
         self.precision = pick_dtype(dtype, self.device)
         self.dtype, config = activation_dtype(self.precision), preset(name)
-        config.text.tie_word_embeddings &= not isinstance(self.precision, Int8)     # see from_pretrained
+        config.text.tie_word_embeddings &= not unties(self.precision)
         with torch.device("meta"):
             self.model = BLIP3o(config).to(self.dtype)
             self.eva = EvaClip(sizes["clip"]).to(self.dtype)
