@@ -536,7 +536,7 @@ class Transformer(nn.Module):
     def head(self, hidden):
         """Hidden states (..., D) -> logits (..., V)."""
         if self.config.tie_word_embeddings:
-            return F.linear(hidden, self.embed_tokens.weight)
+            return F.linear(hidden, self.embed_tokens.weight.to(hidden.dtype))  # bf16 in int8
         return self.lm_head(hidden)
 
     def rope(self, positions, dtype):
