@@ -536,7 +536,7 @@ class Transformer(nn.Module):
     def head(self, hidden):
         """Hidden states (..., D) -> logits (..., V)."""
         if self.config.tie_word_embeddings:
-            return F.linear(hidden, self.embed_tokens.weight.to(hidden.dtype))  # bf16 in int8
+            return F.linear(hidden, self.embed_tokens.weight.to(hidden.dtype))  # int8 models have bf16 here
         return self.lm_head(hidden)
 
     def rope(self, positions, dtype):
@@ -869,7 +869,7 @@ class BLIP3o(nn.Module):
             # load_strict reports the keys that config.json doesn't know.
             if not extra and (part in parts or part not in config.parts):
                 tensors[name] = tensor
-        if checkpoint.unties(dtype) and config.text.tie_word_embeddings and "llm" in parts:
+        if embeddings and checkpoint.unties(dtype) and config.text.tie_word_embeddings and "llm" in parts:
             config.text.tie_word_embeddings = False
             tensors["llm.lm_head.weight"] = embeddings
         return checkpoint.load_strict(build, tensors, folder, device, dtype)

@@ -1026,6 +1026,9 @@ def test_loading_in_int8_is_quantising(cls, stored, tiny_folder, tmp_path, monke
         assert gap(*logits) < 0.1
     assert all(torch.equal(half[f"{name}.{part}"].float(), after.state_dict()[f"{name}.{part}"].float())
                for name in large - {"llm.lm_head"} for part in ("weight", "scale"))
+    if cls is BLIP3o:
+        edit(folder, {WEIGHTS: {"model.embed_tokens.weight": None}})
+        refuses("missing .*embed_tokens", cls.from_pretrained, folder, dtype=Int8(torch.float32))
     for dtype in (None, torch.float32):
         refuses("int8 can't be saved", loaded.save_pretrained, tmp_path / "new", dtype)
     assert not (tmp_path / "new").exists()
