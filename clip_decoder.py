@@ -36,7 +36,7 @@ from checkpoint import (
     stored_layers,
     write_json,
 )
-from dit import MLP, sinusoid
+from dit import MLP, attend, sinusoid
 
 # ---- EVA-CLIP: pixels -> features -------------------------------------------------------------------------
 
@@ -85,7 +85,7 @@ class EvaBlock(nn.Module):
         B, N, C = x.shape
         qkv = self.attn["qkv"](x).view(B, N, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, h, N, hd)
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, C)
+        y = attend(q, k, v).transpose(1, 2).reshape(B, N, C)
         x = x + self.norm1(self.attn["proj"](y))
         return x + self.norm2(self.mlp["fc2"](F.gelu(self.mlp["fc1"](x))))  # exact (erf) GELU
 
@@ -320,7 +320,7 @@ class Attention(nn.Module):
         context = x if context is None else context
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, h, N or M, hd)
-        y = F.scaled_dot_product_attention(q, k, v)
+        y = attend(q, k, v)
         return self.to_out[0](y.transpose(1, 2).flatten(2))
 
 

@@ -225,12 +225,13 @@ class Attention(nn.Module):
         return k.transpose(1, 2), v.transpose(1, 2)
 
 
-def attend(q, k, v):
-    """softmax(q k^T / sqrt(hd)) v without mask, (B, heads, N, hd); GQA if k and v have fewer heads."""
+def attend(q, k, v, **mask):
+    """softmax(q k^T / sqrt(hd)) v, (B, heads, N, hd), without mask unless attn_mask or is_causal is given;
+    GQA if k and v have fewer heads."""
     if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        with torch.autocast("cpu", enabled=False):  # on CPUs the backward of bf16 attention is 5x slower
-            return attend(q.float(), k.float(), v.float())
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+        with torch.autocast("cpu", enabled=False):  # on CPUs the backward of bf16 attention is slower
+            return attend(q.float(), k.float(), v.float(), **mask)
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **mask)
 
 
 class Block(nn.Module):

@@ -46,7 +46,7 @@ from checkpoint import (
     sizes,
     typed,
 )
-from dit import DiTConfig, NextDiT, RMSNorm, frequencies, maybe_checkpoint
+from dit import DiTConfig, NextDiT, RMSNorm, attend, frequencies, maybe_checkpoint
 from flow import SAMPLERS, euler_sample, flow_matching_loss, guide, random_tensor
 
 # ---- configuration ----------------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ class VisionAttention(nn.Module):
         qkv = rotate_half_split(q, cos, sin), rotate_half_split(k, cos, sin), v
         out = []
         for rows in groups:  # (n, size)
-            o = F.scaled_dot_product_attention(*(y[rows].transpose(1, 2) for y in qkv))  # (n, H, size, hd)
+            o = attend(*(y[rows].transpose(1, 2) for y in qkv))  # (n, H, size, hd)
             out.append(o.transpose(1, 2).reshape(-1, x.shape[1]))
         return self.proj(torch.cat(out)[inverse])
 
@@ -489,7 +489,7 @@ class Attention(nn.Module):
             q = q.reshape(len(x), k.shape[1], self.repeats, self.head_dim)
         else:  # repeated by hand: not all fused CUDA kernels with a mask support GQA
             k, v = (y.repeat_interleave(self.repeats, dim=1) for y in (k, v))
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None and L > 1)
+        o = attend(q, k, v, attn_mask=visible, is_causal=visible is None and L > 1)
         return self.o_proj(o.reshape(len(x), -1, L, self.head_dim).transpose(1, 2).flatten(2))
 
 

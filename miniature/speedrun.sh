@@ -137,7 +137,7 @@ train() {
         launch=("$python" -m torch.distributed.run --standalone --nproc_per_node=2)
     fi
     for stage in "${left[@]}"; do
-        read -ra extra <<< "${command[$stage]} $how $([[ $stage == 0 || $stage == captions ]] || echo "$compile")"
+        read -ra extra <<< "${command[$stage]} $how $([[ $stage != [12] ]] || echo "$compile")"
         start "$stage" $((3 - ${#left[@]})) "${launch[@]}" train.py --stage "${stage/captions/0}" "${extra[@]}" --quiet \
             --init "$nano" --save "$nano" --out "$out/$stage"
     done
@@ -164,7 +164,8 @@ evaluate() {
 # ---- the run ---------------------------------------------------------------------------------------------
 
 # Not bf16, and not compiled, where that doesn't pay: on CPUs without products in bf16, and on a GPU, which
-# waits for the CPU to launch kernels of so small tensors.
+# waits for the CPU to launch kernels of so small tensors. On CPUs only the DiT gains from being compiled;
+# convolutions lose their gradients (PyTorch 2.13, in bf16).
 how='' compile='' gpu=$("$python" -c 'import torch; print("yes" if torch.cuda.is_available() else "")')
 if [[ $gpu ]]; then
     how='--no-bf16 --workers 4' compile=--no-compile

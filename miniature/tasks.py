@@ -18,7 +18,7 @@ from data import Example
 from miniature import world
 
 HELD_OUT_SEED = 10 ** 6  # of the world that probes and previews see, and of their captions
-TURNS = 6            # of a conversation about one image: it is read once, so more cost little
+TURNS = 8            # of a conversation about one image: it is read once, so more cost little
 CHAT_TURNS = 4       # of a conversation in which images are asked for
 CHIMERAS = 0.08      # fraction of these with an object that is neither this nor that
 UPSAMPLED = 0.75     # fraction of upsampled captions where the language model upsamples prompts

@@ -408,7 +408,7 @@ def paraphrase(text, rng):
     if backgrounds:
         body = pick(rng, BACKGROUND_FORMS).format(body, synonym(backgrounds[0], rng))
     request = pick(rng, REQUEST_FORMS).format(body)
-    if rng.random() < 0.08:
+    if rng.random() < 0.16:
         return request.upper(), parsed
     return request[0].upper() + request[1:] if rng.random() < 0.2 else request, parsed
 
