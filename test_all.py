@@ -5838,6 +5838,7 @@ MISTAKES = [
     (RUN + "--world edit=0.1 --data TMP/empty", "--world describes the synthetic world"),
     (RUN + "--wandb x", "--wandb needs the package wandb"),
     (RUN + "--device mps", "--device mps, but torch finds no such device here"),
+    ("--stage vae --device cpu --bf16 --compile", "together lose the VAE's gradients on a CPU"),
     # what can't be written is found before any work
     (RUN + "--out TMP/file", "nothing can be saved in TMP/file: File exists"),
     (RUN + "--out TMP/file/below", "nothing can be saved in TMP/file/below"),
@@ -5972,7 +5973,7 @@ def test_recipes_by_stage(tiny):
         args = train.resolve(*train.runs_of(["--device", "cpu", *map(str, flags)]))
         names = ("steps", "batch", "lr", "ema", "optimizer", "warmup", "shift", "queries")
         return tuple(getattr(args, name) for name in names)
-    assert of("--stage", "1") == (4400, 192, 2e-3, 0.999, "muon", 100, 5.0, None)
+    assert of("--stage", "1") == (4400, 96, 2e-3, 0.999, "muon", 100, 5.0, None)
     assert of("--stage", "1", "--paper") == (150_000, 512, 1e-4, 0.9999, "adamw", 450, 1.0, None)
     assert of("--stage", "2", "--paper") == (10_000, 512, 1e-4, 0.9999, "adamw", 30, 1.0, None)
     config = build("--stage", "1", "--paper")[0].trained.config

@@ -1992,6 +1992,9 @@ def choose_device(args):
         raise ValueError(f"--device {args.device}, but torch finds no such device here: use --device cpu")
     args.bf16 = args.device != "cpu" if args.bf16 is None else args.bf16
     args.compile = args.device == "cuda" if args.compile is None else args.compile
+    if args.stage == "vae" and args.device == "cpu" and args.bf16 and args.compile:
+        raise ValueError("--compile and --bf16 together lose the VAE's gradients on a CPU (PyTorch 2.13): "
+                         "leave one of them out")
     args.frozen_dtype = torch.bfloat16 if args.bf16 and args.device != "cpu" else torch.float32
 
 

@@ -164,8 +164,7 @@ evaluate() {
 # ---- the run ---------------------------------------------------------------------------------------------
 
 # Not bf16, and not compiled, where that doesn't pay: on CPUs without products in bf16, and on a GPU, which
-# waits for the CPU to launch kernels of so small tensors. On CPUs only the DiT gains from being compiled;
-# convolutions lose their gradients (PyTorch 2.13, in bf16).
+# waits for the CPU to launch kernels of so small tensors. On CPUs only the DiT gains from being compiled.
 how='' compile='' gpu=$("$python" -c 'import torch; print("yes" if torch.cuda.is_available() else "")')
 if [[ $gpu ]]; then
     how='--no-bf16 --workers 4' compile=--no-compile
