@@ -89,7 +89,7 @@ NANO_SAMPLING = {"steps": 6, "cfg": 3.0, "decoder_steps": 5, "decoder_cfg": 1.0,
 SHARED = dict(ema=0.999, beta2=0.95, weight_decay=0.0, clip=1.0, max_nonfinite=10)
 RECIPES = {
     "clip":    dict(steps=2000, batch=64, lr=2e-3, final_lr=0.01, warmup=100, optimizer="adamw"),
-    "vae":     dict(steps=2000, batch=16, lr=2e-3, final_lr=0.01, warmup=100, optimizer="adamw"),
+    "vae":     dict(steps=3000, batch=16, lr=2e-3, final_lr=0.01, warmup=100, optimizer="adamw"),
     "0":       dict(steps=5000, batch=24, lr=1e-3, final_lr=0.01, warmup=100, optimizer="muon"),
     "decoder": dict(steps=2500, batch=16, lr=1e-3, final_lr=0.01, warmup=100, optimizer="muon"),
     "1":       dict(steps=4400, batch=96, lr=2e-3, final_lr=0.025, warmup=100, optimizer="muon"),

@@ -34,9 +34,9 @@ everything() {
     train 0 decoder
     train 1
     train 2
-    evaluate alignment alignment
-    evaluate novel alignment --novel
-    evaluate as-typed alignment --no-upsample
+    evaluate alignment alignment --images 1
+    evaluate novel alignment --novel --images 1
+    evaluate as-typed alignment --no-upsample --images 1
     evaluate free-prompts alignment --prompts assets/free_prompts.jsonl
     evaluate understanding understanding
     evaluate editing editing
