@@ -5973,7 +5973,7 @@ def test_recipes_by_stage(tiny):
         args = train.resolve(*train.runs_of(["--device", "cpu", *map(str, flags)]))
         names = ("steps", "batch", "lr", "ema", "optimizer", "warmup", "shift", "queries")
         return tuple(getattr(args, name) for name in names)
-    assert of("--stage", "1") == (4400, 96, 2e-3, 0.999, "muon", 100, 5.0, None)
+    assert of("--stage", "1") == (3200, 96, 2e-3, 0.999, "muon", 100, 5.0, None)
     assert of("--stage", "1", "--paper") == (150_000, 512, 1e-4, 0.9999, "adamw", 450, 1.0, None)
     assert of("--stage", "2", "--paper") == (10_000, 512, 1e-4, 0.9999, "adamw", 30, 1.0, None)
     config = build("--stage", "1", "--paper")[0].trained.config

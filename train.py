@@ -92,8 +92,8 @@ RECIPES = {
     "vae":     dict(steps=3000, batch=16, lr=2e-3, final_lr=0.01, warmup=100, optimizer="adamw"),
     "0":       dict(steps=5000, batch=24, lr=1e-3, final_lr=0.01, warmup=100, optimizer="muon"),
     "decoder": dict(steps=2500, batch=16, lr=1e-3, final_lr=0.01, warmup=100, optimizer="muon"),
-    "1":       dict(steps=4400, batch=96, lr=2e-3, final_lr=0.025, warmup=100, optimizer="muon"),
-    "2":       dict(steps=1100, batch=96, lr=1.2e-3, final_lr=0.0, warmup=50, optimizer="muon"),
+    "1":       dict(steps=3200, batch=96, lr=2e-3, final_lr=0.025, warmup=100, optimizer="muon"),
+    "2":       dict(steps=500, batch=96, lr=1.2e-3, final_lr=0.0, warmup=50, optimizer="muon"),
 }
 # The paper's: stage 1 from 1e-4 to 1e-5 in 150k steps of 512, stage 2 from 1e-4 to 0 in 10k.
 PAPER = {
