@@ -49,7 +49,7 @@ everything() {
 
 # ---- what runs: by its name, which is its folder in OUT --------------------------------------------------
 
-declare -A pid cores began clock command
+declare -A pid=() cores=() began=() clock=() command=()    # with set -u, an array without a value is unbound
 
 # start NAME CORES COMMAND...: in the background
 start() {
