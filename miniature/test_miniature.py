@@ -370,7 +370,7 @@ def test_edits_do_what_they_say():
     full, single = make_scene(11, 1347), Scene("white", (CIRCLE,))    # there is no room for its triangle
     assert world.edit(full, default_rng(0), "place") is world.edit(single, default_rng(0), "remove") is None
     assert all(world.edit(full, default_rng(i))[1] != full for i in range(9))
-    for changed in ({"shape": "unknown"}, {"colour": "unknown"}):    # as the judge may see: it can't be named
+    for changed in ({"shape": "unknown"}, {"colour": "unknown"}):    # as the judge may see it
         blob = replace(CIRCLE, **changed)
         for kind in world.EDIT_FORMS:
             after = world.edit(Scene("white", (blob,)), default_rng(0), kind)
@@ -2065,7 +2065,7 @@ def test_speedrun_gives_idle_cores_work_and_goes_on_after_a_failure(tmp_path):
     second = start_speedrun(out, PYTHON=str(stub), CALLS=str(calls))
     assert second.communicate(timeout=60)[1] == "" and second.returncode == 0
     assert stages() == [("2", True)] and "eval.py alignment --novel" in calls.read_text()
-    for undone in ("eval/judge", "eval/chat"):                      # all is done but one evaluation, or nothing
+    for undone in ("eval/judge", "eval/chat"):      # all is done, then all but one evaluation
         calls.unlink()
         last = start_speedrun(out, PYTHON=str(stub), CALLS=str(calls))
         assert last.communicate(timeout=60)[1] == "" and last.returncode == 0 and stages() == []

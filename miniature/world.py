@@ -481,8 +481,8 @@ def edit(scene, rng, kind=None):
     """(instruction, the scene after it), or None if a change of the wanted `kind` isn't possible.
 
     An object gets another "colour" or "place", or goes ("remove"); or the "background" changes. Without a
-    kind, any that is possible. Objects keep their order; one of no shape or colour of this world, as the judge
-    may see in a generated image, has no name and stays as it is.
+    kind, any that is possible. Objects keep their order. One of no shape or colour of this world, as the
+    judge may see it in a generated image, has no name and stays as it is.
     """
     named = [(obj, names) for obj in scene.objects
              if obj.shape in SHAPES and obj.colour in COLOURS and (names := names_of(obj, scene))]
