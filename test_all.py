@@ -6256,7 +6256,7 @@ def test_sample_best_of_keeps_the_best_image(pipe, sample_main, tmp_path):
     assert sample_main("--prompt", "a star", "--best-of", 3, "--seed", 2) == 0
     assert [path.name for path in tmp_path.glob("*.png")] == [f"a-star-seed{seeds[0]}.png"]
     assert sample_main("--prompt", "a star", "--best-of", 2, "--n", 2, "--out", tmp_path / "two") == 0
-    files = sorted((path.stem for path in (tmp_path / "two").iterdir()), key=len)      # of images, a grid
+    files = sorted(sorted(path.stem for path in (tmp_path / "two").iterdir()), key=len)   # of images, a grid
     assert files[2] == f"a-star-grid-of-2-{files[0].split('-')[-1]}-to-{files[1].split('-')[-1]}"
 
 
