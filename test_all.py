@@ -6345,7 +6345,7 @@ def begin_answers(pipe, *names):
 
 def test_sample_model_asks_for_images(chat_folder, tiny_folder, capsys):
     """An answer that begins with [IMG] or <image> is just that, and isn't printed; of others it's text."""
-    questions = [("draw a star", None), ("make it blue", None), ("what?", None)]
+    questions = [("draw a circle", None), ("make it red", None), ("why?", None)]
     conversations, answers = [([turn], [[]]) for turn in questions], {}
     for folder in (chat_folder, tiny_folder):
         pipe = sample.Pipeline(folder)

@@ -44,7 +44,7 @@ PANELS = {  # title, what it shows, the function that makes it, its line
                "queries follow it.", lambda pipe: data.prompt_ids, "GENERATE.format"),
     "attention": ("What each query attends to", "In each layer of the language model a query takes up what "
                   "stands in the tokens and in the queries before it; rows are queries and sum to 1.",
-                  lambda pipe: model.Attention.forward, "scaled_dot_product_attention"),
+                  lambda pipe: model.Attention.forward, "attend("),
     "similarity": ("How alike the queries are", "The query states after the last layer are the DiT's "
                    "condition: this is the cosine of each pair.",
                    lambda pipe: model.BLIP3o.condition, "return self.llm(queries"),

@@ -66,7 +66,7 @@ def test_world_draws_what_it_has_always_drawn():
             instruction, after = world.edit(scene, rng)
             texts += [text, objects, instruction, astuple(scene), astuple(after), world.outside_prompt(rng),
                       world.match_question(scene, rng), world.ask(scene, rng), world.small_talk(rng)]
-    assert zlib.crc32(repr(texts).encode()) == 4077541070
+    assert zlib.crc32(repr(texts).encode()) == 744003622
     scenes, item = [make_scene(3, i) for i in (999_999_999, 5, 6)], World(3)[5]
     np.random.seed(1)
     assert scenes == [make_scene(3, i) for i in (999_999_999, 5, 6)] and item["scene"] == scenes[1]
