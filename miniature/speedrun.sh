@@ -137,7 +137,7 @@ train() {
         launch=("$python" -m torch.distributed.run --standalone --nproc_per_node=2)
     fi
     for stage in "${left[@]}"; do
-        read -ra extra <<< "${command[$stage]} $how $([[ $stage != [12] ]] || echo "$compile")"
+        read -ra extra <<< "${command[$stage]} $how $([[ " $compiled " != *" $stage "* ]] || echo "$compile")"
         start "$stage" $((3 - ${#left[@]})) "${launch[@]}" train.py --stage "${stage/captions/0}" "${extra[@]}" --quiet \
             --init "$nano" --save "$nano" --out "$out/$stage"
     done
@@ -165,9 +165,9 @@ evaluate() {
 
 # Not bf16, and not compiled, where that doesn't pay: on CPUs without products in bf16, and on a GPU, which
 # waits for the CPU to launch kernels of so small tensors. On CPUs only the DiT gains from being compiled.
-how='' compile='' gpu=$("$python" -c 'import torch; print("yes" if torch.cuda.is_available() else "")')
+how='' compile='' compiled='1 2' gpu=$("$python" -c 'import torch; print("yes" if torch.cuda.is_available() else "")')
 if [[ $gpu ]]; then
-    how='--no-bf16 --workers 4' compile=--no-compile
+    how='--no-bf16 --workers 4' compile=--no-compile compiled='clip vae decoder 1 2'
 elif grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2> /dev/null; then
     how=--bf16
     if [[ ! $quick ]] && command -v "${CXX:-g++}" > /dev/null; then compile=--compile; fi

@@ -2034,9 +2034,10 @@ def test_table_of_a_speedrun(tmp_path, capsys):
 STUB = """#!/bin/bash
 echo "$*" >> "$CALLS"
 case "$*" in
+    -c*) echo "$GPU" ;;
     *"distributed.run"*"--stage 2"*) [[ -e $CALLS.mended ]] ;;      # fails until then
     *distributed.run*) ;;
-    *"--stage 0"*) trap 'echo stopped; exit' TERM; while :; do sleep 0.1; done ;;
+    *"--stage 0"*) trap 'echo stopped; exit' TERM; while [[ ! $GPU ]]; do sleep 0.1; done ;;
 esac
 """
 
@@ -2071,6 +2072,19 @@ def test_speedrun_gives_idle_cores_work_and_goes_on_after_a_failure(tmp_path):
         assert last.communicate(timeout=60)[1] == "" and last.returncode == 0 and stages() == []
         (out / undone / "done").unlink()
     assert not list(out.glob("*/log.jsonl")) and len(list(out.glob("0/clock-*"))) == 2
+
+
+@pytest.mark.slow
+def test_speedrun_compiles_nothing_on_a_gpu(tmp_path):
+    """With a stub for python. train.py compiles by default there, except stage 0, which has no such flag."""
+    stub, calls = tmp_path / "python", tmp_path / "calls"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    run = start_speedrun(tmp_path / "out", PYTHON=str(stub), CALLS=str(calls), GPU="yes")
+    assert run.communicate(timeout=60)[1] == "" and run.returncode == 0
+    lines = [line for line in calls.read_text().splitlines() if "--stage" in line]
+    assert len(lines) == 7 and all("--no-bf16" in line for line in lines)
+    assert all(("--no-compile" in line) == ("--stage 0" not in line) for line in lines)
 
 
 @pytest.mark.slow
