@@ -549,7 +549,8 @@ def hold_conversation(chat, entry, rng):
     made = edit_is_right(Edit(kind, before, *change), image)
     rows[1]["right"] = rows[1]["answer"] == EDIT and made
     scene = scene_of(judge(image))
-    kinds = world.QUESTIONS if scene.objects else ("background",)
+    known = scene.objects and all(obj.is_known for obj in scene.objects)
+    kinds = world.QUESTIONS if known else ("background",)
     question, truth = world.ask(scene, rng, kinds, paraphrase=rng.random() < 0.5)
     say("question", question)
     rows[2] |= {"expected": truth, "right": answers_right([rows[2]["answer"]], [truth])[0]}

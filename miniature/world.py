@@ -59,6 +59,11 @@ class Object:
     y: float
 
     @property
+    def is_known(self):
+        """Whether shape and colour are of this world: the judge may see others in a generated image."""
+        return self.shape in SHAPES and self.colour in COLOURS
+
+    @property
     def reach(self):
         """Distance from the centre to the farthest corner, at most, if the judge doesn't know the shape."""
         return SIZES[self.size] * REACH.get(self.shape, max(REACH.values()))
@@ -481,11 +486,9 @@ def edit(scene, rng, kind=None):
     """(instruction, the scene after it), or None if a change of the wanted `kind` isn't possible.
 
     An object gets another "colour" or "place", or goes ("remove"); or the "background" changes. Without a
-    kind, any that is possible. Objects keep their order. One of no shape or colour of this world, as the
-    judge may see it in a generated image, has no name and stays as it is.
+    kind, any that is possible. Objects keep their order; one that isn't known stays as it is.
     """
-    named = [(obj, names) for obj in scene.objects
-             if obj.shape in SHAPES and obj.colour in COLOURS and (names := names_of(obj, scene))]
+    named = [(obj, names) for obj in scene.objects if obj.is_known and (names := names_of(obj, scene))]
     kinds = ("colour", "place", "background") if named else ("background",)
     if named and len(scene.objects) > 1:
         kinds += ("remove",)
