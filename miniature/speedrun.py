@@ -2,7 +2,7 @@
 miniature/speedrun.sh has got in OUT so far, and writes it to OUT/table.md.
 
 A stage's folder OUT/STAGE is a run of train.py, an evaluation's OUT/eval/NAME has its results; each start of
-them leaves a file clock-TIME with two numbers: cores and seconds.
+them leaves a file clock-TIME: on how many cores, or "gpu", and seconds.
 """
 import os
 import platform
@@ -37,17 +37,20 @@ def machine():
 
 
 def clock(folder):
-    """{cores: seconds} of all starts of what has this folder; one whose file a crash left empty is lost."""
-    seconds = Counter()
+    """{"1", "2" or "gpu": minutes} of all starts of what has this folder: on one core, both, a GPU. A start
+    whose file a crash left empty is lost."""
+    minutes = Counter()
     for file in folder.glob("clock-*"):
-        if numbers := re.fullmatch(r"([12]) ([0-9]{1,9})\n", read_file(file).decode("ascii", "replace")):
-            seconds[int(numbers[1])] += int(numbers[2])
-    return seconds
+        if words := re.fullmatch(r"([12]|gpu) ([0-9]{1,9})\n", read_file(file).decode("ascii", "replace")):
+            minutes[words[1]] += int(words[2]) / 60
+    return minutes
 
 
-def two_core_minutes(folders):
-    """Minutes of two cores that folders took together: their core minutes, halved."""
-    return sum(cores * seconds for folder in folders for cores, seconds in clock(folder).items()) / 120
+def total(folders):
+    """In words: the minutes of two cores, and of a GPU, that folders took together."""
+    minutes = sum(map(clock, folders), Counter())
+    gpu = f" and {minutes['gpu']:.1f} of a GPU" if minutes["gpu"] else ""
+    return f"{minutes['1'] / 2 + minutes['2']:.1f} minutes of two cores{gpu}"
 
 
 def outcome(rows):
@@ -62,15 +65,16 @@ def outcome(rows):
 
 
 def stage_row(run):
-    """A stage's cells: images, minutes on one core and on both, how it was computed, what it ends at."""
+    """A stage's cells: images; minutes on one core, on both, on a GPU; how it was computed at last; what it
+    ends at."""
     rows = list(read_log(run).values())
     images = max((row["samples"] for row in rows if "samples" in row), default=0)
-    seconds, how = clock(run), ""
+    minutes, how = clock(run), ""
     for folder in states(run)[-1:]:
         flags = from_json(RunState, read_json(folder / "state.json"), folder / "state.json").args
         how = " and ".join(name for name in ("bf16", "compile") if flags.get(name)) or "fp32"
         how += " on a GPU" * (flags.get("device", "cpu") != "cpu")
-    return [f"{images:,}", f"{seconds[1] / 60:.1f}", f"{seconds[2] / 60:.1f}", how, outcome(rows)]
+    return [f"{images:,}", *(f"{minutes[place]:.1f}" for place in ("1", "2", "gpu")), how, outcome(rows)]
 
 
 def rates(content, path=()):
@@ -107,15 +111,15 @@ def scores(content):
 def table(out):
     """The text of the table of a speedrun's folder `out`. ValueError for a file in it that is broken."""
     runs, evaluations = [out / name for name in RUNS], sorted(out.glob("eval/*/"))
-    lines = ["| stage | images | minutes, one core | minutes, both cores | computed in | ends at |",
-             "|---|---|---|---|---|---|"]
+    lines = ["| stage | images | minutes, one core | both cores | GPU | computed in | ends at |",
+             "|---|---|---|---|---|---|---|"]
     lines += [f"| {run.name} | {' | '.join(stage_row(run))} |" for run in runs]
-    lines += ["", f"Training: {two_core_minutes(runs):.1f} minutes of two cores; with evaluations "
-              f"{two_core_minutes(runs + evaluations):.1f}. On: {'; '.join(machines(out))}."]
-    lines += ["", "| evaluation | minutes, one core | scores |", "|---|---|---|"]
+    lines += ["", f"Training: {total(runs)}; with evaluations: {total(runs + evaluations)}. "
+              f"On: {'; '.join(machines(out))}."]
+    lines += ["", "| evaluation | minutes | scores |", "|---|---|---|"]
     for folder in evaluations:
         results = [scores(read_json(file)) for file in sorted(folder.glob("*.json"))]
-        lines.append(f"| {folder.name} | {clock(folder)[1] / 60:.1f} | {' '.join(results)} |")
+        lines.append(f"| {folder.name} | {clock(folder).total():.1f} | {' '.join(results)} |")
     return "\n".join(lines) + "\n"
 
 

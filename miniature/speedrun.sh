@@ -2,6 +2,7 @@
 # From nothing to scored weights on two CPU cores, or on a GPU:
 #
 #     bash miniature/speedrun.sh [OUT]        OUT: a folder, runs/speedrun by default
+#     LONG=1 bash miniature/speedrun.sh       two to three times the samples in stages 0 to 2: for a GPU
 #     QUICK=1 bash miniature/speedrun.sh      see in minutes that all of it runs; its numbers mean nothing
 #
 # The same line goes on wherever it was stopped. OUT/nano are the weights, with a log of each stage in
@@ -10,20 +11,25 @@
 # repository. PYTHON names another python. Needs bash 4.4.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-quick=${QUICK:-} python=${PYTHON:-python}
-out=${1:-runs/speedrun${quick:+-quick}}
+quick=${QUICK:-} long=${LONG:-} python=${PYTHON:-python}
+out=${1:-runs/speedrun${quick:+-quick}${long:+-long}}
 nano=$out/nano
 export OMP_NUM_THREADS=1                # a process for each core: tensors are small, threads would only wait
 
 # Of a stage, whatever isn't in train.py's RECIPES. captions: what stage 0 begins with; a vision tower learns
 # shapes many times sooner where an image shows one, and nothing but its description is asked for.
 recipe() {
-    local small=${quick:+ --steps 4 --batch 8} dit=dim=64,n_layers=1,n_heads=2,n_kv_heads=1,ffn_dim=176
+    local size=${quick:+ --steps 4 --batch 8} dit=dim=64,n_layers=1,n_heads=2,n_kv_heads=1,ffn_dim=176
+    case ${size:-${long:+$1}} in
+        0) size=' --steps 3500 --batch 96' ;;
+        1) size=' --steps 3200 --batch 256' ;;
+        2) size=' --steps 400 --batch 256' ;;
+    esac
     case $1 in
-        captions) echo "--fresh --world captions=1,objects=1${small:- --steps 1000}" ;;
-        0 | 2) echo "$small" ;;
-        1) echo "--fresh$small${quick:+ --dit $dit}" ;;
-        *) echo "--fresh$small" ;;
+        captions) echo "--fresh --world captions=1,objects=1${size:- --steps 1000}" ;;
+        0 | 2) echo "$size" ;;
+        1) echo "--fresh$size${quick:+ --dit $dit}" ;;
+        *) echo "--fresh$size" ;;
     esac
 }
 
@@ -53,17 +59,18 @@ declare -A pid=() cores=() began=() clock=() command=()    # with set -u, an arr
 
 # start NAME CORES COMMAND...: in the background
 start() {
-    local name=$1
-    cores[$name]=$2 began[$name]=$SECONDS clock[$name]=$out/$name/clock-$(date +%s)
+    local name=$1 where
+    cores[$name]=${gpu:-$2} began[$name]=$SECONDS clock[$name]=$out/$name/clock-$(date +%s)
     shift 2
+    where=$([[ $gpu ]] && echo the GPU || echo "${cores[$name]} of 2 cores")
     mkdir -p "$out/$name"
-    echo "$(date +%H:%M) $out/$name on ${cores[$name]} of 2 cores, prints into its output.txt"
-    echo "$(date) on ${cores[$name]} of 2 cores: $*" >> "$out/$name/output.txt"
+    echo "$(date +%H:%M) $out/$name on $where, prints into its output.txt"
+    echo "$(date) on $where: $*" >> "$out/$name/output.txt"
     "$@" >> "$out/$name/output.txt" 2>&1 &
     pid[$name]=$!
 }
 
-# A file for each start has its cores and seconds: no crash loses more than a tick.
+# A file for each start has its cores, or "gpu", and seconds: no crash loses more than a tick.
 note_time() {
     echo "${cores[$1]} $((SECONDS - began[$1]))" > "${clock[$1]}"
 }
@@ -127,7 +134,7 @@ give_up() {
 
 # train STAGE...: side by side, a core each; where one ends, the other goes on with both, unless on a GPU
 train() {
-    local stage left=() launch extra
+    local stage left=() launch workers='' extra
     for stage; do
         if ! is_done "$stage" "$(recipe "$stage")"; then left+=("$stage"); fi
     done
@@ -136,10 +143,12 @@ train() {
     if [[ ! $gpu ]] && ((${#left[@]} == 1)); then
         launch=("$python" -m torch.distributed.run --standalone --nproc_per_node=2)
     fi
+    if [[ $gpu ]]; then workers="--workers $((readers / ${#left[@]}))"; fi
     for stage in "${left[@]}"; do
-        read -ra extra <<< "${command[$stage]} $how $([[ " $compiled " != *" $stage "* ]] || echo "$compile")"
-        start "$stage" $((3 - ${#left[@]})) "${launch[@]}" train.py --stage "${stage/captions/0}" "${extra[@]}" --quiet \
-            --init "$nano" --save "$nano" --out "$out/$stage"
+        read -ra extra <<< "${command[$stage]} $how $workers"
+        if [[ " $compiled " == *" $stage "* ]]; then extra+=($compile); fi
+        start "$stage" $((3 - ${#left[@]})) "${launch[@]}" train.py --stage "${stage/captions/0}" "${extra[@]}" \
+            --quiet --init "$nano" --save "$nano" --out "$out/$stage"
     done
     until_running $((${#gpu} ? 0 : ${#left[@]} - 1))
     halt
@@ -165,9 +174,11 @@ evaluate() {
 
 # Not bf16, and not compiled, where that doesn't pay: on CPUs without products in bf16, and on a GPU, which
 # waits for the CPU to launch kernels of so small tensors. On CPUs only the DiT gains from being compiled.
-how='' compile='' compiled='1 2' gpu=$("$python" -c 'import torch; print("yes" if torch.cuda.is_available() else "")')
-if [[ $gpu ]]; then
-    how='--no-bf16 --workers 4' compile=--no-compile compiled='clip vae decoder 1 2'
+how='' compile='' compiled='1 2'
+gpu=$("$python" -c 'import torch; print("gpu" if torch.cuda.is_available() else "")')
+if [[ $gpu ]]; then                     # which reads faster than a core draws: all but one of up to 16 draw
+    readers=$(getconf _NPROCESSORS_ONLN) readers=$((readers > 16 ? 15 : readers - 1))
+    how=--no-bf16 compile=--no-compile compiled='clip vae decoder 1 2'
 elif grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2> /dev/null; then
     how=--bf16
     if [[ ! $quick ]] && command -v "${CXX:-g++}" > /dev/null; then compile=--compile; fi

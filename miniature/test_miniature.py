@@ -2013,6 +2013,7 @@ def test_table_of_a_speedrun(tmp_path, capsys):
     (run / "step-000040" / "state.json").write_text(json.dumps(state))
     for name, content in ("7", "1 90\n"), ("8", "2 60\n"), ("9", "2 30\n"), ("10", ""):
         (run / f"clock-{name}").write_text(content)
+    (tmp_path / "0" / "clock-1").write_text("gpu 66\n")
     (results / "clock-1").write_text("1 30\n")
     rate = {"score": 0.5, "low": 0.25, "high": 0.75, "n": 8}
     (results / "alignment.json").write_text(json.dumps(
@@ -2022,11 +2023,13 @@ def test_table_of_a_speedrun(tmp_path, capsys):
     text = (tmp_path / "table.md").read_text()
     assert capsys.readouterr().out == 2 * f"{text}\n" and text.count(speedrun.machine()) == 1
     rows = table_rows(text)
-    assert rows["1"] == ["320", "1.5", "1.5", "bf16 and compile on a GPU", "cosine 0.25, true@0.3 0.125"]
-    assert rows["0"] == ["160", "0.0", "0.0", "", "flow 0.5"] and rows["2"] == ["0", "0.0", "0.0", "", ""]
+    assert rows["1"] == ["320", "1.5", "1.5", "0.0", "bf16 and compile on a GPU",
+                         "cosine 0.25, true@0.3 0.125"]
+    assert rows["0"] == ["160", "0.0", "0.0", "1.1", "", "flow 0.5"]
+    assert rows["2"] == ["0", "0.0", "0.0", "0.0", "", ""]
     assert rows["alignment"] == ["0.5", "counting 50.0 % [25.0, 75.0], overall 60.0 % [25.0, 75.0]; "
                                  "real: overall 50.0 % [25.0, 75.0]"]
-    assert "Training: 2.2 minutes of two cores; with evaluations 2.5." in text     # 90 / 2 + 60 + 30; + 15
+    assert "Training: 2.2 minutes of two cores and 1.1 of a GPU; with evaluations: 2.5 minutes of" in text
     assert speedrun.main([str(tmp_path / "nowhere")]) == 2
     assert "there is no folder" in capsys.readouterr().err
 
@@ -2075,16 +2078,19 @@ def test_speedrun_gives_idle_cores_work_and_goes_on_after_a_failure(tmp_path):
 
 
 @pytest.mark.slow
-def test_speedrun_compiles_nothing_on_a_gpu(tmp_path):
-    """With a stub for python. train.py compiles by default there, except stage 0, which has no such flag."""
+def test_long_speedrun_on_a_gpu(tmp_path):
+    """With a stub for python. LONG=1 has larger batches in stages 0 to 2; nothing is compiled, which is
+    train.py's default there, except for stage 0, which has no such flag."""
     stub, calls = tmp_path / "python", tmp_path / "calls"
     stub.write_text(STUB)
     stub.chmod(0o755)
-    run = start_speedrun(tmp_path / "out", PYTHON=str(stub), CALLS=str(calls), GPU="yes")
+    run = start_speedrun(tmp_path / "out", PYTHON=str(stub), CALLS=str(calls), GPU="gpu", LONG="1")
     assert run.communicate(timeout=60)[1] == "" and run.returncode == 0
     lines = [line for line in calls.read_text().splitlines() if "--stage" in line]
     assert len(lines) == 7 and all("--no-bf16" in line for line in lines)
     assert all(("--no-compile" in line) == ("--stage 0" not in line) for line in lines)
+    larger = [re.search("--stage (\\w)", line)[1] for line in lines if "--batch" in line]
+    assert larger == ["0", "1", "2"] and not any("--batch" in line for line in lines if "captions=1" in line)
 
 
 @pytest.mark.slow
@@ -2102,14 +2108,14 @@ def test_speedrun_from_nothing_to_scores(tmp_path):
     second = start()
     printed, error = second.communicate()
     assert second.returncode == 0, error
-    assert "/clip on" not in printed and "/1 on 2 of 2 cores" in printed
+    assert "/clip on" not in printed and re.search("/1 on (2 of 2 cores|the GPU)", printed)
     text = (tmp_path / "table.md").read_text()
     rows = table_rows(text)
     for stage in speedrun.RUNS:
-        images, one, both, how, ends_at = rows[stage]
-        assert images == "32" and float(one) + float(both) > 0 and how and ends_at, stage
+        images, *minutes, how, ends_at = rows[stage]
+        assert images == "32" and sum(map(float, minutes)) > 0 and how and ends_at, stage
         assert (tmp_path / "nano" / "logs" / f"{stage}.jsonl").exists()
-    assert float(re.search(r"Training: ([0-9.]+) minutes of two cores", text)[1]) > 0
+    assert sum(map(float, re.findall(r"([0-9.]+) (?:minutes of two cores|of a GPU)", text))) > 0
     scored = {"alignment", "novel", "as-typed", "free-prompts", "understanding", "editing", "chat",
               "reconstruction"}
     assert all("%" in rows[name][1] and float(rows[name][0]) > 0 for name in scored | {"judge"})
