@@ -30,6 +30,7 @@ from miniature import steps, world
 from miniature.judge import caption_truth, count_asked, scene_for, score_renders
 from miniature.scores import SEEDS, answer_all, answers_right, draw_questions, generate_images
 from sample import Pipeline
+from train import SIGNALS
 
 # `runs` is {name: flags of train.py}, `start` and `flags` are those of all runs, in which {init} is --init;
 # `typed` names the runs whose captions and prompts are not upsampled, `panels` the charts of the figure;
@@ -231,8 +232,11 @@ class Trainer:
         write_json(note, command)
         script = Path(__file__).parent.parent / "train.py"
         with open(run / "train.txt", "a+") as output:
+            # In a session of its own it doesn't hear a terminal's Ctrl-C: of two signals, the second wouldn't
+            # let it save.
             child = subprocess.Popen([sys.executable, script, *command, "--quiet"], stdout=output,
-                                     stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                                     stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                                     start_new_session=True)
             self.children.add(child)
             child.wait()
             self.children.discard(child)
@@ -289,17 +293,20 @@ class Trainer:
                 tqdm(total=self.args.steps * len(self.jobs), desc="training", unit="step") as bar, \
                 tqdm(total=len(self.points) * len(self.jobs), desc="measuring") as self.measured:
             futures = {job: pool.submit(self, *job) for job in self.jobs}
-            before = signal.signal(signal.SIGTERM, signal.default_int_handler)   # or trainings outlive us
+            # Trainings must not outlive us; nobody ignores SIGTERM, as what runs in the background does SIGINT.
+            ends = [sig for sig in SIGNALS if signal.getsignal(sig) == signal.SIG_DFL]
+            before = {sig: signal.signal(sig, signal.default_int_handler) for sig in ends}
             try:
                 self.wait_for(futures.values(), bar)
             except BaseException:
                 self.stopped = True              # the other runs end without an error of their own
                 raise
-            finally:                             # after Ctrl-C trainings write their state
-                signal.signal(signal.SIGTERM, before)
+            finally:
+                for sig, handler in before.items():
+                    signal.signal(sig, handler)
                 pool.shutdown(wait=False, cancel_futures=True)
-                for child in set(self.children):
-                    child.send_signal(signal.SIGINT)
+                for child in set(self.children):                     # it writes its state
+                    child.terminate()
         return {name: [futures[job].result() for job in self.jobs if job[0] == name]
                 for name in self.study["runs"]}
 

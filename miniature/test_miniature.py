@@ -1339,6 +1339,23 @@ def test_figure4_from_training_to_figure(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_stopped_study_stops_its_trainings(tmp_path):
+    """SIGTERM to a study in the background, where SIGINT is ignored: its training writes a state and ends."""
+    run = tmp_path / "figure5-quick" / "sequential-0"
+    study = subprocess.Popen(
+        [sys.executable, "eval.py", "figure5", "--quick", "--steps", "100000", "--points", "1", "--jobs", "1",
+         "--runs", tmp_path, "--out", tmp_path / "out"], cwd=ROOT, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_IGN))
+    for _ in range(600):
+        if study.poll() is None and not (run / "log.jsonl").exists():
+            time.sleep(0.2)
+    study.terminate()
+    assert study.wait(timeout=120) == 130
+    assert "the same command goes on from" in (run / "train.txt").read_text().splitlines()[-1]
+    assert (run / "latest").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("study, rows", [
     ("figure5", ["sequential", "joint"]), ("ablation --what upsample", ["upsampled", "as typed"]),
     ("ablation --what stage2", ["stage 2", "more of stage 1", "before"])])
