@@ -72,7 +72,7 @@ def stage_row(run):
     minutes, how = clock(run), ""
     for folder in states(run)[-1:]:
         flags = from_json(RunState, read_json(folder / "state.json"), folder / "state.json").args
-        how = " and ".join(name for name in ("bf16", "compile") if flags.get(name)) or "fp32"
+        how = ("bf16" if flags.get("bf16") else "fp32") + " and compile" * bool(flags.get("compile"))
         how += " on a GPU" * (flags.get("device", "cpu") != "cpu")
     return [f"{images:,}", *(f"{minutes[place]:.1f}" for place in ("1", "2", "gpu")), how, outcome(rows)]
 
@@ -115,7 +115,7 @@ def table(out):
              "|---|---|---|---|---|---|---|"]
     lines += [f"| {run.name} | {' | '.join(stage_row(run))} |" for run in runs]
     lines += ["", f"Training: {total(runs)}; with evaluations: {total(runs + evaluations)}. "
-              f"On: {'; '.join(machines(out))}."]
+              f"On: {'; '.join(machines(out)) or 'not recorded'}."]
     lines += ["", "| evaluation | minutes | scores |", "|---|---|---|"]
     for folder in evaluations:
         results = [scores(read_json(file)) for file in sorted(folder.glob("*.json"))]
@@ -124,22 +124,22 @@ def table(out):
 
 
 def machines(out):
-    """The machines that a speedrun has run on, this one included: they stand in OUT/machines.txt."""
+    """The machines that a speedrun has run on, from OUT/machines.txt."""
     file = out / "machines.txt"
-    names = read_file(file).decode("utf-8", "replace").splitlines() if file.exists() else []
-    if machine() not in names:
-        names.append(machine())
-        write_text(file, "\n".join(names) + "\n")
-    return names
+    return read_file(file).decode("utf-8", "replace").splitlines() if file.exists() else []
 
 
 def run(argv):
     """Print the table and write it; ValueError for a folder that isn't there."""
     parser = Parser("speedrun.py", description=__doc__.partition("\n\n")[0])
     parser.add_argument("out", type=Path, help="folder of miniature/speedrun.sh")
-    out = parser.parse_args(argv).out
+    parser.add_argument("--here", action="store_true", help="note that it runs on this machine")
+    args = parser.parse_args(argv)
+    out = args.out
     if not out.is_dir():
         raise ValueError(f"there is no folder {out}")
+    if args.here and machine() not in machines(out):
+        write_text(out / "machines.txt", "\n".join([*machines(out), machine()]) + "\n")
     text = table(out)
     write_text(out / "table.md", text)
     print(text)

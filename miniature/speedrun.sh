@@ -5,11 +5,15 @@
 #     LONG=1 bash miniature/speedrun.sh       two to three times the samples in stages 0 to 2: for a GPU
 #     QUICK=1 bash miniature/speedrun.sh      see in minutes that all of it runs; its numbers mean nothing
 #
-# The same line goes on wherever it was stopped. OUT/nano are the weights, with a log of each stage in
-# OUT/nano/logs; OUT/table.md says what each stage took and what came out; OUT/STAGE and OUT/eval/NAME have
-# states, curves, previews, results, and as output.txt what was printed. All paths are relative to the
-# repository. PYTHON names another python. Needs bash 4.4.
+# The same command resumes where it stopped; to redo a stage, delete its folder and those of all later ones.
+# OUT/nano are the weights, with a log of each stage in OUT/nano/logs; OUT/table.md says what each stage took
+# and what came out; OUT/STAGE and OUT/eval/NAME have states, curves, previews, results, and as output.txt
+# what was printed. All paths are relative to the repository. PYTHON names another python.
 set -euo pipefail
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
+    echo "speedrun.sh: needs bash 4.4 or newer, this is $BASH_VERSION" >&2
+    exit 2
+fi
 cd "$(dirname "$0")/.."
 quick=${QUICK:-} long=${LONG:-} python=${PYTHON:-python}
 out=${1:-runs/speedrun${quick:+-quick}${long:+-long}}
@@ -132,7 +136,8 @@ give_up() {
     exit "$1"
 }
 
-# train STAGE...: side by side, a core each; where one ends, the other goes on with both, unless on a GPU
+# train STAGE...: side by side, a core each; where one ends, the other goes on with both, unless on a GPU, or
+# clip, which contrasts the images of one process
 train() {
     local stage left=() launch workers='' extra
     for stage; do
@@ -140,15 +145,15 @@ train() {
     done
     if ((${#left[@]} == 0)); then return; fi
     launch=("$python")
-    if [[ ! $gpu ]] && ((${#left[@]} == 1)); then
+    if [[ ! $gpu && ${left[*]} != clip ]] && ((${#left[@]} == 1)); then
         launch=("$python" -m torch.distributed.run --standalone --nproc_per_node=2)
     fi
     if [[ $gpu ]]; then workers="--workers $((readers / ${#left[@]}))"; fi
     for stage in "${left[@]}"; do
         read -ra extra <<< "${command[$stage]} $how $workers"
-        if [[ " $compiled " == *" $stage "* ]]; then extra+=($compile); fi
-        start "$stage" $((3 - ${#left[@]})) "${launch[@]}" train.py --stage "${stage/captions/0}" "${extra[@]}" \
-            --quiet --init "$nano" --save "$nano" --out "$out/$stage"
+        if [[ " $stages_with_flag " == *" $stage "* ]]; then extra+=($compile); fi
+        start "$stage" $((3 - ${#left[@]})) "${launch[@]}" train.py --stage "${stage/captions/0}" \
+            "${extra[@]}" --quiet --init "$nano" --save "$nano" --out "$out/$stage"
     done
     until_running $((${#gpu} ? 0 : ${#left[@]} - 1))
     halt
@@ -172,19 +177,20 @@ evaluate() {
 
 # ---- the run ---------------------------------------------------------------------------------------------
 
-# Not bf16, and not compiled, where that doesn't pay: on CPUs without products in bf16, and on a GPU, which
-# waits for the CPU to launch kernels of so small tensors. On CPUs only the DiT gains from being compiled.
-how='' compile='' compiled='1 2'
+# bf16 and compile only on CPUs with products in bf16: a GPU spends its time on launching the kernels of so
+# small tensors. The flag `compile` is for the stages `stages_with_flag`: on CPUs only the DiT gains by being
+# compiled; on a GPU, where it is train.py's default for all stages but 0, the flag says no.
+how='' compile='' stages_with_flag='1 2'
 gpu=$("$python" -c 'import torch; print("gpu" if torch.cuda.is_available() else "")')
-if [[ $gpu ]]; then                     # which reads faster than a core draws: all but one of up to 16 draw
+if [[ $gpu ]]; then                     # it reads faster than a core draws: all but one of up to 16 draw
     readers=$(getconf _NPROCESSORS_ONLN) readers=$((readers > 16 ? 15 : readers - 1))
-    how=--no-bf16 compile=--no-compile compiled='clip vae decoder 1 2'
+    how=--no-bf16 compile=--no-compile stages_with_flag='clip vae decoder 1 2'
 elif grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2> /dev/null; then
     how=--bf16
     if [[ ! $quick ]] && command -v "${CXX:-g++}" > /dev/null; then compile=--compile; fi
 fi
 mkdir -p "$nano"
 trap 'give_up 130 "stopped; the same line goes on from here"' INT TERM HUP
-"$python" -m miniature.speedrun "$out"
+"$python" -m miniature.speedrun "$out" --here
 everything
 "$python" -m miniature.speedrun "$out"

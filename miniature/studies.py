@@ -232,8 +232,8 @@ class Trainer:
         write_json(note, command)
         script = Path(__file__).parent.parent / "train.py"
         with open(run / "train.txt", "a+") as output:
-            # In a session of its own it doesn't hear a terminal's Ctrl-C: of two signals, the second wouldn't
-            # let it save.
+            # In a session of its own it doesn't hear a terminal's Ctrl-C: a second signal would keep it from
+            # saving.
             child = subprocess.Popen([sys.executable, script, *command, "--quiet"], stdout=output,
                                      stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"},
                                      start_new_session=True)
@@ -293,7 +293,7 @@ class Trainer:
                 tqdm(total=self.args.steps * len(self.jobs), desc="training", unit="step") as bar, \
                 tqdm(total=len(self.points) * len(self.jobs), desc="measuring") as self.measured:
             futures = {job: pool.submit(self, *job) for job in self.jobs}
-            # Trainings must not outlive us; nobody ignores SIGTERM, as what runs in the background does SIGINT.
+            # Trainings must not outlive us. (In the background SIGINT may be ignored: hence terminate.)
             ends = [sig for sig in SIGNALS if signal.getsignal(sig) == signal.SIG_DFL]
             before = {sig: signal.signal(sig, signal.default_int_handler) for sig in ends}
             try:

@@ -1340,11 +1340,11 @@ def test_figure4_from_training_to_figure(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_stopped_study_stops_its_trainings(tmp_path):
-    """SIGTERM to a study in the background, where SIGINT is ignored: its training writes a state and ends."""
+    """SIGTERM to a study in the background, where SIGINT is ignored: its training saves and ends."""
     run = tmp_path / "figure5-quick" / "sequential-0"
     study = subprocess.Popen(
-        [sys.executable, "eval.py", "figure5", "--quick", "--steps", "100000", "--points", "1", "--jobs", "1",
-         "--runs", tmp_path, "--out", tmp_path / "out"], cwd=ROOT, stdout=subprocess.DEVNULL,
+        [sys.executable, "eval.py", "figure5", "--quick", "--steps", "100000", "--points", "1",
+         "--jobs", "1", "--runs", tmp_path, "--out", tmp_path / "out"], cwd=ROOT, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL, preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_IGN))
     for _ in range(600):
         if study.poll() is None and not (run / "log.jsonl").exists():
@@ -2036,7 +2036,7 @@ def test_table_of_a_speedrun(tmp_path, capsys):
     (results / "alignment.json").write_text(json.dumps(
         {"settings": {"n": 8}, "model": {"counting": rate, "overall": {**rate, "score": 0.6}},
          "real": {"counting": rate, "overall": rate}, "images": [rate]}))
-    assert speedrun.main([str(tmp_path)]) == speedrun.main([str(tmp_path)]) == 0
+    assert speedrun.main([str(tmp_path), "--here"]) == speedrun.main([str(tmp_path)]) == 0
     text = (tmp_path / "table.md").read_text()
     assert capsys.readouterr().out == 2 * f"{text}\n" and text.count(speedrun.machine()) == 1
     rows = table_rows(text)
