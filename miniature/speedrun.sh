@@ -139,20 +139,20 @@ give_up() {
 # train STAGE...: side by side, a core each; where one ends, the other goes on with both, unless on a GPU, or
 # clip, which contrasts the images of one process
 train() {
-    local stage left=() launch workers='' extra
+    local stage left=() launch processes=1 workers='' extra
     for stage; do
         if ! is_done "$stage" "$(recipe "$stage")"; then left+=("$stage"); fi
     done
     if ((${#left[@]} == 0)); then return; fi
     launch=("$python")
     if [[ ! $gpu && ${left[*]} != clip ]] && ((${#left[@]} == 1)); then
-        launch=("$python" -m torch.distributed.run --standalone --nproc_per_node=2)
+        launch=("$python" -m torch.distributed.run --standalone --nproc_per_node=2) processes=2
     fi
     if [[ $gpu ]]; then workers="--workers $((readers / ${#left[@]}))"; fi
     for stage in "${left[@]}"; do
         read -ra extra <<< "${command[$stage]} $how $workers"
         if [[ " $stages_with_flag " == *" $stage "* ]]; then extra+=($compile); fi
-        start "$stage" $((3 - ${#left[@]})) "${launch[@]}" train.py --stage "${stage/captions/0}" \
+        start "$stage" $processes "${launch[@]}" train.py --stage "${stage/captions/0}" \
             "${extra[@]}" --quiet --init "$nano" --save "$nano" --out "$out/$stage"
     done
     until_running $((${#gpu} ? 0 : ${#left[@]} - 1))
