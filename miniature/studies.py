@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from checkpoint import POSITIVE, Interval, read_json, typed, write_json
 from data import DESCRIBE
-from evals.charts import draw_charts
+from evals.charts import draw_charts, save_grid
 from evals.distances import clip_features, frechet
 from evals.report import BATCH, FORMATS, read_records, save_results, wilson, write_image, write_text
 from miniature import steps, world
@@ -88,6 +88,7 @@ PANELS = {"alignment": "Alignment: % of images that show what was asked",
 # Numbers that are rates, and the number that counts their trials.
 RATES = {"alignment": "images", "colours": "images", "questions": "scenes", "captions": "scenes",
          **dict.fromkeys(steps.RATES, "images")}
+EXAMPLES = 8         # prompts of the image that shows what the runs generate
 USUAL = {"steps": 2000, "points": 5, "batch": 64, "seeds": 3, "n_prompts": 128, "images": 2, "n": 120,
          "objects": 1}
 # The same with --quick, to see that everything runs; its figures mean nothing.
@@ -109,12 +110,17 @@ def encode_images(pipe, images):
                       for i in range(0, len(images), BATCH)])
 
 
-def measure_images(pipe, args, seed, generate):
-    """Alignment, Frechet distance and spread of the uint8 images (H, W, 3) that generate(entries) makes of
-    up to --n-prompts prompts for at most --objects objects, --images of each."""
+def asked_entries(args, seed):
+    """Up to --n-prompts prompts for at most --objects objects, each of them --images times in a row."""
     prompts = [entry for entry in world.skill_prompts(args.n_prompts, seed, most=args.objects)
                if count_asked(entry) <= args.objects]
-    entries = [entry for entry in prompts for _ in range(args.images)]
+    return [entry for entry in prompts for _ in range(args.images)]
+
+
+def measure_images(pipe, args, seed, generate):
+    """Alignment, Frechet distance and spread of the uint8 images (H, W, 3) that generate(entries) makes of
+    `asked_entries`."""
+    entries = asked_entries(args, seed)
     images, rng = generate(entries), np.random.default_rng((seed, 1))
     renders = [world.render(scene_for(entry, rng), len(images[0])) for entry in entries]
     made, real = encode_images(pipe, images), encode_images(pipe, renders)                     # (N, 64, C)
@@ -135,9 +141,9 @@ def measure_understanding(pipe, args):
     return {"scenes": args.n, "questions": sum(right) / args.n, "captions": sum(true) / args.n}
 
 
-def measure(folder, args, seed, upsample=None, understands=False, **sampling):
-    """The numbers of a model folder, with the image parts of --eva; understands: also of reading images.
-    upsample, sampling: as Pipeline.images takes them.
+def open_model(folder, args, seed, upsample=None, **sampling):
+    """(the pipeline of a model folder with the image parts of --eva, its generate(entries) -> uint8 images
+    (H, W, 3)). upsample, sampling: as Pipeline.images takes them.
 
     All images of a prompt are generated from one upsampled prompt: so they differ by what follows the
     language model.
@@ -153,6 +159,12 @@ def measure(folder, args, seed, upsample=None, understands=False, **sampling):
             texts = pipe.upsample_prompts(prompts, [seed * SEEDS + i for i in range(len(prompts))])
             entries = [{**entry, "prompt": texts[i // args.images]} for i, entry in enumerate(entries)]
         return generate_images(pipe, entries, seed, upsample=False, **sampling)[0]
+    return pipe, generate
+
+
+def measure(folder, args, seed, upsample=None, understands=False, **sampling):
+    """The numbers of a model folder; understands: also of reading images. The rest as `open_model`."""
+    pipe, generate = open_model(folder, args, seed, upsample, **sampling)
     numbers = measure_images(pipe, args, seed, generate)
     if understands:              # a frozen language model is that of --init, which also has the vision tower
         reader = pipe if pipe.model.visual is not None else Pipeline(args.init)
@@ -333,7 +345,22 @@ def train_runs(args, study, folder, out):
         runs["before"] = [[{"step": step, **before} for step in trainer.points]]
     for run in trainer.jobs.values():
         write_text(out / f"{run.name}.jsonl", (run / "log.jsonl").read_text())
+    save_examples(trainer, out / "images.png")
     return runs
+
+
+def save_examples(trainer, path):
+    """What the runs of the first seed generate in the end, as one PNG: a row for each run, EXAMPLES prompts
+    from first to last across, of each its --images side by side; true images in the last row."""
+    args, rows, rng = trainer.args, [], np.random.default_rng((trainer.args.seed, 3))
+    prompts = asked_entries(args, args.seed)[::args.images]
+    chosen = [prompts[i] for i in np.linspace(0, len(prompts) - 1, min(EXAMPLES, len(prompts))).astype(int)]
+    entries = [entry for entry in chosen for _ in range(args.images)]
+    for name in trainer.study["runs"]:
+        folder = trainer.jobs[name, 0] / f"model-{args.steps:06d}"
+        rows.append(open_model(folder, args, args.seed, trainer.upsample(name))[1](entries))
+    rows.append([world.render(scene_for(entry, rng), len(rows[0][0])) for entry in entries])
+    save_grid([torch.from_numpy(np.stack(row)).permute(0, 3, 1, 2) / 255 for row in rows], path)
 
 
 def vary_setting(args, study):
@@ -419,7 +446,8 @@ def compare_ways(args, folder, out):
 def run_study(args):
     """The paper's figures and what people ask about them, in miniature. Each trains its runs on as many
     images, and goes on where it stopped; numbers are in OUT/STUDY/results.json, the table (table.md: last
-    points of all runs, or every value of a setting), figure and logs of training beside it.
+    points of all runs, or every value of a setting), figure, images of each run and logs of training beside
+    it.
 
     figure4: CLIP features by regression, CLIP features by flow matching, or VAE latents by flow matching?
     And how much do the images of a prompt differ? figure5: is the language model better frozen or trained

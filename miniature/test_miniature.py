@@ -1321,6 +1321,9 @@ def test_figure4_from_training_to_figure(tmp_path, capsys):
     table = (folder / "table.md").read_text()
     assert table in capsys.readouterr().out and table.count("\n") == 6 and "images/s" in table
     assert first["true images"]["alignment"] == 1 and Image.open(folder / "figure.png").size == (1120, 760)
+    rows = np.asarray(Image.open(folder / "images.png"))             # 6 prompts, 2 images of each, 4 rows
+    assert rows.shape == (4 * 128, 12 * 128, 3)
+    assert rows[:128].std() > 0 and (rows[-128:, ::128] != rows[:128, ::128]).any()
     cut, last = runs / "clip-mse-0", runs / "clip-mse-0" / "model-000004"
     weights, log = load_file(last / "model.safetensors"), run_folder / "log.jsonl"
     written = log.stat().st_mtime_ns
