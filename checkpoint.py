@@ -153,7 +153,7 @@ def open_file(path, buffering=-1):
     return os.fdopen(handle, "rb", buffering)
 
 
-GIT_LFS = b"version https://git-lfs.github.com/spec/"
+GIT_LFS = b"version https://git-lfs"
 
 
 def read_file(path):
@@ -373,7 +373,7 @@ def save_weights(module_or_tensors, path, dtype=None):
     tensors = {name: t.detach().to("cpu", dtype or t.dtype).contiguous() for name, t in tensors.items()}
     for name, t in tensors.items():
         if t.is_floating_point() and not t.isfinite().all():
-            raise ValueError(f"{name} holds numbers that are no numbers or infinite as {t.dtype}: "
+            raise ValueError(f"{name} holds NaN or infinite values as {t.dtype}: "
                              f"{path} is not written")
     with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})

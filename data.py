@@ -55,14 +55,14 @@ DESCRIBE = "Describe this image."
 UPSAMPLE = "Describe an image of the following caption in full: {}"
 UPSAMPLE_EDIT = "Describe this image in full after the following change: {}"
 MATCH = 'Does this image show "{}"? Answer yes or no.'
-# What an assistant that was taught so says, a control token, where an image shall be generated: from what
-# was asked, or from the last image and what was asked.
+# Control tokens with which a model that was taught so asks for an image: IMG from the request alone, EDIT
+# from the last image and the request.
 IMG, EDIT = "[IMG]", "<image>"
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 TEXT_SUFFIXES = (".txt", ".caption", ".text")         # the first of these that an image has counts
 TABLE_SUFFIXES = (".csv", ".tsv")
-RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", *TABLE_SUFFIXES)        # of files with a record a sample
+RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", *TABLE_SUFFIXES)        # of files with a record per sample
 METADATA = ("metadata.csv", "metadata.jsonl")         # Hugging Face's, of the images in its folder
 # What records call their caption and their image's file: the first name that one has counts.
 CAPTION_NAMES = ("caption", "text", "prompt", "title")
@@ -70,8 +70,9 @@ IMAGE_NAMES = ("image", "file_name", "filename", "file", "filepath", "file_path"
                "img_path", "image_file", "img")
 OTHER_IMAGES = tuple(".gif .avif .heic .heif .bmp .jfif .tif .tiff .jxl .jp2 .svg .ppm".split())
 OTHER_SUFFIXES = (*OTHER_IMAGES, *".parquet .arrow .csv .tsv .jsonl .ndjson .gz .tgz .zip .zst".split())
-# Reasons for skipping, counted while indexing: the suffixes are of files that might have been meant.
-LEFT_OUT = ("no caption", "no image", "link", "sparse", "hidden", "behind the end", *OTHER_SUFFIXES)
+# Why files were left out, counted while indexing; a suffix stands for files that may have been meant.
+LEFT_OUT = ("no caption", "no image", "second image", "link", "sparse", "hidden", "behind the end",
+            *OTHER_SUFFIXES)
 NO_CAPTION = LEFT_OUT.index("no caption")
 INDEX_FOLDER = Path("runs/index")                     # where the index of the shards is kept
 INDEX_VERSION = 3                                     # of its files, and of what is in them
@@ -219,7 +220,7 @@ def load_image(file, square=None):
             image = Image.open(content, formats=FORMATS)
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"it has {image.width} x {image.height} pixels; "
-                                                   f"{MAX_PIXELS // 2 ** 20} million are the most")
+                                                   f"{MAX_PIXELS // 2 ** 20} million is the limit")
             ImageOps.exif_transpose(image, in_place=True)
             image.load()
             image = as_generated(to_rgb(image), image.info.get(ENLARGED))
@@ -1088,7 +1089,7 @@ def opened(path, cause):
 def read_at(file, offset, size, cause):
     """`size` bytes of an open file; BadSample with that cause of MAX_BYTES if they are too many."""
     if size > MAX_BYTES[cause]:
-        raise BadSample(cause, f"there are {size} bytes; {MAX_BYTES[cause]} are the most")
+        raise BadSample(cause, f"there are {size} bytes; {MAX_BYTES[cause]} is the limit")
     file.seek(offset)
     content = file.read(size)
     if len(content) < size:
@@ -1153,7 +1154,7 @@ def split_fraction(part):
 
 
 def existing(name):
-    """The name, without a space around it or with ~ as the home folder, if a file is called so; None."""
+    """The name as it is, stripped, or with ~ expanded: the first of these that exists, else None."""
     names = (name, os.path.expanduser(name), name.strip(), os.path.expanduser(name.strip()))
     return next((name for name in names if name and os.path.exists(name)), None)
 

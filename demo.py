@@ -105,7 +105,7 @@ def build(page):
 
 
 def serve(argv=None):
-    """Show the page until Ctrl-C; raises ValueError for what can't be meant."""
+    """Show the page until Ctrl-C; ValueError for flags that make no sense."""
     parser = Parser("demo.py", description=__doc__)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=number(int, Interval(1, 65535)), default=7860)

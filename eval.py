@@ -206,7 +206,7 @@ def choose(args):
 # ---- the command line -----------------------------------------------------------------------------------
 
 def parse(argv):
-    """The command line; ValueError for what can't be meant."""
+    """The command line; ValueError if it makes no sense."""
     parser = Parser("eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     words = sys.argv[1:] if argv is None else argv
@@ -224,7 +224,7 @@ def parse(argv):
 
 
 def check(args):
-    """Raise ValueError for flags that can't be meant together. One at its default changes nothing."""
+    """Raise ValueError for flags that don't go together. One at its default changes nothing."""
     given, values = set(), vars(args)
     for (name, *_), options in COMMANDS[args.command][2]:
         value = values[name.lstrip("-").replace("-", "_")]

@@ -98,9 +98,7 @@ DECODER_PIXELS = 4 * 1024 ** 2          # of one batch of the decoder
 PROMPT_IMAGE = 448                      # side of an image inside a prompt
 CONTEXT = 32768                         # context length of a model whose config.json doesn't state it
 UPSAMPLED_TOKENS, NUCLEUS = 128, 0.9    # longest upsampled prompt, and the top-p that it is sampled with
-FRAMES, GIF_FRAMES = 8, 12              # of --steps-strip and --steps-gif
-GIF_PROMPTS, GIF_COLOURS = 4, 48        # at most; colours of small images, which need no more
-GIF_PAUSE, GIF_END = 180, 2500          # milliseconds of a frame and of the last one
+GIF_PROMPTS = 4                         # of --steps-gif, at most
 LEAST = 256                             # pixels that a side of a saved image has at least
 OUT = "runs/samples"                    # --out
 LINE = 100_000                          # characters of a line of --chat
@@ -803,7 +801,7 @@ def save_image(pixels, folder, name, about):
     pixels, each becomes a square of several; data.load_image undoes that.
     """
     if not torch.isfinite(pixels).all():
-        raise ValueError("the image has pixels that are no numbers: the weights are broken, or too large "
+        raise ValueError("the image has NaN or infinite pixels: the weights are broken, or too large "
                          "for this --dtype (try fp32)")
     about, note, scale = json.dumps(about), PngInfo(), math.ceil(LEAST / min(pixels.shape[1:]))
     path = unused_path(folder, f"{name}.png", about)
@@ -896,55 +894,17 @@ def draw(pipe, args):
     return str(path)
 
 
-def steps_strip(pipe, args):
-    """--steps-strip: the way of one image from noise, FRAMES of its steps from left to right.
-
-    Upper row: what the decoder makes of the state x_t itself. Lower row: of the data that the DiT predicts
-    from there. The decoder's own noise is the same in all of them.
-    """
-    states, predictions = pipe.trajectory(args.prompt, args.seed, args.steps, args.cfg, args.upsample)
-    frames = torch.linspace(0, len(states) - 1, min(FRAMES, len(states))).round().long()
-    features = torch.cat([states[frames], predictions[frames]])                          # (2 FRAMES, 64, C)
-    pixels = pipe.pixels(features, [args.seed] * len(features), args.decoder_steps, args.decoder_cfg,
-                         args.size and (args.size,) * 2)
-    about = {**settings(pipe, args), "frames": len(frames)}
-    name = f"{slug(args.prompt)}-seed{args.seed}-steps"
-    save_image(image_grid(pixels, len(frames)), args.out, name, about)
-    print(f"left to right: after {', '.join(map(str, frames.tolist()))} steps; upper row: the state itself, "
-          "lower row: the predicted final image", file=sys.stderr)
-
-
 def prompts_of(args):
     """The prompts of a command line: --steps-gif takes several, separated by " | "."""
     text = args.prompt if args.explain is None else args.explain
     return [prompt.strip() for prompt in text.split(" | ")] if args.steps_gif else [text]
 
 
-def steps_gif(pipe, args):
-    """--steps-gif: from noise to image as an animation, an image of each prompt side by side.
-
-    What the decoder makes of the state x_t itself, as in the upper row of --steps-strip.
-    """
-    prompts = prompts_of(args)
-    states = [pipe.trajectory(prompt, args.seed, args.steps, args.cfg, args.upsample)[0]
-              for prompt in prompts]
-    time = torch.linspace(0, 1, GIF_FRAMES)
-    chosen = ((len(states[0]) - 1) * (2 - time) * time).round().long().unique()    # most happens at the end
-    features = torch.stack(states, 1)[chosen].flatten(0, 1)                 # (frames prompts, 64, C)
-    pixels = pipe.pixels(features, [args.seed] * len(features), args.decoder_steps, args.decoder_cfg,
-                         args.size and (args.size,) * 2)
-    rows = [to_uint8(image_grid(row, len(prompts), LEAST)) for row in pixels.split(len(prompts))]
-    colours = GIF_COLOURS if pixels.shape[-1] < LEAST else 256
-    film = Image.fromarray(np.concatenate(rows))                                    # one palette for all
-    film = film.quantize(colours, kmeans=3, dither=Image.Dither.NONE)               # rare colours count, too
-    frames = [film.crop((0, i * len(row), film.width, (i + 1) * len(row))) for i, row in enumerate(rows)]
-    about = json.dumps({**settings(pipe, args), "frames": len(frames)})
-    more = f"-and-{len(prompts) - 1}-more" * (len(prompts) > 1)
-    path = unused_path(args.out, f"{slug(prompts[0])}{more}-seed{args.seed}-steps.gif", about)
-    with atomic_write(path) as temporary:
-        frames[0].save(temporary, "GIF", save_all=True, append_images=frames[1:], loop=0, comment=about,
-                       duration=[*[GIF_PAUSE] * (len(frames) - 1), GIF_END])
-    print(path, flush=True)
+def show(pipe, args):
+    """--steps-strip, --steps-gif, --contact-sheet: see evals/show.py."""
+    from evals import show
+    view = show.steps_strip if args.steps_strip else show.steps_gif if args.steps_gif else show.contact_sheet
+    view(pipe, args)
 
 
 def explain(pipe, args):
@@ -958,15 +918,6 @@ def explain(pipe, args):
     with atomic_write(path) as temporary:
         temporary.write_text(page, "utf-8")
     print(path, flush=True)
-
-
-def contact_sheet(pipe, args):
-    """--contact-sheet: what the model generates from a prompt, and what else it does with that image."""
-    from evals import report, sheet
-    labels, images = zip(*sheet.cells(pipe, args.prompt, args.seed, sampling(args)))
-    image = np.array(report.contact_sheet(images, labels, [None] * len(images), 4, LEAST))
-    name = f"{slug(args.prompt)}-seed{args.seed}-sheet"
-    save_image(torch.from_numpy(image).permute(2, 0, 1) / 255, args.out, name, settings(pipe, args))
 
 
 def settings(pipe, args):
@@ -1196,8 +1147,8 @@ def find_images(root):
     """(the image files, sorted; how many other ones of each suffix there are) in a folder and its
     subfolders, or that one file, or those that match it. Hidden ones are left alone."""
     if root.is_dir():
-        files = [path for path in root.rglob("*")
-                 if not any(part.startswith(".") for part in path.relative_to(root).parts)]
+        files = [path for path in data.files_below(root)
+                 if not data.hidden(path.relative_to(root).as_posix())]
     else:
         files = [root] if os.path.lexists(root) else map(Path, glob.glob(str(root), recursive=True))
     files = sorted(path for path in files if not path.is_dir() and path.suffix.lower() not in NO_IMAGES)
@@ -1348,7 +1299,7 @@ def export_transformer(dit, grid, target):
 
 # ---- command line -----------------------------------------------------------------------------------------
 
-COMMANDS = {"draw": draw, "edit": draw, "strip": steps_strip, "gif": steps_gif, "sheet": contact_sheet,
+COMMANDS = {"draw": draw, "edit": draw, "strip": show, "gif": show, "sheet": show,
             "explain": explain, "answer": answer, "reconstruct": reconstruct, "chat": chat,
             "caption": caption, "export": export}
 
@@ -1366,7 +1317,7 @@ READS = {
     "strip": GENERATE | {"prompt", "steps_strip", "upsample"},
     "gif": GENERATE | {"prompt", "steps_gif", "upsample"},
     "sheet": GENERATE | {"prompt", "contact_sheet", "upsample"},
-    "explain": GENERATE - {"compile"} | {"explain", "upsample"},    # what is compiled can't be listened to
+    "explain": GENERATE - {"compile"} | {"explain", "upsample"},    # hooks don't see inside compiled modules
     "answer": TALK | {"prompt", "image"},
     "reconstruct": DECODE | {"image", "reconstruct"},
     "chat": GENERATE | TALK | {"chat", "upsample"},
@@ -1516,7 +1467,7 @@ def is_text(value):
 
 
 def parse(argv):
-    """Command line -> (command, args); ValueError for what can't be meant, and for flags without effect."""
+    """Command line -> (command, args); ValueError for flags that don't go together, or have no effect."""
     parser = Parser("sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for add_flags in (add_image_flags, add_text_flags, add_model_flags):
         add_flags(parser.add_argument_group(add_flags.__doc__).add_argument)
@@ -1589,7 +1540,7 @@ def open_pipeline(args):
 
 
 def run(argv):
-    """What the command line asks for; raises ValueError for what can't be meant."""
+    """What the command line asks for; ValueError if that makes no sense."""
     name, args = parse(argv)
     if name == "dry-run":
         from evals.estimate import estimate_sampling
@@ -1613,4 +1564,5 @@ def run(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from sample import main as run_as_module  # not __main__: evals/show.py imports `sample`, too
+    sys.exit(run_as_module())

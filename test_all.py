@@ -91,7 +91,7 @@ from conftest import (
     tiny_tokenizer,
 )
 from dit import DiTConfig, NextDiT
-from evals import charts, estimate, sheet
+from evals import charts, estimate, show
 from miniature import pretrain, world
 from miniature.pretrain import train_tokenizer
 from model import BLIP3o, BLIP3oConfig, KVCache, TextConfig, Transformer, VisionConfig, VisionTower
@@ -5272,7 +5272,7 @@ def test_gradients_are_clipped_to_the_recipes_norm(descent, monkeypatch, tmp_pat
 
 
 def make_nan(losses):
-    """Losses that are no numbers."""
+    """NaN losses."""
     return {name: loss * math.nan for name, loss in losses.items()}
 
 
@@ -6113,7 +6113,7 @@ def test_sample_writes_steps_as_an_animation(pipe, sample_main, tmp_path, capsys
         film.seek(i)
         durations.append(film.info["duration"])
     assert film.size == (2 * 260, 260) and film.n_frames == 5 and film.info["loop"] == 0
-    assert durations == [sample.GIF_PAUSE] * 4 + [sample.GIF_END]
+    assert durations == [show.GIF_PAUSE] * 4 + [show.GIF_END]
     ends = sample.image_grid(pipe.images(["a star", "a red circle"], [5, 5]), 2, 256)
     last = np.asarray(film.convert("RGB")).astype(int)
     assert np.abs(last - sample.to_uint8(ends)).mean() < 20                     # of 48 colours
@@ -6121,7 +6121,7 @@ def test_sample_writes_steps_as_an_animation(pipe, sample_main, tmp_path, capsys
     assert sample_main("--prompt", "a star | a red circle", "--steps-gif", "--seed", 5) == 0    # once more
     assert sample_main("--prompt", "a star", "--steps-gif", "--seed", 5, "--steps", 20) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == [file.name, "a-star-seed5-steps.gif"]
-    assert Image.open(tmp_path / "a-star-seed5-steps.gif").n_frames <= sample.GIF_FRAMES
+    assert Image.open(tmp_path / "a-star-seed5-steps.gif").n_frames <= show.GIF_FRAMES
 
 
 def test_sample_shows_all_in_a_contact_sheet(pipe, sample_main, tmp_path):
@@ -6130,7 +6130,7 @@ def test_sample_shows_all_in_a_contact_sheet(pipe, sample_main, tmp_path):
     shown = np.asarray(data.load_image(tmp_path / "a-star-seed5-sheet.png"))
     images = pipe.images(["a star"], [5])
     image = Image.fromarray(sample.to_uint8(images)[0])
-    change = sheet.CHANGE.format("black" if np.asarray(image)[0].mean() > 127 else "white")
+    change = show.CHANGE.format("black" if np.asarray(image)[0].mean() > 127 else "white")
     changed = pipe.images([change], [5], images=[image])
     side, edge = sample.LEAST, 8                                     # as report.contact_sheet lays them out
     for at, made in ((0, images), (5, changed), (7, pipe.reconstruct([image], [5]))):
@@ -7216,7 +7216,7 @@ def test_sample_names_and_notes_of_files(pipe, sample_main, image_file, tmp_path
     (tmp_path / "a-0-v2.png").mkdir()
     (tmp_path / "a-0-v3.png").symlink_to("nowhere")
     assert sample.save_image(torch.rand(3, 8, 8), tmp_path, "a-0", {}).name == "a-0-v4.png"
-    refuses("no numbers", sample.save_image, torch.full((3, 8, 8), math.nan), tmp_path, "b", {})
+    refuses("NaN", sample.save_image, torch.full((3, 8, 8), math.nan), tmp_path, "b", {})
     lines = ([], ["--steps", 2], ["--dtype", "bf16"], ["--best-of", 2, "--min-pixels", 99], ["--best-of", 2])
     notes = []
     for line in lines:

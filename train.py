@@ -106,7 +106,7 @@ MAX_LOSS_WEIGHT = 16.0       # decoder: cap of the loss weight 1 + sigma^2 (1: a
 NULL_DECODER = 0.1           # decoder: probability of the negative features instead of the image's
 HELD_OUT = 64                # held-out samples of a probe
 PREVIEWS = 16                # and of a preview of stages 1 and 2
-MAX_TOKENS = 4096            # of a prompt or a conversation: one of a book would take all memory, or forever
+MAX_TOKENS = 4096            # longest prompt or conversation: a whole book would exhaust memory
 GRACE = 5.0                  # seconds after a signal that a step may go on, before it is given up
 LARGEST = torch.finfo(torch.float16).max        # what a folder of weights in fp16 can hold
 COUNTED = Interval(0, 2 ** 53)                  # what a run counts
@@ -758,9 +758,9 @@ class Muon(torch.optim.AdamW):
     """AdamW, but linear layers step along their orthogonalised momentum (Muon, Jordan et al. 2024).
 
     Scaled by sqrt(larger side), the root mean square of a step doesn't depend on the matrix's shape, so both
-    kinds share one learning rate (Liu et al. 2025, arXiv 2502.16982, section
-    2.2; their factor is 0.2, to resemble AdamW's steps; this small DiT learnt faster with 0.6). Groups with
-    "matrices": True hold (m, n) parameters.
+    kinds share one learning rate (Liu et al. 2025, arXiv 2502.16982, section 2.2; their factor is 0.2, to
+    resemble AdamW's steps; this small DiT learnt faster with 0.6). Groups with "matrices": True hold (m, n)
+    parameters.
 
     found_inf, a scalar on the device, is 1 if a gradient isn't finite: then the step changes nothing. The
     fused AdamW reads it, too; the host never waits for it.
@@ -989,8 +989,9 @@ def batches(samples, stage, start, args, device):
 
 @contextmanager
 def reading(loader):
-    """Within: the iterator of a DataLoader. A signal to all processes at once never reaches its workers,
-    which a run that saves still needs; nor does Python's SIGTERM at its own end, so they are killed."""
+    """Within: the iterator of a DataLoader. Its workers start with SIGNALS blocked: a run that is saving
+    still needs them when a signal goes to the whole process group. So SIGTERM can't end them, SIGKILL does.
+    """
     has_masks = hasattr(signal, "pthread_sigmask")
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if has_masks else None
     try:
@@ -1122,8 +1123,8 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopRequest:
-    """One of SIGNALS to any process stops all of them after the same step; those that whoever started the
-    process has it ignore (nohup) stay ignored.
+    """One of SIGNALS to any process stops all of them after the same step. Signals that the parent process
+    had this one ignore (nohup) stay ignored.
 
     The flag is all-reduced between the hosts asynchronously and read one step later: nothing waits for it.
     What takes longer, and can be given up, runs `within` a patience.
@@ -1131,8 +1132,8 @@ class StopRequest:
 
     def __init__(self):
         self.requested, self.flag, self.exchange, self.patience = False, None, None, None
-        heard = [sig for sig in SIGNALS if signal.getsignal(sig) != signal.SIG_IGN]
-        self.before = {sig: signal.signal(sig, self.request) for sig in heard}
+        handled = [sig for sig in SIGNALS if signal.getsignal(sig) != signal.SIG_IGN]
+        self.before = {sig: signal.signal(sig, self.request) for sig in handled}
         self.alarm = signal.signal(signal.SIGALRM, self.give_up) if hasattr(signal, "setitimer") else None
 
     def close(self):
@@ -1271,7 +1272,7 @@ class RunState:
 
 
 def states(out):
-    """The folders of the states in `out`, the oldest first. Other names are nobody's business."""
+    """The folders of the states in `out`, the oldest first. Other names are ignored."""
     numbers = {int(f.name[5:]): f for f in out.glob("step-*") if re.fullmatch("step-[0-9]{6,}", f.name)}
     return [f for n, f in sorted(numbers.items()) if f.name == f"step-{n:06d}" and f.is_dir()]
 
@@ -1766,8 +1767,8 @@ def averaged_weights(stage, ema):
 # ---- the command line -----------------------------------------------------------------------------------
 
 SAME, NEW, FREE = "must match", "may change", "has no effect on the weights"
-ALL, GENERATION = ("clip", "vae", "0", "decoder", "1", "2"), ("1", "2")
-# What a flag may need beside its stages, and what is said where that isn't so.
+GENERATION = ("1", "2")
+# What a flag may need besides its stages, and the message where that is missing.
 NEEDS = {
     "data": "goes with --data, not with the synthetic world",
     "dry_run": "goes with --dry-run",
@@ -1797,7 +1798,7 @@ def make_parser():
     raw, flags = argparse.RawDescriptionHelpFormatter, {}
     parser = Parser("train.py", description=__doc__, formatter_class=raw)
 
-    def add(flag, help=None, resume=FREE, stages=ALL, needs=(), default=None, **options):
+    def add(flag, help=None, resume=FREE, stages=STAGES, needs=(), default=None, **options):
         if "action" not in options and "choices" not in options:
             options.setdefault("type", some_text)
         action = parser.add_argument(flag, help=help, default=argparse.SUPPRESS, **options)
@@ -1888,7 +1889,7 @@ FLAGS = make_parser()[1]
 def resolve(given, later=None):
     """The flags {name: value} that were given -> all of them; what the recipe of the stage leaves open is
     filled in here. args.given: the names of those that were given; later: a model folder that will be there
-    when the run begins. ValueError for what can't be meant."""
+    when the run begins. ValueError for flags that contradict each other."""
     args = argparse.Namespace(**{name: flag.default for name, flag in FLAGS.items()} | given)
     args.given = sorted(given)
     check_use(args, {"data": args.data, "dry_run": args.dry_run, "flow": args.design != "clip-mse"})
@@ -1919,45 +1920,10 @@ def resolve(given, later=None):
 def runs_of(argv):
     """The flags [{name: value}] of each run that a command line asks for."""
     given = vars(make_parser()[0].parse_args(argv))
-    return plan(given) if given["stage"] == "all" else [given]
-
-
-def plan(given):
-    """The flags of each run that --stage all consists of, in order: [{name: value}]. It trains the parts
-    that neither --init nor --eva has, into OUT/model, and stage 1. ValueError for what can't be meant."""
-    for name, why in (("fresh", "it trains what --init and --eva lack"), ("save", "it writes OUT/model"),
-                      ("resume", "it goes on by itself"), ("dry_run", "that describes one stage"),
-                      ("world", "the miniature has its own command, miniature/speedrun.sh")):
-        if given.get(name):
-            raise ValueError(f"--stage all doesn't take --{name.replace('_', '-')}: {why}")
-    if not given.get("data"):
-        raise ValueError("--stage all trains on your images: name them with --data")
-    out = Path(given.get("out") or "runs/all")
-    init, eva = (existing_model(given[name], name) if given.get(name) else None for name in ("init", "eva"))
-    model = str(out / "model")
-    parts = folder_parts(init) | folder_parts(eva)
-    has_llm, has_clip = "llm" in folder_parts(init), "clip" in parts
-    missing = {"clip": not has_clip, "vae": not {"vae", "unet"} & parts, "decoder": "unet" not in parts,
-               "0": not has_llm, "1": True}
-    stages = [stage for stage in ("clip", "vae", "decoder", "0", "1") if missing[stage]]
-    if missing["decoder"] and (has_clip or not missing["vae"]):
-        has = ", ".join(sorted(parts & {"clip", "vae", "unet"}))
-        raise ValueError(f"EVA-CLIP, VAE and UNet belong together: --init and --eva have only {has}. Train "
-                         "the others with --stage decoder, or leave the folder out")
-    idle = [name for name in given if not any(stage in FLAGS[name].stages for stage in stages)]
-    if idle:
-        raise ValueError(f"--{idle[0].replace('_', '-')} has no effect: --init and --eva leave only stage "
-                         f"{' and '.join(stages)} to be trained")
-    runs = []
-    for stage in stages:
-        flags = {name: value for name, value in given.items() if stage in FLAGS[name].stages}
-        flags |= {"stage": stage, "out": str(out / stage), "save": model}
-        flags["init"] = init if has_llm and stage in ("clip", "vae", "1") else model
-        flags["fresh"] = flags["init"] == model          # what lies there is this very run's
-        if stage == "1":
-            flags["eva"] = model if missing["clip"] else eva or init
-        runs.append(flags)
-    return runs
+    if given["stage"] != "all":
+        return [given]
+    from miniature.pretrain import plan
+    return plan(given)
 
 
 def existing_model(path, name):
@@ -2040,7 +2006,7 @@ def set_up(args, processes, local_rank):
 
 
 def run(argv):
-    """What the command line asks for; raises ValueError for what can't be meant."""
+    """What the command line asks for; ValueError if that makes no sense."""
     stop = StopRequest()
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (stream and Steady(stream) for stream in streams)
@@ -2049,7 +2015,7 @@ def run(argv):
             processes, number, local_rank, _ = environment()
             lines = runs_of(argv)
             later = lines[0]["save"] if len(lines) > 1 else None
-            runs = [resolve(flags, later) for flags in lines]        # all mistakes come before all training
+            runs = [resolve(flags, later) for flags in lines]        # report mistakes before training
             if len(runs) > 1 and not number:
                 print(f"stages to train, one after the other: {', '.join(args.stage for args in runs)}")
             if len(runs) > 1 and not any(states(Path(args.out)) for args in runs) and \

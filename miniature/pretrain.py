@@ -1,4 +1,5 @@
-"""Training the parts that the paper takes from others: stages clip, vae and 0 of a model without parents.
+"""Training the parts that the paper takes from others: stages clip, vae and 0 of a model without parents,
+and what `train.py --stage all` trains in which order.
 
     clip    EVA-CLIP tower, with a text tower and heads that are thrown away afterwards
     vae     pixels <-> latents
@@ -31,6 +32,48 @@ VOCABULARY = 640                              # upper limit of the nano tokenize
 REAL_VOCABULARY = 4096                        # and of one for --data
 REAL_LATENTS = 8                              # channels of a fresh VAE for --data
 CONTEXT = 128                                 # longest caption, in tokens, that the text tower reads
+
+
+# ---- train.py --stage all -------------------------------------------------------------------------------
+
+def plan(given):
+    """For train.py --stage all: the flags of each run that it consists of, in order: [{name: value}]. It
+    trains the parts that neither --init nor --eva has, into OUT/model, and stage 1. ValueError for a command
+    line that makes no sense."""
+    for name, why in (("fresh", "it trains what --init and --eva lack"), ("save", "it writes OUT/model"),
+                      ("resume", "it goes on by itself"), ("dry_run", "that describes one stage"),
+                      ("world", "the miniature has its own command, miniature/speedrun.sh")):
+        if given.get(name):
+            raise ValueError(f"--stage all doesn't take --{name.replace('_', '-')}: {why}")
+    if not given.get("data"):
+        raise ValueError("--stage all trains on your images: name them with --data")
+    out = Path(given.get("out") or "runs/all")
+    init, eva = (train.existing_model(given[name], name) if given.get(name) else None
+                 for name in ("init", "eva"))
+    model = str(out / "model")
+    parts = folder_parts(init) | folder_parts(eva)
+    has_llm, has_clip = "llm" in folder_parts(init), "clip" in parts
+    missing = {"clip": not has_clip, "vae": not {"vae", "unet"} & parts, "decoder": "unet" not in parts,
+               "0": not has_llm, "1": True}
+    stages = [stage for stage in ("clip", "vae", "decoder", "0", "1") if missing[stage]]
+    if missing["decoder"] and (has_clip or not missing["vae"]):
+        has = ", ".join(sorted(parts & {"clip", "vae", "unet"}))
+        raise ValueError(f"EVA-CLIP, VAE and UNet belong together: --init and --eva have only {has}. Train "
+                         "the others with --stage decoder, or leave the folder out")
+    idle = [name for name in given if not any(stage in train.FLAGS[name].stages for stage in stages)]
+    if idle:
+        raise ValueError(f"--{idle[0].replace('_', '-')} has no effect: --init and --eva leave only stage "
+                         f"{' and '.join(stages)} to be trained")
+    runs = []
+    for stage in stages:
+        flags = {name: value for name, value in given.items() if stage in train.FLAGS[name].stages}
+        flags |= {"stage": stage, "out": str(out / stage), "save": model}
+        flags["init"] = init if has_llm and stage in ("clip", "vae", "1") else model
+        flags["fresh"] = flags["init"] == model          # what lies there is this very run's
+        if stage == "1":
+            flags["eva"] = model if missing["clip"] else eva or init
+        runs.append(flags)
+    return runs
 
 
 # ---- the tokenizer --------------------------------------------------------------------------------------
@@ -150,18 +193,17 @@ class CLIP(nn.Module):
     def forward(self, pixels, ids, mask, noise):
         """Losses of a batch of pairs, each a mean: {"contrastive", "pixels", "places", "scale"}.
 
-        noise (B, 64, C) is added to the pooled features before the linear heads read them. contrastive
-        symmetric InfoNCE (CLIP): every image finds its caption in the batch, every caption its image. pixels
-        MSE of each pooled feature's own block of the normalised image, predicted linearly from the noisy
-                     feature. The flow will add errors of that size, so shapes and colours have to sit in
-                     directions of large variance (the noise-augmented decoders of representation
-                     autoencoders). Contrastive training alone collapses small towers to a few dimensions.
-        places       the same for where a feature lies in the grid: the pixel decoder's cross-attention sees
-        a set of
-                     features and learns only from themselves which is which.
-        scale        per channel, mean^2 + (std - 1)^2: the RAW features then have the unit scale that flow
-        matching
-                     from unit noise wants, and no statistics have to be stored beside the weights.
+        noise (B, 64, C) is added to the pooled features before the linear heads read them.
+
+        contrastive: symmetric InfoNCE (CLIP): every image finds its caption in the batch, and the reverse.
+        pixels: MSE of each feature's own block of the normalised image, predicted linearly from the noisy
+        feature. The flow will add errors of that size, so shapes and colours have to lie in directions of
+        large variance (the noise-augmented decoders of representation autoencoders). Contrastive training
+        alone collapses small towers to a few dimensions.
+        places: the same for where a feature lies in the grid: the pixel decoder's cross-attention sees a set
+        of features, and learns only from themselves which is which.
+        scale: per channel, mean^2 + (std - 1)^2: the raw features then have the unit scale that flow
+        matching from unit noise wants, and no statistics have to be stored beside the weights.
         """
         tokens, cls = self.visual(pixels, with_cls=True)
         z = pool(tokens, self.visual.config.n_query)                             # (B, 64, C)

@@ -4,7 +4,6 @@
     reconstruct     the prompt is the image itself
     edit            the prompt is an image and an instruction, the target the image after the change
     converse        questions about an image, descriptions of it; prompts to upsample; requests for images
-    query targets   what the queries' states must encode of a prompt: only in a stage 0 from random weights
 
 `World` is the source, `WorldTask` the task, with the signatures of data.Shards and data.CaptionTask.
 """

@@ -3,8 +3,8 @@
 Scenes are pure functions of (seed, index). Everything else is a function of a scene and of an `rng`, a
 `numpy.random.Generator`; the order of its draws is fixed, for recorded numbers depend on it.
 
-Reading order: scenes -> images -> captions -> reading and rewriting captions -> query targets -> edits and
-perturbations -> questions -> prompts that score a model.
+Reading order: scenes -> images -> captions -> reading and rewriting captions -> edits and perturbations ->
+questions -> prompts that score a model.
 """
 import itertools
 import math
