@@ -18,7 +18,7 @@ from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,7 +75,7 @@ LEFT_OUT = ("no caption", "no image", "second image", "link", "sparse", "hidden"
             *OTHER_SUFFIXES)
 NO_CAPTION = LEFT_OUT.index("no caption")
 INDEX_FOLDER = Path("runs/index")                     # where the index of the shards is kept
-INDEX_VERSION = 3                                     # of its files, and of what is in them
+INDEX_VERSION = 4                                     # of its files, and of what is in them
 MAX_UNREADABLE = 100                                  # broken samples in a row that end a run
 MAX_SHARDS = 10 ** 6                                  # that the braces of one pattern may stand for
 
@@ -87,6 +87,7 @@ MAX_CAPTION, MAX_CONVERSATION = 2 ** 14, 2 ** 16      # bytes
 MAX_RECORD = 2 ** 24                                  # bytes of JSON
 MAX_BYTES = {"image too large": 2 ** 29, "caption too long": MAX_CAPTION, "record too large": MAX_RECORD}
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+csv.field_size_limit(16 * MAX_RECORD)                # larger cells are skipped, not fatal
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY           # 64 MiB: profiles pass 1 MiB
 
 
@@ -142,8 +143,8 @@ class CaptionTask:
             raise BadSample(cause, f"a conversation with {cause}: only stage 0 and --joint train on it")
         if self.converse == 1 or self.converse and (cause or rng.random() < self.converse):
             turns = item.get("turns") or [("<image>" + DESCRIBE, caption)]
-            # LLaVA's <image> mark is dropped: the image always precedes the text.
-            shows = any("<image>" in user for user, _ in turns)
+            # LLaVA's <image> mark is dropped: the image always precedes the text, also without a mark.
+            shows = bool(has_image) or any("<image>" in user for user, _ in turns)
             if shows and image is None:
                 raise BadSample("no image", "a conversation shows an <image> that isn't there")
             turns = [(user.replace("<image>", "").strip(), assistant) for user, assistant in turns]
@@ -293,21 +294,28 @@ def read_record(content, cls, renamed=True):
         raw = {} if content is None else json.loads(content.decode("utf-8-sig"))
         raw = typed(raw, dict, None, "the record")
         record = from_json(cls, rename(raw) if renamed else raw, "the record")
-        record.found = list(raw)
+        record.found = [name for name, value in raw.items() if value not in EMPTY]
         return record
     except (ValueError, RecursionError) as error:                    # a UnicodeError is a ValueError
         raise BadSample("broken JSON", f"this isn't JSON with captions: {error}") from None
 
 
+EMPTY = (None, "", [])                           # what programs write into a field that a record lacks
+
+
 def rename(raw):
     """The fields of a record, with its caption and its image under the names of a Line, where these are
-    strings under another of CAPTION_NAMES and IMAGE_NAMES."""
+    strings under another of CAPTION_NAMES and IMAGE_NAMES, or "images" is a list. Empty fields don't
+    count."""
     names = {name.strip().lower(): name for name in reversed(raw) if isinstance(raw[name], str)}
-    if "conversations" not in raw:                                   # LLaVA's
+    full, images = {name for name, value in raw.items() if value not in EMPTY}, raw.get("images")
+    if "image" not in full and isinstance(images, list) and all(isinstance(name, str) for name in images):
+        raw = {**raw, "image": images}
+    if "conversations" not in full:                                  # LLaVA's
         for field, others in ("caption", CAPTION_NAMES), ("image", IMAGE_NAMES):
-            found = next((names[name] for name in others if name in names), None)
-            if found is not None and raw.keys().isdisjoint((field, f"{field}s")):
-                raw = {**raw, field: raw[found]}
+            found = [names[name] for name in others if name in names]
+            if found and full.isdisjoint((field, f"{field}s")):
+                raw = {**raw, field: raw[next((name for name in found if name in full), found[0])]}
     return raw
 
 
@@ -317,13 +325,14 @@ def read_line(path, header, content):
     if not is_table(path):
         return read_record(content, Line)
     try:
-        delimiter, columns = read_header(header, path)
-        cells = read_cells(content, delimiter)
+        form, columns = read_header(header, path)
+        cells = read_cells(content, form)
     except (ValueError, csv.Error) as error:
         raise BadSample("broken row", f"the table has changed since it was indexed: {error}") from None
     if len(cells) != len(columns):
-        raise BadSample("broken row", f"the row has {len(cells)} cells for {len(columns)} columns: a cell "
-                        f"with {delimiter!r} in it must stand in quotation marks")
+        mark = f": a cell with {form['delimiter']!r} in it must stand in quotation marks"
+        raise BadSample("broken row", f"the row has {len(cells)} cells for {len(columns)} columns"
+                        + mark * (len(cells) > len(columns)))
     raw = rename(row_fields(columns, cells))
     line = Line(**{name: raw.get(name) for name in ("image", "caption", "short_caption")})
     line.found = columns
@@ -336,21 +345,23 @@ def row_fields(columns, cells):
             if name not in ("captions", "conversations", "images")}
 
 
-def read_cells(content, delimiter, strict=True):
-    """The cells of one row of a table, in bytes; UnicodeDecodeError, csv.Error (fewer if not strict)."""
+def read_cells(content, form, strict=True):
+    """The cells of one row of a table, in bytes; UnicodeDecodeError, csv.Error (fewer if not strict). form:
+    see `read_header`."""
     text = io.StringIO(content.decode("utf-8-sig"), newline="")
-    return next(csv.reader(text, delimiter=delimiter, strict=strict), [])
+    return next(csv.reader(text, **form, strict=strict), [])
 
 
 def read_header(header, path):
-    """(delimiter, names of the columns) of a table from its first line, in bytes; ValueError where no column
-    holds images, or none captions."""
+    """(its form, names of the columns) of a table from its first line, in bytes; ValueError where no column
+    holds images, or none captions. form: csv.reader's delimiter, and whether spaces follow it."""
     if b"\r" in header.strip(b"\r\n"):
         raise ValueError(f"the lines of {path} end in CR alone: save it with other line ends")
-    tables = [(mark, read_cells(header, mark, strict=False)) for mark in "\t,;|"]
-    for mark, columns in tables:
+    forms = [{"delimiter": mark, "skipinitialspace": mark.encode() + b" " in header} for mark in "\t,;|"]
+    tables = [(form, read_cells(header, form, strict=False)) for form in forms]
+    for form, columns in tables:
         if rename(row_fields(columns, columns)).keys() >= {"image", "caption"}:
-            return mark, columns
+            return form, columns
     columns = max((columns for _, columns in tables), key=len)
     names = {name.strip().lower() for name in columns}
     lacks = [f"{what} ({', '.join(known)})" for what, known in
@@ -433,7 +444,6 @@ FOREIGN = {
     "text in UTF-16: save it as UTF-8": (b"\xff\xfe", b"\xfe\xff"),
     "an image: give its folder, or a JSONL file that names it": (b"\xff\xd8\xff", b"\x89PNG"),
     "JSON: call it .jsonl if each line is an object, .json if it is a list": (b"{", b"["),
-    "a pointer of Git LFS, not the file itself: fetch it (git lfs pull)": (b"version https://git-lfs",),
     "a web page or XML, perhaps an error message in place of a download": (b"<",),
 }
 
@@ -520,7 +530,7 @@ def scan_table(path):
     with open_file(path) as file:
         def texts():                                                 # csv.reader takes no line ahead
             nonlocal at, number
-            for line in iter(lambda: file.readline(MAX_RECORD), b""):
+            for line in iter(lambda: file.readline(16 * MAX_RECORD), b""):
                 at, number = at + len(line), number + 1
                 yield line.decode("utf-8")
         try:
@@ -528,8 +538,8 @@ def scan_table(path):
             if not 0 < len(line) <= MAX_CAPTION:
                 raise ValueError(f"{path} isn't a table: its first line has {len(line)} bytes")
             header, start = (at - len(line), len(line)), at
-            delimiter, columns = read_header(line, path)
-            for cells in csv.reader(texts(), delimiter=delimiter, strict=True):
+            form, columns = read_header(line, path)
+            for cells in csv.reader(texts(), **form, strict=True):
                 if any(cells):
                     places.append((start, at - start))
                 start = at
@@ -567,7 +577,7 @@ def list_entries(file):
     """(offset, size) of the entries of the JSON list in a binary file; ValueError if it isn't one.
 
     Read as Latin-1 characters are bytes, and what separates entries is what it is in UTF-8. Only the next
-    MAX_RECORD bytes and a few more are in memory.
+    MAX_RECORD bytes and a few more are in memory; up to 16 times as many, to pass over too large an entry.
     """
     text, at, ended, decode = "", 0, False, json.JSONDecoder().raw_decode
     file.seek(0)
@@ -581,6 +591,10 @@ def list_entries(file):
             try:
                 _, end = decode(text, at)
             except (json.JSONDecodeError, RecursionError) as error:
+                if not ended and len(text) - at < 16 * MAX_RECORD:
+                    chunk = file.read(max(MAX_RECORD, len(text))).decode("latin-1")
+                    text, ended = text + chunk, not chunk
+                    continue
                 pos = getattr(error, "pos", at)
                 raise ValueError(f"{getattr(error, 'msg', 'too deep')} at byte {start + pos}") from None
             yield start + at, end - at
@@ -700,7 +714,7 @@ def pair(files, is_tar):
     cause of LEFT_OUT.
 
     In a tar, the folder that holds all files may be hidden, and of images that differ in nothing but the
-    suffix the last one counts, in a folder each.
+    suffix the last one counts (the others are "second image"), in a folder each.
     """
     root = len(os.path.commonprefix([name for name, _, _ in files]).rpartition("/")[0]) if is_tar else 0
     images, left_out, others = {}, Counter(), set()
@@ -714,9 +728,13 @@ def pair(files, is_tar):
             left_out[suffix if suffix in OTHER_SUFFIXES else kind] += 1
             others.add(stem)
         elif suffix in IMAGE_SUFFIXES:
-            images[stem if is_tar else name] = stem, place
+            images[name] = stem, place
         elif suffix in texts and kind == "file":
             texts[suffix][stem] = place
+    found = len(images)
+    if is_tar:
+        images = dict((stem, (stem, place)) for stem, place in images.values())
+    left_out["second image"] = found - len(images)
     records, *texts = texts.values()
     texts = {stem: place for found in texts for stem, place in found.items()}    # .txt comes last
     rows = [(*place, *texts.get(stem, ABSENT), *records.get(stem, ABSENT))
@@ -899,6 +917,20 @@ def held_out_items(n):
     return (2 * np.arange(count) + 1) * n // (2 * max(count, 1))
 
 
+def refuse_repeats(paths, folders):
+    """ValueError where of these paths two are one file, or one of the folders lies in another: what is held
+    out of the one would be trained on in the other."""
+    real, seen = {path: path.resolve() for path in paths}, {}
+    for path in sorted(paths, key=lambda path: len(real[path].parts)):    # folders before what is inside
+        inside = [folder for folder in real[path].parents if folder in seen
+                  and not hidden(real[path].relative_to(folder).as_posix())] if path in folders else []
+        for other in (real[path], *inside):
+            if other in seen:
+                raise ValueError(f"--data has the samples of {printable(path)} twice, also in "
+                                 f"{printable(seen[other])}: give them once, maybe with =fraction")
+        seen[real[path]] = path
+
+
 class Shards:
     """Captioned images from tar shards, JSONL files, JSON lists, tables and folders (with the tar shards and
     METADATA in them), mixed in given fractions.
@@ -918,6 +950,7 @@ class Shards:
                   for paths, fraction in self.weighted_groups(sources)]
         self.size, self.cache, self.orders = size, None, {}          # orders: see `index`
         self.paths, self.folders = [path for paths, _ in groups for path in paths], set(listings)
+        refuse_repeats(self.paths, self.folders)
         files = [path for path in self.paths if path not in listings]
         rows, shards = index_shards(files) if files else torch.empty(2, 0, 6, dtype=torch.int64)
         indexed = zip(rows.split(shards[:, 2].tolist()), shards[:, 3:].numpy())
@@ -1024,15 +1057,32 @@ class Shards:
         return printable(f"{path}: {member_name(path, row[0])}")
 
     def fingerprint(self):
-        """A hash of all shards and images in folders: name, size and time of change."""
+        """A hash of all shards, and of images in folders or named by records: name, folder's name, size and
+        time of change; or that they are absent."""
         digest = hashlib.sha256()
-        for path, rows in zip(self.paths, self.rows):
-            files = map(self.path_in_folder, rows.tolist()) if path in self.folders else [path]
+        for path, rows, end in zip(self.paths, self.rows, self.ends):
+            files = [] if path in self.folders else [path]
+            if path in self.folders or holds_records(path):
+                files = chain(files, map(self.image_file, range(end - len(rows), end)))
             for file in files:
-                stamp = os.stat(file)
-                digest.update(os.fsencode(f"{Path(file).name} {stamp.st_size} {stamp.st_mtime_ns} "))
+                stamp = None
+                with suppress(OSError, TypeError, ValueError):       # None, a name with "\0"
+                    stamp = os.stat(file)
+                name = file and "/".join(Path(os.path.abspath(file)).parts[-2:])
+                digest.update(os.fsencode(f"{name} {stamp and (stamp.st_size, stamp.st_mtime_ns)} "))
             digest.update(os.fsencode(f"{path.name} {len(rows)}\n"))
         return digest.hexdigest()[:16]
+
+    def image_file(self, i):
+        """The path of item i's image, where that is a file of its own; None where it has none."""
+        path, row, _ = self.place(i)
+        if path in self.folders:
+            return self.path_in_folder(row)
+        with suppress(BadSample), opened(path, "no shard") as file:
+            header, record = (None if place[0] < 0 else read_at(file, *place, cause) for place, cause in
+                              ((row[2:4], "caption too long"), (row[4:], "record too large")))
+            return image_path(read_line(path, header, record), path.parent)
+        return None
 
     def __getitem__(self, i):
         """{"image": uint8 (S, S, 3) or "features", and what `read_texts` returns}; raises BadSample. A

@@ -2217,7 +2217,37 @@ def test_shards_read_tars_folders_and_globs_alike(members, tmp_path):
     assert captions_of(tar) == list(CAPTIONS)                                    # a tar keeps its order
     both = captions_of(tmp_path / "x-*")
     assert both[:5] == list(CAPTIONS) and len(both) == 10
-    assert len(data.open_source(f"{tar},{tmp_path / 'x-folder'},{tar}")) == 15
+    assert len(data.open_source(f"{tar},{tmp_path / 'x-folder'}")) == 10
+
+
+def test_no_sample_is_read_twice(members, tmp_path):
+    """Else what one source holds out would be trained on in another: a file that is given twice, also by
+    another name, and a folder inside another."""
+    write_files(tmp_path, {f"d/{name}": content for name, content in members.items()})
+    write_files(tmp_path, {f"d/{sub}/a{suffix}": content for sub in ("own", ".own") for suffix, content in
+                           ((".png", PNG), (".txt", "a"))})
+    tar = write_tar(tmp_path / "d" / "x.tar", members)
+    (tmp_path / "link.tar").symlink_to(tar)
+    d = tmp_path / "d"
+    for spec in (f"{tar},{tar}", f"{tar}=0.5,{tmp_path}/link.tar=0.5", f"{d},{tar}", f"{d}/*.tar=0.1,{d}",
+                 f"{d}/own,{d}", f"{d},{d}/own=0.5", f"{d},{d}/../d/own"):
+        refuses("twice, also in", data.open_source, spec)
+    assert len(data.open_source(f"{tar},{d}/own")) == 6 and len(data.open_source(f"{d},{d}/.own")) == 12
+    assert len(data.open_source(f"{tmp_path}/{{link,link}}.tar")) == 5
+
+
+def test_images_of_one_name_in_a_tar_are_said(tmp_path):
+    """A mask beside a photograph: the last one counts, the other is counted; a member that is there twice
+    is an update."""
+    tar = write_tar(tmp_path / "x.tar", {"a.jpg": PNG, **pairs("a", "b")})
+    assert (source := data.open_source(str(tar), 8)).left_out == {"second image": 1} and len(source) == 2
+    assert source.name(0).endswith("a.png")
+    blue = tmp_path / "blue.png"
+    plain_image("blue", (8, 8)).save(blue)
+    with tarfile.open(tar, "a") as file:
+        file.add(blue, "b.png")
+    assert (source := data.open_source(str(tar), 8)).left_out == {"second image": 1} and len(source) == 2
+    assert source[1]["caption"] == "b" and source[1]["image"][0, 0, 2] == 255
 
 
 def test_shards_missing_paths_and_pairs_are_one_sentence(tmp_path):
@@ -2496,6 +2526,8 @@ def test_caption_task_converses_and_reconstructs():
     example = data.CaptionTask(converse=1)({**item, "turns": TURNS}, rng)
     assert example.turns == [("What is it?", "Red."), ("Sure?", "Yes.")] and example.turns_images[0] is image
     example = data.CaptionTask(converse=1)({**item, "turns": [("Who?", "Me.")]}, rng)
+    assert example.turns == [("Who?", "Me.")] and example.turns_images[0] is image       # without a mark, too
+    example = data.CaptionTask(converse=1)({"turns": [("Who?", "Me.")]}, rng)
     assert example.turns == [("Who?", "Me.")] and example.turns_images == []
     assert data.CaptionTask(converse=0.1)({"image": image, "turns": TURNS}, rng).turns  # no caption
 
@@ -2600,6 +2632,30 @@ def test_fingerprints_change_with_the_shards(tmp_path):
         names.append(data.open_source(str(folder)).fingerprint())
         assert data.open_source(str(folder)).fingerprint() == names[-1]
     assert len({before, touched, alone, *names}) == 5
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.csv", "x.json", "folder"])
+def test_fingerprints_change_with_images_that_are_files(name, tmp_path):
+    """Images of a folder, or that records name: changed, gone, or there again. Those that can't be stay as
+    they are, and end nothing."""
+    records = [{"image": image, "caption": "x"} for image in ("a.png", "gone.png", "../b.png", "a\0.png")]
+    if name == "folder":
+        write_files(tmp_path, {f"folder/{stem}.txt": "x" for stem in ("a", "gone")})
+        (tmp_path / "folder" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    elif name == "x.csv":
+        write_files(tmp_path, {name: "caption, image\n" + "".join(f"x, \"{r['image']}\"\n" for r in records)})
+    else:
+        write_files(tmp_path, {name: "\n".join(map(json.dumps, records)) if name == "x.jsonl"
+                               else json.dumps(records)})
+    image, names = tmp_path / ("folder/a.png" if name == "folder" else "a.png"), []
+    for colour in "red", "blue", "red", None, "red":
+        image.unlink(missing_ok=True) if colour is None else plain_image(colour, (8, 8)).save(image)
+        if colour is None and name == "folder":
+            image.symlink_to(tmp_path / "nowhere.png")
+        names.append(data.open_source(str(tmp_path / name)).fingerprint())
+        assert data.open_source(str(tmp_path / name)).fingerprint() == names[-1]
+        image.unlink(missing_ok=colour is None)
+    assert len(set(names)) == 5
 
 
 # ---- Corrupt data -----------------------------------------------------------------------------------------
@@ -2964,11 +3020,16 @@ RECORDS = {  # a line of JSONL: its caption, its turns, or the cause why it is n
     '{"image": "https://x.org/a.png", "caption": "x"}': "no image", '{"url": "a"}': "no caption",
     '{"file_name": "a.png", "text": "x"}': "x", '{" Path ": "a.png", "title": "y", "PROMPT": "x"}': "x",
     '{"file": {"path": 1}, "path": "a.png", "text": 5, "title": "x"}': "x",
-    '{"images": ["a.png"], "path": "a.png", "text": "x"}': "no image",
+    '{"images": ["a.png"], "path": "none.png", "text": "x"}': "x",
+    '{"images": ["a.png", "a.png"], "text": "x"}': "several images",
+    '{"images": [{"bytes": "a.png"}], "path": "a.png", "text": "x"}': "no image",
+    '{"image": null, "img": "a.png", "caption": null, "prompt": "", "title": "x"}': "x",
+    '{"image": "a.png", "captions": [], "text": "x"}': "x", '{"image": "a.png", "text": ""}': "empty caption",
+    '{"images": ["a.png"], "caption": null, ' + TALK + "}": [("Hi?", "Ho.")],
     '{"path": "none.png", "text": "no", ' + TALK + "}": [("Hi?", "Ho.")],
     '{"image": "a.png", "captions": ["x"], "text": "no"}': "x",
     '{"image": "a.png", "messages": []}': "no caption",
-    '{"image": "", "path": "a.png", "text": "x"}': "no image",
+    '{"image": "", "path": "a.png", "text": "x"}': "x",
     '{"image": "empty.png", "caption": "x"}': "empty image",
     '{"image": "ps.jpg", "caption": "x"}': "not an image", '{"image": "a.png"}': "no caption",
     '{"image": "a.png", "caption": "x\\u0000y"}': "not UTF-8",
@@ -3046,6 +3107,36 @@ def test_tables_are_read_row_by_row(tmp_path):
             source[0]
     (tmp_path / "x.csv").write_text("image,caption\n" + "a.png,a\n" * 3 + 'a.png,"' + "x\n" * 200_000)
     refuses("x.csv isn't a table: .*quotation mark missing", data.open_source, str(tmp_path / "x.csv"))
+
+
+@pytest.mark.parametrize("mark", [",", ";", "|"])
+def test_spaces_behind_the_marks_of_a_table(mark, tmp_path):
+    """Where the first line has them, a cell's quotation marks may follow them; else they are characters."""
+    rows = ["image", "caption"], ["a.png", f'"a dog{mark} brown"'], ["a.png", '"a ""cat"""'], ["a.png", "x"]
+    texts = ["\n".join(f"{mark}{space}".join(row) for row in rows) for space in (" ", "   ", "")]
+    for text in texts:
+        write_files(tmp_path, {"a.png": PNG, "x.csv": text})
+        captions, causes = read_all(data.open_source(str(tmp_path / "x.csv"), 8))
+        assert list(captions.values()) == [f"a dog{mark} brown", 'a "cat"', "x"] and not causes
+    write_files(tmp_path, {"x.csv": f'image{mark}caption\na.png{mark} "x" y\n'})
+    assert data.open_source(str(tmp_path / "x.csv"), 8)[0]["caption"] == '"x" y'
+
+
+def test_one_record_too_large_is_skipped(tmp_path, monkeypatch):
+    """Whatever file it stands in, however many times too large; the others are read."""
+    monkeypatch.setattr(data, "MAX_RECORD", 2 ** 12)
+    monkeypatch.setitem(data.MAX_BYTES, "record too large", 2 ** 12)
+    for size in 2 ** 12, 2 ** 13, 2 ** 14, 2 ** 15:
+        records = [{"image": "a.png", "caption": c, "more": "y" * (size * (c == "x"))} for c in "axb"]
+        write_files(tmp_path, {"a.png": PNG, "x.json": json.dumps(records, indent=1),
+                               "x.jsonl": "\n".join(map(json.dumps, records)),
+                               "x.csv": "image,caption,more\n" + "".join(f"a.png,{r['caption']},{r['more']}\n"
+                                                                         for r in records)})
+        for name in "x.json", "x.jsonl", "x.csv":
+            captions, causes = read_all(data.open_source(str(tmp_path / name), 8))
+            assert list(captions.values()) == ["a", "b"] and set(causes.values()) == {"record too large"}
+    write_files(tmp_path, {"x.json": json.dumps(records)[:-1]})
+    refuses("x.json isn't a JSON list", data.open_source, str(tmp_path / "x.json"))
 
 
 def test_files_that_change_while_they_are_read(tmp_path):
@@ -6761,6 +6852,22 @@ def captioning(sample_main, tmp_path, monkeypatch):
 
 def files_in(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_sample_captions_the_images_that_training_reads(tmp_path):
+    """Those of linked folders, too; not thumbnails of a NAS, nor what else systems leave in folders."""
+    root, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
+    for name in ("a.png", "b/c.JPG", "b/@eaDir/a.jpg", "__MACOSX/a.png", "lost+found/a.webp", ".trash/a.png",
+                 "b/._c.jpg", "...and more.png", "movie.gif"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    elsewhere.mkdir()
+    (elsewhere / "d.png").touch()
+    (root / "link").symlink_to(elsewhere)
+    found, others = sample.find_images(root)
+    names = [str(path.relative_to(root)) for path in found]
+    assert names == ["a.png", "b/c.JPG", "link/d.png"]
+    assert others == {".gif": 1}
 
 
 def test_sample_captions_however_often_killed(captioning, tmp_path, monkeypatch, capsys):
