@@ -4209,6 +4209,20 @@ def test_a_folder_has_one_encoder(tiny, tmp_path, capsys, line):
         assert run_training(*line, "--save", folder, "--out", tmp_path / name) == 0
 
 
+def test_a_folder_has_one_language_model(tiny, tmp_path, capsys):
+    """Queries and DiT aren't saved beside another language model than theirs, which would be lost; a run with
+    --joint changes its own, and goes on."""
+    other = shutil.copytree(tiny, tmp_path / "other")
+    randomise(BLIP3o.from_pretrained(other), 5).save_pretrained(other)
+    line, before = ("--stage", "1", "--init", tiny, "--batch", 2), (other / "model.safetensors").read_bytes()
+    assert run_training(*line, "--steps", 1, "--save", other, "--out", tmp_path / "a") == 2
+    assert "has another language model than" in capsys.readouterr().err
+    assert (other / "model.safetensors").read_bytes() == before
+    for steps in 1, 2:
+        assert run_training(*line, "--steps", steps, "--joint", 0.5, "--out", tmp_path / "b") == 0
+    assert run_training(*line, "--steps", 1, "--save", tmp_path / "b" / "model", "--out", tmp_path / "c") == 2
+
+
 def test_models_of_own_images_draw_prompts_as_they_are(tiny, tmp_path):
     """Upsampled prompts describe the world: a model trained on other images is saved without them, and with
     the parts that sample.py needs."""
@@ -6089,6 +6103,8 @@ def test_broken_samples_are_counted_or_end_a_run(tiny, tmp_path, capsys):
     assert sum(counts[0].values()) < sum(counts[3].values()) < sum(counts[6].values())
     assert run_training(*line, "--out", tmp_path / "b", "--log-every", 7) == 2
     first, *names = capsys.readouterr().err.splitlines()
+    assert run_training(*line, "--out", tmp_path / "c", "--max-bad", 0) == 2         # at once
+    assert "broken samples in 12: more than --max-bad 0.0 allows" in capsys.readouterr().err
     assert re.match(r"train.py: 4\d broken samples in 84: more than --max-bad 0.01 allows \(.*empty", first)
     assert len(names) == 20
     assert all(re.match(rf"  ({'|'.join(counts[-1])}): {tmp_path}/x.(tar|jsonl)", name) for name in names)

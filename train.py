@@ -325,7 +325,9 @@ class GenerationStage(Stage):
         self.tokenizer, self.converse = tokenizer_of(args.init), args.joint
         self.long_captions = False if args.stage == "2" else None
         need_clip(args.eva, "--eva")
-        need_same_clip(args.save, args.eva, "--eva")
+        need_same("clip", args.save, args.eva, "--eva")
+        if not states(Path(args.out)):           # --joint trains it, and the run may be resumed
+            need_same("llm", args.save, args.init, "--init")
         self.eva = frozen(EvaClip.from_pretrained(args.eva, dtype=args.frozen_dtype))
         self.folders = args.init, args.eva
         self.size, self.decoder = self.eva.config.image_size, None
@@ -566,7 +568,7 @@ class DecoderStage(Stage):
     def __init__(self, args):
         super().__init__()
         need_clip(args.init, "--init")
-        need_same_clip(args.save, args.init, "--init")
+        need_same("clip", args.save, args.init, "--init")
         self.eva = frozen(EvaClip.from_pretrained(args.init, dtype=args.frozen_dtype))
         vae, eva = frozen(VAE.from_pretrained(args.init)), self.eva.config
         self.size, has_unet = eva.image_size, "unet" in folder_parts(args.init) and not args.fresh
@@ -694,14 +696,20 @@ def need_clip(folder, flag):
         raise ValueError(f"{folder} holds no EVA-CLIP: name a folder that does with {flag}")
 
 
-def need_same_clip(save, folder, flag):
-    """ValueError where the model folder `save` has an EVA-CLIP, but another one than `folder`: what is
-    trained on the features of one would be used with the other."""
-    if "clip" in folder_parts(save if Path(save).is_dir() else None):
-        first, second = (EvaClip.from_pretrained(path, "meta").sources["cls_token"]
+# What tells two models' frozen parts apart: the class, and a tensor that all training of the part changes.
+MARKS = {"clip": (EvaClip, "cls_token", "EVA-CLIP"),
+         "llm": (BLIP3o, "llm.layers.0.mlp.down_proj.weight", "language model")}
+
+
+def need_same(part, save, folder, flag):
+    """ValueError where the model folder `save` has a part of MARKS, but another one than `folder`: what is
+    trained with the one would be used with the other, or the part would be lost."""
+    if part in folder_parts(save if Path(save).is_dir() else None):
+        kind, key, words = MARKS[part]
+        first, second = (read_tensor(kind.from_pretrained(path, "meta").sources[key]).half()
                          for path in (save, folder))
-        if not torch.equal(read_tensor(first).half(), read_tensor(second).half()):
-            raise ValueError(f"--save {save} has another EVA-CLIP than {flag} {folder}: choose another one")
+        if not torch.equal(first, second):
+            raise ValueError(f"--save {save} has another {words} than {flag} {folder}: choose another one")
 
 
 def decode_preview(decoder, features, size):
@@ -1509,7 +1517,7 @@ class Meter:
         """ValueError if more samples were broken than --max-bad allows, or too many steps in a row
         weren't finite."""
         number = sum(self.counts.values())
-        if number > args.max_bad * step * args.batch + 10:
+        if number > args.max_bad * step * args.batch + 10 * (args.max_bad > 0):    # ten more, early on
             first = "".join(f"\n  {cause}: {name}" for cause, name in names[:20])
             raise ValueError(f"{number} broken samples in {step * args.batch}: more than --max-bad "
                              f"{args.max_bad} allows ({counted(self.counts)}); the first of them:{first}")
@@ -1790,6 +1798,8 @@ def some_text(text):
     """The `type` of a flag that names something."""
     if not text.strip() or "\0" in text:
         raise argparse.ArgumentTypeError("it is empty")
+    if re.search(r"[\ud800-\udfff]", text):      # it couldn't be written into the run's state
+        raise argparse.ArgumentTypeError("it isn't UTF-8")
     return text
 
 
@@ -1837,8 +1847,8 @@ def make_parser():
         type=number(int, Interval(0, 1024)))
     add("--force", "train, though encoder and decoder lose what the images show", FREE, GENERATION,
         ("data",), **switch)
-    add("--max-bad", "fraction of broken samples above which the run stops", needs=("data",), default=0.01,
-        type=number(float, FRACTION))
+    add("--max-bad", "fraction of broken samples (and ten more) above which the run stops; 0: at the first",
+        needs=("data",), default=0.01, type=number(float, FRACTION))
     add("--log-every", default=20, type=count)
     add("--save-every", default=500, type=count)
     add("--wandb", "project of Weights & Biases that gets the log, too (needs the package wandb)")
