@@ -15,6 +15,7 @@ mistake is a ValueError of one sentence, which `run_command` prints.
 """
 import argparse
 import ctypes
+import hashlib
 import itertools
 import json
 import math
@@ -104,6 +105,8 @@ def run_command(program, command):
     to stderr; 130 after Ctrl-C. With `python -X dev` errors keep their traceback."""
     for name in ("stdout", "stderr"):                                # closed: tqdm and print would fail
         setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))              # noqa: SIM115
+    if hasattr(sys.stdout, "reconfigure"):                           # names that a terminal can't show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return command() or 0
     except KeyboardInterrupt:
@@ -154,6 +157,23 @@ def open_file(path, buffering=-1):
 
 
 GIT_LFS = b"version https://git-lfs"
+
+
+def model_digest(*folders):
+    """A hash of model folders, to tell whether they have changed: of their JSON files, and of the size and
+    64 parts of each safetensors file: training changes all of a tensor, and whole files take minutes."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(Path(folder).rglob("*")):
+            if path.suffix not in (".json", ".safetensors") or not path.is_file():
+                continue
+            with open_file(path) as file:
+                size = os.fstat(file.fileno()).st_size
+                digest.update(os.fsencode(f"{path.relative_to(folder).as_posix()} {size}\n"))
+                for start in [0] if path.suffix == ".json" else range(0, size, max(1, size // 64)):
+                    file.seek(start)
+                    digest.update(file.read() if path.suffix == ".json" else file.read(1024))
+    return digest.hexdigest()[:16]
 
 
 def read_file(path):

@@ -222,6 +222,8 @@ def load_image(file, square=None):
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"it has {image.width} x {image.height} pixels; "
                                                    f"{MAX_PIXELS // 2 ** 20} million is the limit")
+            if image.mode == "F" or image.mode == "I" and image.format == "TIFF":    # of any range
+                raise ValueError("its pixels are floats or 32-bit integers: save it with 8 or 16 bits")
             ImageOps.exif_transpose(image, in_place=True)
             image.load()
             image = as_generated(to_rgb(image), image.info.get(ENLARGED))

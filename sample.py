@@ -63,6 +63,7 @@ from checkpoint import (
     folder_parts,
     from_json,
     map_large_tensors,
+    model_digest,
     model_folder,
     number,
     open_file,
@@ -249,12 +250,22 @@ class Pipeline:
         return self.load_when_called(EvaClip.from_pretrained(self.eva_folder, "meta", self.precision))
 
     @cached_property
+    def digest(self):
+        """A hash of the folders that images depend on; see checkpoint.model_digest."""
+        return model_digest(*dict.fromkeys((self.folder, self.eva_folder)))
+
+    @cached_property
     def decoder(self):
         """The pixel decoder; ValueError if the folder has none."""
         if "unet" not in folder_parts(self.eva_folder):
             raise ValueError(f"there is no diffusion-decoder in {self.eva_folder} to decode features with: "
                              "--eva names a folder that has one")
         decoder = PixelDecoder.from_pretrained(self.eva_folder, "meta", self.precision)
+        config, takes = self.model.config, decoder.unet.config.cross_attention_dim
+        if config.generates and not config.latents and takes != config.gen_hidden_size:
+            raise ValueError(f"the diffusion-decoder in {self.eva_folder} takes features of {takes} "
+                             f"channels, the model in {self.folder} generates {config.gen_hidden_size}: name "
+                             "another folder with --eva")
         self.load_when_called(decoder.unet, compile_target=True)
         self.load_when_called(decoder.vae)
         return decoder
@@ -387,7 +398,7 @@ class Pipeline:
 
         images: a PIL image in each prompt, which is then a change: the answer describes the image after it.
         The DiT would have to decide it all independently at every position. Prompt upsampling is DALL-E 3's
-        (Betker et al. 2023, section 3.5). An empty answer leaves a prompt as it is.
+        (Betker et al. 2023, section 3.5). An answer that is no description leaves a prompt as it is.
         """
         question = data.UPSAMPLE if images is None else data.UPSAMPLE_EDIT
         shown = [[]] * len(prompts) if images is None else [[image] for image in images]
@@ -399,16 +410,19 @@ class Pipeline:
             conversations = [([(question.format(key[0]), None)], [missing[key]]) for key in batch]
             generators = [text_generator(key[1]) for key in batch]
             texts = self.ask(conversations, UPSAMPLED_TOKENS, 1.0, top_p=NUCLEUS, generator=generators)
-            self.upsampled |= {key: text.strip() or key[0] for key, text in zip(batch, texts)}
+            none = ("", *self.requests.values())                     # answers that describe nothing
+            self.upsampled |= {key: key[0] if text.strip() in none else text.strip()
+                               for key, text in zip(batch, texts)}
         return [self.upsampled[key] for key in keys]
 
-    def declined(self, prompts):
+    def declined(self, prompts, image=None):
         """What the language model says about each prompt of which it knows no image: a list, None for all
-        others. A model that was taught to ask for an image does so where it knows one; see `requests`."""
+        others. A model that was taught to ask for an image does so where it knows one; see `requests`.
+        image: a PIL image, of which the prompts are changes."""
         distinct, said = list(dict.fromkeys(prompts)) if self.requests else [], {}
         for i in range(0, len(distinct), BATCH):
             batch = distinct[i:i + BATCH]
-            said |= zip(batch, self.answers([None] * len(batch), batch, UPSAMPLED_TOKENS))
+            said |= zip(batch, self.answers([image] * len(batch), batch, UPSAMPLED_TOKENS))
         texts, accepted = [said.get(prompt, "").strip() for prompt in prompts], ("", *self.requests.values())
         return [None if text in accepted else text for text in texts]
 
@@ -727,7 +741,7 @@ def pick_device(name):
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
+        device = torch.device("cpu" if name == "cpu:0" else name)    # files are mapped into "cpu" alone
     except RuntimeError:
         raise ValueError(f"there is no device called {name!r}: use auto, cpu, cuda or mps") from None
     no_gpu = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
@@ -847,9 +861,10 @@ def read_image(path):
 
 # ---- commands: images -------------------------------------------------------------------------------------
 
-def print_declined(pipe, prompts):
-    """Say so if the model knows no image of a prompt; what it generates all the same may be anything."""
-    for prompt, text in zip(prompts, pipe.declined(prompts)):
+def print_declined(pipe, prompts, image=None):
+    """Say so if the model knows no image of a prompt, or of a change of an image; what it generates all the
+    same may be anything."""
+    for prompt, text in zip(prompts, pipe.declined(prompts, image)):
         if text is None:
             continue
         line = f'"{prompt}" is outside of what this model knows. It says: {text}'
@@ -923,6 +938,7 @@ def explain(pipe, args):
 def settings(pipe, args):
     """The settings that are recorded in the PNG: all that its pixels depend on."""
     about = {"prompt": args.prompt, "seed": args.seed, "ckpt": args.ckpt, "best_of": args.best_of,
+             "model": pipe.digest,          # another one may have come under this name
              "dtype": str(pipe.precision).removeprefix("torch."), "device": pipe.device.type}
     names = ("eva", "image", "size", "min_pixels", "max_pixels")
     about |= {name: getattr(args, name) for name in names if getattr(args, name)}
@@ -1065,12 +1081,16 @@ class Chat:
             raise ValueError(f"the prompt is empty: say what you want, as in {command} {EXAMPLES[command]}")
         if command == "/new":
             self.restart()
+        elif command == "/image" and shown_images(prompt)[0]:
+            raise ValueError("/image generates from words alone: /edit changes an image that @ shows")
         elif command == "/image":
             self.generate(prompt, data.IMG)
-        elif command == "/edit" and self.last is None:
-            raise ValueError("there is no image to edit yet: generate one with /image or show one with @")
         elif command == "/edit":
-            self.generate(prompt, data.EDIT)
+            paths, prompt = shown_images(prompt)
+            if not paths and self.last is None:
+                raise ValueError("there is no image to edit yet: generate one with /image, or show one with "
+                                 f"@, as in /edit {EXAMPLES['/edit']} @cat.png")
+            self.generate(prompt, data.EDIT, paths)
         elif command.startswith("/"):
             raise ValueError(f"there is no command {command}: use /image, /edit, /new or /quit")
         elif command:
@@ -1118,6 +1138,7 @@ def caption(pipe, args):
     its SHARD lines.
     """
     out, (paths, others) = Path(args.out), find_images(Path(args.caption))
+    args.instruction, args.short_instruction = instructions(pipe, args)
     limit = pipe.pixel_limits.get("max_pixels", CAPTION_PIXELS)
     pipe.limits.setdefault("max_pixels", min(limit, CAPTION_PIXELS))
     with file_lock(out / "captions.jsonl"), open(out / "captions.jsonl", "a+b") as log:
@@ -1165,7 +1186,7 @@ def find_images(root):
 def keep_settings(file, args, lines):
     """Write the settings of --caption to a file; ValueError if it holds others, and there are lines of
     theirs."""
-    names = ("ckpt", "instruction", "short_instruction", "max_new_tokens", "temperature", "top_p",
+    names = ("ckpt", "dtype", "instruction", "short_instruction", "max_new_tokens", "temperature", "top_p",
              "repetition_penalty", "min_pixels", "max_pixels", "seed")
     about = {name: getattr(args, name) for name in names}
     before = about | read_json(file) if lines and file.exists() else about       # older files hold fewer
@@ -1197,6 +1218,13 @@ def read_log(log):
     return lines
 
 
+def instructions(pipe, args):
+    """What --caption asks for the long and the short caption; None: for no short one. A model that stage 0
+    taught to talk, as the nano one, knows one request for a description, and none for a short one."""
+    own, short = (data.DESCRIBE, None) if pipe.model.config.chat_images else (LONG, SHORT)
+    return args.instruction or own, args.short_instruction or short
+
+
 def caption_batch(pipe, args, paths, first, out):
     """Captions of a batch of image files: a dict for each, {"image" (relative to out), "caption",
     "short_caption"}, or "skipped" with the cause why there is none. first: the number of the first line,
@@ -1212,6 +1240,8 @@ def caption_batch(pipe, args, paths, first, out):
     for key, question, most in (("caption", args.instruction, args.max_new_tokens),
                                 ("short_caption", args.short_instruction,
                                  min(SHORT_TOKENS, args.max_new_tokens))):
+        if question is None:
+            continue
         conversations = [([(question, None)], [[image]]) for image in images.values()]
         generators = [text_generator(args.seed + first + i) for i in images]
         texts = pipe.ask(conversations, most, args.temperature, top_p=args.top_p, generator=generators,
@@ -1269,7 +1299,11 @@ def add_sample(tar, key, line, image):
 
 def export(pipe, args):
     """--export diffusers DIR: unet, vae, scheduler and transformer in diffusers' layout, in --dtype."""
-    target, decoder = Path(args.export[1]), PixelDecoder.from_pretrained(pipe.eva_folder, dtype=pipe.dtype)
+    target = Path(args.export[1])
+    for name in ("unet", "vae", "scheduler", "transformer", "caption_projection"):
+        if (target / name).exists():
+            raise ValueError(f"{target} has a folder {name} already: choose another one, or delete that")
+    decoder = PixelDecoder.from_pretrained(pipe.eva_folder, dtype=pipe.dtype)
     decoder.unet.save_pretrained(target / "unet")
     decoder.vae.save_pretrained(target / "vae")
     decoder.schedule.save_pretrained(target / "scheduler")
@@ -1378,8 +1412,8 @@ def add_text_flags(add):
     """what to answer, and how"""
     add("--chat", action="store_true", help="a conversation on the terminal, with images both ways")
     add("--caption", metavar="IMAGES", help="caption a folder; --out gets tar shards that train.py reads")
-    add("--instruction", default=LONG, help="--caption: what to ask for the long caption")
-    add("--short-instruction", default=SHORT, help="--caption: what to ask for the short one")
+    add("--instruction", help=f"--caption: what to ask for the long caption ({LONG!r})")
+    add("--short-instruction", help=f"--caption: what to ask for the short one ({SHORT!r})")
     add("--max-new-tokens", type=number(int, COUNT), default=128, help="longest answer")
     add("--temperature", type=number(float, Interval(0, 100)), help="of answers; 0 always takes the "
         "likeliest token (the checkpoint's sampling, else 0)")
@@ -1436,6 +1470,7 @@ def mistakes(command, args, given):
     yield (args.draw and (command == "draw" or command == "edit" and args.prompt is None),
            "--draw needs an --image and a --prompt")
     yield args.reconstruct and command in ("draw", "strip", "gif", "sheet"), "--reconstruct needs an --image"
+    yield command == "gif" and not all(prompts_of(args)), "one of the prompts that | separates is empty"
     yield (command == "gif" and len(prompts_of(args)) > GIF_PROMPTS,
            f"--steps-gif shows at most {GIF_PROMPTS} prompts side by side")
     idle = sorted(given.keys() - READS.get(command, given.keys()))
@@ -1524,9 +1559,8 @@ def output_folder(folder):
 
 def main(argv=None):
     """Run one command; returns its exit code: 0, 2 after a mistake (one sentence on stderr), 130: Ctrl-C."""
-    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
-        if hasattr(stream, "reconfigure"):  # no byte that comes in, and no character that goes out, is fatal
-            stream.reconfigure(errors=errors)
+    if hasattr(sys.stdin, "reconfigure"):   # no byte that comes in is fatal
+        sys.stdin.reconfigure(errors="surrogateescape")
     return run_command("sample.py", partial(run, argv))
 
 
@@ -1553,8 +1587,8 @@ def run(argv):
         raise ValueError("no effect without --temperature: leave out --seed")
     target = args.export[1] if name == "export" else args.out
     with nullcontext() if name == "answer" else output_folder(target):
-        if name in ("draw", "strip", "gif", "sheet", "explain"):
-            print_declined(pipe, prompts_of(args))
+        if name in ("draw", "edit", "strip", "gif", "sheet", "explain"):
+            print_declined(pipe, prompts_of(args), args.image and read_image(args.image))
         COMMANDS[name](pipe, args)
     if pipe.seconds:
         times = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in pipe.seconds.items())

@@ -94,7 +94,16 @@ from dit import DiTConfig, NextDiT
 from evals import charts, estimate, show
 from miniature import pretrain, world
 from miniature.pretrain import train_tokenizer
-from model import BLIP3o, BLIP3oConfig, KVCache, TextConfig, Transformer, VisionConfig, VisionTower
+from model import (
+    BLIP3o,
+    BLIP3oConfig,
+    KVCache,
+    TextConfig,
+    Transformer,
+    VisionConfig,
+    VisionTower,
+    pick_token,
+)
 
 # ==== flow, dit, clip_decoder, checkpoint, model =========================================================
 
@@ -1431,7 +1440,7 @@ def test_no_number_that_is_none_is_exported(tmp_path):
     save_weights({"x": torch.ones(2), "n": torch.arange(3)}, file)
     before = contents(tmp_path)
     for value, dtype in ((math.nan, None), (math.inf, None), (1e6, torch.float16)):
-        refuses("y holds numbers that are .* infinite", save_weights,
+        refuses("y holds NaN or infinite", save_weights,
                 {"x": torch.ones(2), "y": torch.tensor([1, value])}, file, dtype)
     net = tiny_model()
     net.llm.norm.weight.data[0] = math.nan
@@ -2286,6 +2295,8 @@ def test_load_image_formats():
     deep = Image.fromarray((np.arange(64, dtype=np.uint16) * 1024).reshape(8, 8))
     assert (load(deep, "PNG")[..., 1].ravel() == np.arange(64) * 4).all()
 
+    for kind in np.float32, np.int32:                                # of any range: black, perhaps
+        refuses("floats or 32-bit", load, Image.fromarray(np.ones((8, 8), kind)), "TIFF")
     exif = Image.Exif()
     exif[274] = 6                                                    # the camera was turned
     turned = load(left, "JPEG", exif=exif, quality=95)
@@ -6636,6 +6647,83 @@ def test_sample_chat(sample_main, image_file, tmp_path, monkeypatch, capsys):
     assert (np.asarray(images[3][0][0]) == star).all() and (np.asarray(images[4][0][0]) == blue).all()
 
 
+def test_sample_chat_edits_the_image_that_a_line_shows(sample_main, image_file, monkeypatch, capsys):
+    """Not the last one; /image, which takes none, says so, and nothing of a path gets into a prompt."""
+    generate = create_autospec(sample.Pipeline.images, side_effect=sample.Pipeline.images)
+    monkeypatch.setattr(sample.Pipeline, "images", generate)
+    lines = ("/image a star", f'/edit make it blue @"{image_file}"', f'/image a star @"{image_file}"',
+             "/edit it @no.png", f'/edit @"{image_file}"', "/edit grey")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+    assert sample_main("--chat") == 0
+    err = capsys.readouterr().err
+    assert "/edit changes an image" in err and "no image file 'no.png'" in err and "prompt is empty" in err
+    prompts, inputs = zip(*((call.args[1][0], call.kwargs["images"]) for call in generate.call_args_list))
+    assert prompts[:2] == ("a star", "make it blue") and prompts[-1] == "grey" and inputs[0] is None
+    assert (np.asarray(inputs[1][0]) == pixels_of(image_file)).all()
+
+
+def test_what_asks_for_an_image_describes_none(chat_folder, tiny_folder, monkeypatch):
+    """A request, or nothing, in place of an upsampled prompt: it stays as typed."""
+    image = plain_image("red", (32, 32))
+    for answer in data.IMG, data.EDIT, "", " \n":
+        monkeypatch.setattr(sample.Pipeline, "ask", lambda *_, said=answer, **__: [said])
+        for images in None, [image]:
+            assert sample.Pipeline(chat_folder).upsample_prompts(["a star"], [0], images) == ["a star"]
+    monkeypatch.setattr(sample.Pipeline, "ask", lambda *_, **__: [data.IMG])
+    assert sample.Pipeline(tiny_folder).upsample_prompts(["a star"], [0]) == [data.IMG]      # says the word
+
+
+def test_images_of_other_weights_are_kept(tiny_folder, sample_main, tmp_path):
+    """Under the same name of a model, whatever of it has changed; the same model writes the same file."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "m")
+    line = ("--ckpt", folder, "--prompt", "a star", "--steps", 1, "--decoder-steps", 1)
+
+    def names():
+        assert sample_main(*line) == 0
+        return sorted(path.name for path in tmp_path.glob("a-star*"))
+    first = ["a-star-seed0.png"]
+    assert names() == first == names()
+    randomise(EvaClip.from_pretrained(folder), 5).save_pretrained(folder)
+    assert len(names()) == 2 == len(names())
+    config = json.loads((folder / "config.json").read_text())
+    config["nano_blip3o"]["shift"] = 1.5
+    (folder / "config.json").write_text(json.dumps(config))
+    assert len(names()) == 3 == len(names())
+
+
+def test_decoders_of_other_features_are_refused(tiny_folder, sample_main, tmp_path, capsys):
+    """Before anything is generated."""
+    decoder = PixelDecoder.from_pretrained(tiny_folder)
+    config = decoder.unet.config
+    wide = replace(config, cross_attention_dim=64,
+                   projection_class_embeddings_input_dim=64 + 6 * config.addition_time_embed_dim)
+    PixelDecoder(UNet(wide), decoder.vae, decoder.schedule).save_pretrained(tmp_path / "other")
+    assert sample_main("--prompt", "a star", "--eva", tmp_path / "other") == 2
+    err = capsys.readouterr().err
+    assert "takes features of 64 channels" in err and "name another folder with --eva" in err
+
+
+def test_export_replaces_nothing(tiny_folder, sample_main, tmp_path, capsys):
+    """Neither the model's own parts nor another model's."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "m")
+    (tmp_path / "sd" / "vae").mkdir(parents=True)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for target in folder / "diffusion-decoder", tmp_path / "sd":
+        assert sample.main(["--ckpt", str(folder), "--export", "diffusers", str(target)]) == 2
+        assert re.search("has a folder (unet|vae) already", capsys.readouterr().err)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_broken_scores_are_said():
+    """NaN is no token; however low a temperature is, it picks the best one."""
+    scores = torch.tensor([[1.0, 3.0, 2.0], [5.0, 0.0, 4.0]])
+    for temperature in 1e-6, 1e-40, 1e-3:
+        assert pick_token(scores, temperature, 1.0, None).tolist() == [1, 0]
+    scores[1, 1] = math.nan
+    for temperature in 0, 1.0:
+        refuses("scores are NaN", pick_token, scores, temperature, 1.0, None)
+
+
 def test_sample_chat_where_the_model_decides(chat_folder, image_file, sample_main, monkeypatch, capsys):
     """It answers, or asks for an image, new or changed; turns stay, and images come back in the next one."""
     requests = {"draw a star": data.IMG, "blue": data.EDIT, "grey": data.EDIT, "a cross": data.IMG}
@@ -6884,6 +6972,25 @@ def test_sample_captions_the_images_that_training_reads(tmp_path):
     names = [str(path.relative_to(root)) for path in found]
     assert names == ["a.png", "b/c.JPG", "link/d.png"]
     assert others == {".gif": 1}
+
+
+def test_sample_captions_as_the_model_was_taught(chat_folder, tiny_folder, monkeypatch, tmp_path):
+    """A model of stage 0 knows one request for a description: another would be declined, image by image."""
+    asked = []
+
+    def ask(pipe, conversations, *_, **__):
+        asked.extend(turns[0][0] for turns, _ in conversations)
+        return ["red"] * len(conversations)
+    monkeypatch.setattr(sample.Pipeline, "ask", ask)
+    images = write_noise_images(tmp_path / "in", ["a.png"])
+    for i, (folder, words, expected) in enumerate((
+            (chat_folder, (), [data.DESCRIBE]), (tiny_folder, (), [sample.LONG, sample.SHORT]),
+            (chat_folder, ("--short-instruction", "Short."), [data.DESCRIBE, "Short."]))):
+        line = ["--caption", images, "--ckpt", folder, "--out", tmp_path / str(i), *words]
+        assert sample.main(list(map(str, line))) == 0 and asked == expected
+        (line,) = map(json.loads, (tmp_path / str(i) / "captions.jsonl").read_text().splitlines())
+        assert line["caption"] == "red" and ("short_caption" in line) == (len(expected) == 2)
+        asked.clear()
 
 
 def test_sample_captions_however_often_killed(captioning, tmp_path, monkeypatch, capsys):

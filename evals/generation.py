@@ -167,8 +167,9 @@ def generate(args):
     if device == "auto" and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     pipe = Pipeline(args.ckpt, device, args.dtype, eva=args.eva)
-    claim_folder(folder, {"ckpt": args.ckpt, "seed": args.seed, "dtype": str(pipe.precision),
-                          "sampling": pipe.sampling, "prompts": fingerprint(jobs)})
+    claim_folder(folder, {"ckpt": args.ckpt, "model": pipe.digest, "seed": args.seed,
+                          "dtype": str(pipe.precision), "sampling": pipe.sampling,
+                          "prompts": fingerprint(jobs)})
     mine = jobs[rank::world_size]
     missing = [job for job in mine if not is_whole(folder / job["file"])]
     n = len(jobs[0]["seeds"])
