@@ -994,10 +994,13 @@ class Shards:
                 where = ", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else "")
                 causes = count_causes(left_out[shard - len(paths):shard])
                 why = ", ".join(f"{n} {cause}" for cause, n in causes.items()) or "nothing"
-                listed = ": --data takes such a file by its name" if causes.keys() & RECORD_SUFFIXES else ""
+                if all(map(holds_records, paths)):
+                    raise ValueError(f"there are no records in {where}")
+                listed = causes.keys() & RECORD_SUFFIXES and any(path in self.folders for path in paths)
                 raise ValueError(f"no image with a caption in {where}: looked for name.jpg, .png or .webp "
-                                 f"with name{', '.join(TEXT_SUFFIXES)} or .json, for tar shards of these, "
-                                 f"and for {' or '.join(METADATA)}; left out: {why}{listed}")
+                                 f"with name{', '.join(TEXT_SUFFIXES)} or .json, in folders also for tar "
+                                 f"shards of these and {' or '.join(METADATA)}; left out: {why}"
+                                 + ": --data takes such a file by its name" * bool(listed))
             inside = held_out[(held_out >= first) & (held_out < end)] - first
             yield Part(first, end - first, fraction, inside[:end - first - 1])  # leaves one to train on
             first = end
@@ -1266,8 +1269,8 @@ def find(pattern):
 class FeatureCache:
     """Features of the items of Shards on disk: folder/<name>/NNNNNN.safetensors, 1024 items in each.
 
-    The name is a hash of encoders, preprocessing and shards: where they change, a new cache is made. (Images
-    that a JSONL file names are not looked at.) Each file is written whole, so a crash loses only its file.
+    The name is a hash of encoders, preprocessing, shards and image files: where they change, a new cache is
+    made. Each file is written whole, so a crash loses only its file.
     """
     items_per_file = 1024
 
@@ -1320,9 +1323,13 @@ class FeatureCache:
                 images = [blank if isinstance(image, tuple) else image for image in images]
                 for key, value in encode(to_pixels(np.stack(images))).items():
                     features.setdefault(key, []).append(value.cpu().contiguous())
-            with atomic_write(self.file(number)) as temporary:
-                save_file({key: torch.cat(parts) for key, parts in features.items()}, temporary,
-                          {"bad": json.dumps(bad)})
+            try:
+                with atomic_write(self.file(number)) as temporary:
+                    save_file({key: torch.cat(parts) for key, parts in features.items()}, temporary,
+                              {"bad": json.dumps(bad)})
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{self.file(number)} can't be written: {sentence(error)}; the same line "
+                                 "goes on once there is room, or choose another --cache") from None
 
     def __getitem__(self, i):
         """{name: tensor} of item i; raises the BadSample that its image raised."""

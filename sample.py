@@ -264,7 +264,7 @@ class Pipeline:
         config, takes = self.model.config, decoder.unet.config.cross_attention_dim
         if config.generates and not config.latents and takes != config.gen_hidden_size:
             raise ValueError(f"the diffusion-decoder in {self.eva_folder} takes features of {takes} "
-                             f"channels, the model in {self.folder} generates {config.gen_hidden_size}: name "
+                             f"channels, the model in {self.folder} makes {config.gen_hidden_size}: name "
                              "another folder with --eva")
         self.load_when_called(decoder.unet, compile_target=True)
         self.load_when_called(decoder.vae)

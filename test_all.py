@@ -2266,7 +2266,10 @@ def test_shards_missing_paths_and_pairs_are_one_sentence(tmp_path):
     whole = write_tar(tmp_path / "whole.tar", {"a.png": bytes(14400), "a.txt": "b"}).read_bytes()
     (tmp_path / "cut.tar").write_bytes(whole[:9000])
     write_tar(tmp_path / "lonely.tar", {"a.jpg": b"", "b.txt": "b"})
-    for spec, message in {"none.tar": "there is no shard or folder", "*.zip": "no file matches",
+    (tmp_path / "none.jsonl").write_text("\n")
+    (tmp_path / "none.json").write_text("[]")
+    for spec, message in {"none.jsonl": "no records", "none.json": "no records",
+                          "none.tar": "there is no shard or folder", "*.zip": "no file matches",
                           "empty": "no image with a caption", "lonely.tar": "no image with a caption",
                           "text.tar": "isn't a readable tar", "cut.tar": "isn't a readable tar"}.items():
         with pytest.raises(ValueError, match=message) as error:
@@ -2537,7 +2540,7 @@ def test_caption_task_converses_and_reconstructs():
     example = data.CaptionTask(converse=1)({**item, "turns": TURNS}, rng)
     assert example.turns == [("What is it?", "Red."), ("Sure?", "Yes.")] and example.turns_images[0] is image
     example = data.CaptionTask(converse=1)({**item, "turns": [("Who?", "Me.")]}, rng)
-    assert example.turns == [("Who?", "Me.")] and example.turns_images[0] is image       # without a mark, too
+    assert example.turns == [("Who?", "Me.")] and example.turns_images[0] is image  # without a mark, too
     example = data.CaptionTask(converse=1)({"turns": [("Who?", "Me.")]}, rng)
     assert example.turns == [("Who?", "Me.")] and example.turns_images == []
     assert data.CaptionTask(converse=0.1)({"image": image, "turns": TURNS}, rng).turns  # no caption
@@ -2654,7 +2657,8 @@ def test_fingerprints_change_with_images_that_are_files(name, tmp_path):
         write_files(tmp_path, {f"folder/{stem}.txt": "x" for stem in ("a", "gone")})
         (tmp_path / "folder" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     elif name == "x.csv":
-        write_files(tmp_path, {name: "caption, image\n" + "".join(f"x, \"{r['image']}\"\n" for r in records)})
+        rows = "".join(f"x, \"{record['image']}\"\n" for record in records)
+        write_files(tmp_path, {name: f"caption, image\n{rows}"})
     else:
         write_files(tmp_path, {name: "\n".join(map(json.dumps, records)) if name == "x.jsonl"
                                else json.dumps(records)})
@@ -2813,6 +2817,12 @@ def test_feature_cache_is_filled_once_by_all_processes(tmp_path, monkeypatch):
     def encode(pixels):
         encoded.append(len(pixels))
         return {"mean": pixels.mean((2, 3)), "pixels": pixels}
+    for error in BROKEN_DISK:
+        with monkeypatch.context() as patched:
+            patched.setattr(data, "save_file", Mock(side_effect=error))
+            refuses("c/name/000001.safetensors can't be written: .*choose another --cache",
+                    partial(cache.fill, rank=1, world=2, quiet=True), source, encode, 2)
+    encoded.clear()
     cache.fill(source, encode, 2, rank=1, world=2, quiet=True)
     assert [cache.file(number).exists() for number in range(3)] == [False, True, False] and encoded == [2, 1]
     cache.fill(source, encode, 2, quiet=True)
@@ -3035,7 +3045,8 @@ RECORDS = {  # a line of JSONL: its caption, its turns, or the cause why it is n
     '{"images": ["a.png", "a.png"], "text": "x"}': "several images",
     '{"images": [{"bytes": "a.png"}], "path": "a.png", "text": "x"}': "no image",
     '{"image": null, "img": "a.png", "caption": null, "prompt": "", "title": "x"}': "x",
-    '{"image": "a.png", "captions": [], "text": "x"}': "x", '{"image": "a.png", "text": ""}': "empty caption",
+    '{"image": "a.png", "captions": [], "text": "x"}': "x",
+    '{"image": "a.png", "text": ""}': "empty caption",
     '{"images": ["a.png"], "caption": null, ' + TALK + "}": [("Hi?", "Ho.")],
     '{"path": "none.png", "text": "no", ' + TALK + "}": [("Hi?", "Ho.")],
     '{"image": "a.png", "captions": ["x"], "text": "no"}': "x",
@@ -3141,8 +3152,8 @@ def test_one_record_too_large_is_skipped(tmp_path, monkeypatch):
         records = [{"image": "a.png", "caption": c, "more": "y" * (size * (c == "x"))} for c in "axb"]
         write_files(tmp_path, {"a.png": PNG, "x.json": json.dumps(records, indent=1),
                                "x.jsonl": "\n".join(map(json.dumps, records)),
-                               "x.csv": "image,caption,more\n" + "".join(f"a.png,{r['caption']},{r['more']}\n"
-                                                                         for r in records)})
+                               "x.csv": "image,caption,more\n" + "".join(
+                                   f"a.png,{r['caption']},{r['more']}\n" for r in records)})
         for name in "x.json", "x.jsonl", "x.csv":
             captions, causes = read_all(data.open_source(str(tmp_path / name), 8))
             assert list(captions.values()) == ["a", "b"] and set(causes.values()) == {"record too large"}
@@ -4221,8 +4232,8 @@ def test_a_folder_has_one_encoder(tiny, tmp_path, capsys, line):
 
 
 def test_a_folder_has_one_language_model(tiny, tmp_path, capsys):
-    """Queries and DiT aren't saved beside another language model than theirs, which would be lost; a run with
-    --joint changes its own, and goes on."""
+    """Queries and DiT aren't saved beside another language model than theirs, which would be lost; a run
+    with --joint changes its own, and goes on."""
     other = shutil.copytree(tiny, tmp_path / "other")
     randomise(BLIP3o.from_pretrained(other), 5).save_pretrained(other)
     line, before = ("--stage", "1", "--init", tiny, "--batch", 2), (other / "model.safetensors").read_bytes()
@@ -4231,7 +4242,8 @@ def test_a_folder_has_one_language_model(tiny, tmp_path, capsys):
     assert (other / "model.safetensors").read_bytes() == before
     for steps in 1, 2:
         assert run_training(*line, "--steps", steps, "--joint", 0.5, "--out", tmp_path / "b") == 0
-    assert run_training(*line, "--steps", 1, "--save", tmp_path / "b" / "model", "--out", tmp_path / "c") == 2
+    joint = tmp_path / "b" / "model"
+    assert run_training(*line, "--steps", 1, "--save", joint, "--out", tmp_path / "c") == 2
 
 
 def test_models_of_own_images_draw_prompts_as_they_are(tiny, tmp_path):

@@ -78,8 +78,7 @@ SIGNATURES = {
     b"(\xb5/\xfd": "compressed with zstd", b"7z\xbc\xaf": "a 7z archive", b"Rar!": "a RAR archive",
     b"\x89PNG": "an image", b"\xff\xd8\xff": "an image", b"%PDF": "a PDF", b"SQLite format 3": "a database",
     b"\x93NUMPY": "a NumPy array", b"\x89HDF": "an HDF5 file", b"\x80\x04": "a pickle",
-    b"version https://git-lfs": "a pointer of Git LFS, not the file itself", b"<!DOCTYPE": "a web page",
-    b"<!doctype": "a web page", b"<html": "a web page"}
+    b"<!DOCTYPE": "a web page", b"<!doctype": "a web page", b"<html": "a web page"}
 LISTS = ("questions", "annotations", "data")        # fields of an official file that hold its entries
 
 

@@ -149,7 +149,7 @@ def index(table):
     shard = table.folder / "shard"
     write_sparse_shard(shard, s.samples, s.image)
     for i in range(s.shards):
-        (shards / f"{i:05d}.tar").symlink_to(shard)
+        (shards / f"{i:05d}.tar").hardlink_to(shard)
     table.row("samples", table.n, note=f"{s.shards:,} shards of {s.samples:,}; they would take "
               f"{shard.stat().st_size * s.shards / 1e12:.2g} TB")
     data.scan_shard(shard)

@@ -51,7 +51,7 @@ from model import rotate_half_split
 class Model:
     """A stand-in for the pipeline: images (8 x 8) are a function of prompt and seed, answers those of
     `says(question, images)`; `asked` collects what it was asked."""
-    sampling, precision = {}, torch.float32
+    sampling, precision, digest = {}, torch.float32, "x"
 
     def __init__(self):
         self.negatives, self.asked, self.says = {}, [], lambda question, images: "yes"
@@ -1241,7 +1241,7 @@ def many(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "INDEX_FOLDER", tmp_path / "index")
     scale.write_sparse_shard(tmp_path / "shard", 10, 50_000)
     for i in range(12):
-        (tmp_path / f"{i:02d}.tar").symlink_to(tmp_path / "shard")
+        (tmp_path / f"{i:02d}.tar").hardlink_to(tmp_path / "shard")
     source = data.open_source(f"{tmp_path}/*.tar", 64)
     assert len(source) == 120 and os.stat(tmp_path / "shard").st_size > 500_000
     assert source[7]["image"].shape == (64, 64, 3) and source[7]["caption"] == "caption 7"
@@ -1379,7 +1379,7 @@ BROKEN_FILES = {  # command line: [(what is in FILE: text, bytes, JSON, or rows 
         ("index\timage\tquestion\tanswer\n1\t[[1], [2]]\tq?\ty\n", "row 1 .*must be a text"),
         (b"PAR1\0\0", "a Parquet file"), (b"PK\3\4", "zip archive or a spreadsheet"),
         (b"\x1f\x8b\x08", "gzip"), (b"\xff\xfea\0", "UTF-16"), (b"a\xff\xfe", "isn't UTF-8"),
-        (b"version https://git-lfs.github.com", "Git LFS"), (b"<html>", "a web page"),
+        (b"version https://git-lfs.github.com", "git lfs pull"), (b"<html>", "a web page"),
         (bytes(257) + b"ustar", "a tar archive"), ("\n\n", "is empty")],
     "understanding --data FILE.csv": [("index,image\n1,2\n", "a CSV table: convert it")],
     "understanding --task mme --data FILE.tsv": [([ROW], "don't come in pairs")],
