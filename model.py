@@ -1024,6 +1024,10 @@ def read_config(folder, stored):
         "text": text_config(path, raw, text, stored, bool(vision)), "dit": dit,
         "vision": from_json(VisionConfig, vision, f"{path}: vision_config") if vision else None}, path)
     config.eos_token_id = with_generation_ids(folder / "generation_config.json", config.eos_token_id)
+    features = section(ours, "clip", f"{path}: nano_blip3o").get("n_query")
+    if dit and not config.latents and features not in (None, config.grid ** 2):
+        raise ValueError(f"{path}: nano_blip3o.grid {config.grid} makes {config.grid ** 2} features, the "
+                         f"decoder takes clip.n_query {features}")
     return config
 
 

@@ -1113,6 +1113,7 @@ BROKEN = [
     (BLIP3o, {CONFIG: {"nano_blip3o.queries_supervised": True}}, "asks for queries_supervised = true"),
     (BLIP3o, {CONFIG: {"nano_blip3o.dit.depth": 3}}, r"unknown.*: dit\.depth"),
     (BLIP3o, {CONFIG: {"nano_blip3o.format": 3}}, "format 3 .*update the code"),
+    (BLIP3o, {CONFIG: {"nano_blip3o.grid": 2}}, "grid 2 makes 4 features, .* takes clip.n_query 64"),
     (BLIP3o, {CONFIG: {"hidden_act": "gelu"}}, "asks for hidden_act = gelu"),
     (BLIP3o, {CONFIG: {"vision_config.hidden_act": "gelu"}}, "vision_config asks for hidden_act = gelu"),
     (BLIP3o, {CONFIG: {"use_sliding_window": True, "max_window_layers": 1}},
