@@ -159,17 +159,22 @@ def open_file(path, buffering=-1):
 GIT_LFS = b"version https://git-lfs"
 
 
+# Where a model folder's settings and weights lie.
+MODEL_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json",
+               "*.safetensors", "gen_vision_tower/*.*", "diffusion-decoder/*/*.*")
+
+
 def model_digest(*folders):
-    """A hash of model folders, to tell whether they have changed: of their JSON files, and of the size and
-    64 parts of each safetensors file: training changes all of a tensor, and whole files take minutes."""
+    """A hash of model folders, to tell whether they have changed: of their settings, and of the size and 64
+    parts of each file of weights: training changes all of a tensor, and whole files take minutes."""
     digest = hashlib.sha256()
-    for folder in folders:
-        for path in sorted(Path(folder).rglob("*")):
+    for folder, pattern in itertools.product(map(Path, folders), MODEL_FILES):
+        for path in sorted(folder.glob(pattern)):
             if path.suffix not in (".json", ".safetensors") or not path.is_file():
                 continue
-            with open_file(path) as file:
-                size = os.fstat(file.fileno()).st_size
-                digest.update(os.fsencode(f"{path.relative_to(folder).as_posix()} {size}\n"))
+            size = path.stat().st_size
+            digest.update(os.fsencode(f"{path.relative_to(folder).as_posix()} {size}\n"))
+            with open(path, "rb") as file:
                 for start in [0] if path.suffix == ".json" else range(0, size, max(1, size // 64)):
                     file.seek(start)
                     digest.update(file.read() if path.suffix == ".json" else file.read(1024))

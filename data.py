@@ -18,7 +18,7 @@ from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,7 +87,7 @@ MAX_CAPTION, MAX_CONVERSATION = 2 ** 14, 2 ** 16      # bytes
 MAX_RECORD = 2 ** 24                                  # bytes of JSON
 MAX_BYTES = {"image too large": 2 ** 29, "caption too long": MAX_CAPTION, "record too large": MAX_RECORD}
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-csv.field_size_limit(16 * MAX_RECORD)                # larger cells are skipped, not fatal
+csv.field_size_limit(16 * MAX_RECORD)                # a cell above MAX_RECORD costs its row, not the table
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY           # 64 MiB: profiles pass 1 MiB
 
 
@@ -223,7 +223,8 @@ def load_image(file, square=None):
                 raise Image.DecompressionBombError(f"it has {image.width} x {image.height} pixels; "
                                                    f"{MAX_PIXELS // 2 ** 20} million is the limit")
             if image.mode == "F" or image.mode == "I" and image.format == "TIFF":    # of any range
-                raise ValueError("its pixels are floats or 32-bit integers: save it with 8 or 16 bits")
+                raise ValueError("its pixels are floats, signed or of 32 bits: save it with 8 or 16 bits "
+                                 "without sign")
             ImageOps.exif_transpose(image, in_place=True)
             image.load()
             image = as_generated(to_rgb(image), image.info.get(ENLARGED))
@@ -528,7 +529,7 @@ def scan_table(path):
     what = foreign(path)
     if what:
         raise ValueError(f"{path} holds no table: it is {what}")
-    at, number, places = 0, 0, []
+    at, number, first, places = 0, 0, 1, []                          # first: line of the present row
     with open_file(path) as file:
         def texts():                                                 # csv.reader takes no line ahead
             nonlocal at, number
@@ -544,13 +545,13 @@ def scan_table(path):
             for cells in csv.reader(texts(), **form, strict=True):
                 if any(cells):
                     places.append((start, at - start))
-                start = at
+                start, first = at, number + 1
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} isn't UTF-8 text (line {number}: {error.reason}): save it as "
                              "UTF-8") from None
         except csv.Error as error:
-            raise ValueError(f"{path} isn't a table: {error} at line {number} (is a quotation mark missing, "
-                             "or not doubled within a cell?)") from None
+            raise ValueError(f"{path} isn't a table: {error} in the row that begins at line {first} (is a "
+                             "quotation mark missing, or not doubled within a cell?)") from None
         if not places:
             raise ValueError(f"{path} has the columns {printable(', '.join(columns))[:200]}, but no rows")
         read_first(path, file, header, places)
@@ -594,7 +595,7 @@ def list_entries(file):
                 _, end = decode(text, at)
             except (json.JSONDecodeError, RecursionError) as error:
                 if not ended and len(text) - at < 16 * MAX_RECORD:
-                    chunk = file.read(max(MAX_RECORD, len(text))).decode("latin-1")
+                    chunk = file.read(max(MAX_RECORD, min(len(text), 8 * MAX_RECORD))).decode("latin-1")
                     text, ended = text + chunk, not chunk
                     continue
                 pos = getattr(error, "pos", at)
@@ -719,7 +720,7 @@ def pair(files, is_tar):
     suffix the last one counts (the others are "second image"), in a folder each.
     """
     root = len(os.path.commonprefix([name for name, _, _ in files]).rpartition("/")[0]) if is_tar else 0
-    images, left_out, others = {}, Counter(), set()
+    images, left_out, others, found = {}, Counter(), set(), set()
     texts = {suffix: {} for suffix in (".json", *reversed(TEXT_SUFFIXES))}
     for name, kind, place in files:
         stem, dot, suffix = name.rpartition(".")
@@ -730,13 +731,11 @@ def pair(files, is_tar):
             left_out[suffix if suffix in OTHER_SUFFIXES else kind] += 1
             others.add(stem)
         elif suffix in IMAGE_SUFFIXES:
-            images[name] = stem, place
+            images[stem if is_tar else name] = stem, place
+            found.add(name)
         elif suffix in texts and kind == "file":
             texts[suffix][stem] = place
-    found = len(images)
-    if is_tar:
-        images = dict((stem, (stem, place)) for stem, place in images.values())
-    left_out["second image"] = found - len(images)
+    left_out["second image"] = len(found) - len(images)
     records, *texts = texts.values()
     texts = {stem: place for found in texts for stem, place in found.items()}    # .txt comes last
     rows = [(*place, *texts.get(stem, ABSENT), *records.get(stem, ABSENT))
@@ -921,15 +920,16 @@ def held_out_items(n):
 
 def refuse_repeats(paths, folders):
     """ValueError where of these paths two are one file, or one of the folders lies in another: what is held
-    out of the one would be trained on in the other."""
+    out of the one would be trained on in the other. (Records may still name images of a folder.)"""
     real, seen = {path: path.resolve() for path in paths}, {}
     for path in sorted(paths, key=lambda path: len(real[path].parts)):    # folders before what is inside
         inside = [folder for folder in real[path].parents if folder in seen
                   and not hidden(real[path].relative_to(folder).as_posix())] if path in folders else []
-        for other in (real[path], *inside):
-            if other in seen:
-                raise ValueError(f"--data has the samples of {printable(path)} twice, also in "
-                                 f"{printable(seen[other])}: give them once, maybe with =fraction")
+        if real[path] in seen or inside:
+            how, other = ("is the same as", seen[real[path]]) if real[path] in seen else \
+                ("lies in", seen[inside[0]])
+            raise ValueError(f"--data has samples twice: {printable(path)} {how} {printable(other)}; leave "
+                             "one out (=fraction gives it another share)")
         seen[real[path]] = path
 
 
@@ -994,7 +994,7 @@ class Shards:
                 where = ", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else "")
                 causes = count_causes(left_out[shard - len(paths):shard])
                 why = ", ".join(f"{n} {cause}" for cause, n in causes.items()) or "nothing"
-                if all(map(holds_records, paths)):
+                if all(holds_records(path) and path not in self.folders for path in paths):
                     raise ValueError(f"there are no records in {where}")
                 listed = causes.keys() & RECORD_SUFFIXES and any(path in self.folders for path in paths)
                 raise ValueError(f"no image with a caption in {where}: looked for name.jpg, .png or .webp "
@@ -1062,32 +1062,37 @@ class Shards:
         return printable(f"{path}: {member_name(path, row[0])}")
 
     def fingerprint(self):
-        """A hash of all shards, and of images in folders or named by records: name, folder's name, size and
-        time of change; or that they are absent."""
+        """A hash of all shards, and of images in folders or named by records: name, size and time of change;
+        or that they are absent."""
         digest = hashlib.sha256()
-        for path, rows, end in zip(self.paths, self.rows, self.ends):
-            files = [] if path in self.folders else [path]
-            if path in self.folders or holds_records(path):
-                files = chain(files, map(self.image_file, range(end - len(rows), end)))
-            for file in files:
-                stamp = None
+        for path, rows in zip(self.paths, self.rows):
+            for file in self.files_of(path, rows.tolist()):
+                stamp = "absent "
                 with suppress(OSError, TypeError, ValueError):       # None, a name with "\0"
-                    stamp = os.stat(file)
-                name = file and "/".join(Path(os.path.abspath(file)).parts[-2:])
-                digest.update(os.fsencode(f"{name} {stamp and (stamp.st_size, stamp.st_mtime_ns)} "))
+                    found = os.stat(file)
+                    stamp = f"{Path(file).name} {found.st_size} {found.st_mtime_ns} "
+                digest.update(os.fsencode(stamp))
             digest.update(os.fsencode(f"{path.name} {len(rows)}\n"))
         return digest.hexdigest()[:16]
 
-    def image_file(self, i):
-        """The path of item i's image, where that is a file of its own; None where it has none."""
-        path, row, _ = self.place(i)
+    def files_of(self, path, rows):
+        """Yield the files that hold the samples of one of `paths` with these rows: the images of a folder; a
+        shard; records, and the path of each one's image, None if it has none."""
         if path in self.folders:
-            return self.path_in_folder(row)
-        with suppress(BadSample), opened(path, "no shard") as file:
-            header, record = (None if place[0] < 0 else read_at(file, *place, cause) for place, cause in
-                              ((row[2:4], "caption too long"), (row[4:], "record too large")))
-            return image_path(read_line(path, header, record), path.parent)
-        return None
+            yield from map(self.path_in_folder, rows)
+            return
+        yield path
+        if not holds_records(path):
+            return
+        with open_file(path) as file:
+            for row in tqdm(rows, desc=f"images of {path}", leave=False, disable=None, delay=5):
+                header, name = None, None
+                with suppress(BadSample):
+                    if row[2] >= 0:
+                        header = read_at(file, *row[2:4], "caption too long")
+                    record = read_line(path, header, read_at(file, *row[4:], "record too large"))
+                    name = image_path(record, path.parent)
+                yield name
 
     def __getitem__(self, i):
         """{"image": uint8 (S, S, 3) or "features", and what `read_texts` returns}; raises BadSample. A
@@ -1328,8 +1333,8 @@ class FeatureCache:
                     save_file({key: torch.cat(parts) for key, parts in features.items()}, temporary,
                               {"bad": json.dumps(bad)})
             except (OSError, SafetensorError) as error:
-                raise ValueError(f"{self.file(number)} can't be written: {sentence(error)}; the same line "
-                                 "goes on once there is room, or choose another --cache") from None
+                raise ValueError(f"{self.file(number)} can't be written: {sentence(error)}; run the same "
+                                 "command again once there is room, or choose another --cache") from None
 
     def __getitem__(self, i):
         """{name: tensor} of item i; raises the BadSample that its image raised."""

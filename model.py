@@ -579,14 +579,15 @@ def penalise(scores, seen, penalty):
 
 def pick_token(scores, temperature, top_p, generator, top_k=0):
     """scores (B, V) -> the next token (B,): the best at temperature 0, else a sample from the nucleus of the
-    top_k best ones (0: of all). ValueError for NaN.
+    top_k best ones (0: of all). ValueError if the best is NaN or infinite.
     generator: one for all rows, or a list of one per row, which makes rows independent of their batch."""
-    if scores.isnan().any():
-        raise ValueError("the language model's scores are NaN: the weights are broken, or too large for "
-                         "this --dtype (try fp32)")
+    best = scores.amax(-1, keepdim=True)
+    if not best.isfinite().all():
+        raise ValueError("the language model's scores are NaN or infinite: the weights are broken, or too "
+                         "large for this --dtype (try fp32)")
     if temperature == 0:
         return scores.argmax(-1)
-    scores = (scores - scores.amax(-1, keepdim=True)) / temperature              # however low that is
+    scores = (scores - best) / max(temperature, 1e-30)
     scores, order = scores.sort(dim=-1, descending=True)
     probs = scores[:, :top_k or None].softmax(-1)
     probs[probs.cumsum(-1) - probs > top_p] = 0  # keep the nucleus

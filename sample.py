@@ -988,7 +988,7 @@ def answer(pipe, args):
 CHAT = """Write a message and press Enter. @path/to/image.png anywhere in it shows an image,
 @"my cat.png" one with a space in its name.
 {}/image a red circle   generates; what you write next is about that image
-/edit make it blue    edits the last image, generated or shown
+/edit make it blue    edits the last image, generated or shown, or one that @ shows
 /new   begins a new conversation      /quit or Ctrl-D   ends      Ctrl-C   stops an answer"""
 JUST_ASK = "Ask for an image, or for a change of the last one, in your own words, or with a command:\n"
 EXAMPLES = {"/image": "a red circle", "/edit": "make it blue"}
@@ -1081,9 +1081,12 @@ class Chat:
             raise ValueError(f"the prompt is empty: say what you want, as in {command} {EXAMPLES[command]}")
         if command == "/new":
             self.restart()
-        elif command == "/image" and shown_images(prompt)[0]:
-            raise ValueError("/image generates from words alone: /edit changes an image that @ shows")
         elif command == "/image":
+            paths = []
+            with suppress(ValueError):                               # @home is a word
+                paths, _ = shown_images(prompt)
+            if paths:
+                raise ValueError("/image generates from words alone: /edit changes an image that @ shows")
             self.generate(prompt, data.IMG)
         elif command == "/edit":
             paths, prompt = shown_images(prompt)
@@ -1192,7 +1195,8 @@ def keep_settings(file, args, lines):
     before = about | read_json(file) if lines and file.exists() else about       # older files hold fewer
     other = {name: value for name, value in before.items() if value != about.get(name, ...)}
     if other:
-        said = ", ".join(f"{flags([name])} {value}" for name, value in other.items())
+        said = ", ".join(f"no {flags([name])}" if value is None else f"{flags([name])} {value}"
+                         for name, value in other.items())
         raise ValueError(f"{file.parent} holds captions made with {said}: say the same again, or choose "
                          "another --out")
     write_json(file, about)

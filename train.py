@@ -326,7 +326,7 @@ class GenerationStage(Stage):
         self.long_captions = False if args.stage == "2" else None
         need_clip(args.eva, "--eva")
         need_same("clip", args.save, args.eva, "--eva")
-        if not states(Path(args.out)):           # --joint trains it, and the run may be resumed
+        if not (args.joint and states(Path(args.out))):      # a resumed run has changed its own
             need_same("llm", args.save, args.init, "--init")
         self.eva = frozen(EvaClip.from_pretrained(args.eva, dtype=args.frozen_dtype))
         self.folders = args.init, args.eva
@@ -923,8 +923,9 @@ def query_states(args, stage):
 def feature_cache(args, stage, source, device):
     """The filled FeatureCache of a source."""
     design, encoders = getattr(stage, "design", None), nn.ModuleList(stage.encoders)
+    fingerprint = gather_objects(source.fingerprint() if rank() == 0 else None)[0]
     cache = data.FeatureCache(args.cache, digest_of(
-        f"{source.fingerprint()} {stage.size} square bicubic {design}", encoders.named_parameters()))
+        f"{fingerprint} {stage.size} square bicubic {design}", encoders.named_parameters()))
 
     @torch.no_grad()
     def encode(pixels):
@@ -1798,8 +1799,6 @@ def some_text(text):
     """The `type` of a flag that names something."""
     if not text.strip() or "\0" in text:
         raise argparse.ArgumentTypeError("it is empty")
-    if re.search(r"[\ud800-\udfff]", text):      # it couldn't be written into the run's state
-        raise argparse.ArgumentTypeError("it isn't UTF-8")
     return text
 
 

@@ -120,7 +120,8 @@ def claim_folder(folder, about):
     """Note beside a folder of images what they are made with; ValueError if it holds images of other
     settings."""
     note = folder.with_suffix(".json")
-    if folder.exists() and (not note.exists() or read_json(note) != about):
+    # Notes of earlier versions say less.
+    if folder.exists() and (not note.exists() or about | read_json(note) != about):
         raise ValueError(f"{folder} holds images of other settings than these (see {note}): "
                          "choose another --out")
     write_text(note, json.dumps(about, indent=1) + "\n")

@@ -360,7 +360,8 @@ def save_examples(trainer, path):
         folder = trainer.jobs[name, 0] / f"model-{args.steps:06d}"
         rows.append(open_model(folder, args, args.seed, trainer.upsample(name))[1](entries))
     rows.append([world.render(scene_for(entry, rng), len(rows[0][0])) for entry in entries])
-    save_grid([torch.from_numpy(np.stack(row)).permute(0, 3, 1, 2) / 255 for row in rows], path)
+    save_grid([torch.from_numpy(np.stack(row)).permute(0, 3, 1, 2) / 255 for row in rows], path,
+              columns=len(entries))
 
 
 def vary_setting(args, study):
