@@ -540,7 +540,7 @@ def scan_table(path):
             line = next((line for line in texts() if line.strip("\ufeff \t\r\n")), "").encode()
             if not 0 < len(line) <= MAX_CAPTION:
                 raise ValueError(f"{path} isn't a table: its first line has {len(line)} bytes")
-            header, start = (at - len(line), len(line)), at
+            header, start, first = (at - len(line), len(line)), at, number + 1
             form, columns = read_header(line, path)
             for cells in csv.reader(texts(), **form, strict=True):
                 if any(cells):
