@@ -173,11 +173,12 @@ def model_digest(*folders):
             if path.suffix not in (".json", ".safetensors") or not path.is_file():
                 continue
             size = path.stat().st_size
+            step, part = (size, size) if path.suffix == ".json" else (size // 64, 1024)
             digest.update(os.fsencode(f"{path.relative_to(folder).as_posix()} {size}\n"))
             with open(path, "rb") as file:
-                for start in [0] if path.suffix == ".json" else range(0, size, max(1, size // 64)):
+                for start in range(0, size, max(1, step)):
                     file.seek(start)
-                    digest.update(file.read() if path.suffix == ".json" else file.read(1024))
+                    digest.update(file.read(part))
     return digest.hexdigest()[:16]
 
 
@@ -398,8 +399,7 @@ def save_weights(module_or_tensors, path, dtype=None):
     tensors = {name: t.detach().to("cpu", dtype or t.dtype).contiguous() for name, t in tensors.items()}
     for name, t in tensors.items():
         if t.is_floating_point() and not t.isfinite().all():
-            raise ValueError(f"{name} holds NaN or infinite values as {t.dtype}: "
-                             f"{path} is not written")
+            raise ValueError(f"{name} holds NaN or infinite values as {t.dtype}: {path} is not written")
     with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
 

@@ -269,6 +269,7 @@ def to_rgb(image):
 
 
 ADDRESS = re.compile(r"(?i)([a-z][a-z0-9+.-]*://|pipe:|data:)")      # what can't be opened as a file
+EMPTY = (None, "", [])                               # what programs write into a field that a record lacks
 
 
 @dataclass
@@ -278,7 +279,7 @@ class Record:
     captions: list[str | None] | None = None
     short_caption: str | None = None
     conversations: list[dict] | None = None
-    found = ()                                   # the names of all its fields
+    found = ()                                   # the names of its fields, or of a table's columns
 
 
 @dataclass
@@ -303,9 +304,6 @@ def read_record(content, cls, renamed=True):
         raise BadSample("broken JSON", f"this isn't JSON with captions: {error}") from None
 
 
-EMPTY = (None, "", [])                           # what programs write into a field that a record lacks
-
-
 def rename(raw):
     """The fields of a record, with its caption and its image under the names of a Line, where these are
     strings under another of CAPTION_NAMES and IMAGE_NAMES, or "images" is a list. Empty fields don't
@@ -316,9 +314,9 @@ def rename(raw):
         raw = {**raw, "image": images}
     if "conversations" not in full:                                  # LLaVA's
         for field, others in ("caption", CAPTION_NAMES), ("image", IMAGE_NAMES):
-            found = [names[name] for name in others if name in names]
-            if found and full.isdisjoint((field, f"{field}s")):
-                raw = {**raw, field: raw[next((name for name in found if name in full), found[0])]}
+            known = [names[name] for name in others if name in names]
+            if known and full.isdisjoint((field, f"{field}s")):
+                raw = {**raw, field: raw[next((name for name in known if name in full), known[0])]}
     return raw
 
 
@@ -720,7 +718,7 @@ def pair(files, is_tar):
     suffix the last one counts (the others are "second image"), in a folder each.
     """
     root = len(os.path.commonprefix([name for name, _, _ in files]).rpartition("/")[0]) if is_tar else 0
-    images, left_out, others, found = {}, Counter(), set(), set()
+    images, left_out, others, image_names = {}, Counter(), set(), set()
     texts = {suffix: {} for suffix in (".json", *reversed(TEXT_SUFFIXES))}
     for name, kind, place in files:
         stem, dot, suffix = name.rpartition(".")
@@ -732,10 +730,10 @@ def pair(files, is_tar):
             others.add(stem)
         elif suffix in IMAGE_SUFFIXES:
             images[stem if is_tar else name] = stem, place
-            found.add(name)
+            image_names.add(name)
         elif suffix in texts and kind == "file":
             texts[suffix][stem] = place
-    left_out["second image"] = len(found) - len(images)
+    left_out["second image"] = len(image_names) - len(images)
     records, *texts = texts.values()
     texts = {stem: place for found in texts for stem, place in found.items()}    # .txt comes last
     rows = [(*place, *texts.get(stem, ABSENT), *records.get(stem, ABSENT))
@@ -1069,8 +1067,8 @@ class Shards:
             for file in self.files_of(path, rows.tolist()):
                 stamp = "absent "
                 with suppress(OSError, TypeError, ValueError):       # None, a name with "\0"
-                    found = os.stat(file)
-                    stamp = f"{Path(file).name} {found.st_size} {found.st_mtime_ns} "
+                    status = os.stat(file)
+                    stamp = f"{Path(file).name} {status.st_size} {status.st_mtime_ns} "
                 digest.update(os.fsencode(stamp))
             digest.update(os.fsencode(f"{path.name} {len(rows)}\n"))
         return digest.hexdigest()[:16]

@@ -915,11 +915,11 @@ def prompts_of(args):
     return [prompt.strip() for prompt in text.split(" | ")] if args.steps_gif else [text]
 
 
-def show(pipe, args):
+def view(pipe, args):
     """--steps-strip, --steps-gif, --contact-sheet: see evals/show.py."""
     from evals import show
-    view = show.steps_strip if args.steps_strip else show.steps_gif if args.steps_gif else show.contact_sheet
-    view(pipe, args)
+    save = show.steps_strip if args.steps_strip else show.steps_gif if args.steps_gif else show.contact_sheet
+    save(pipe, args)
 
 
 def explain(pipe, args):
@@ -1337,7 +1337,7 @@ def export_transformer(dit, grid, target):
 
 # ---- command line -----------------------------------------------------------------------------------------
 
-COMMANDS = {"draw": draw, "edit": draw, "strip": show, "gif": show, "sheet": show,
+COMMANDS = {"draw": draw, "edit": draw, "strip": view, "gif": view, "sheet": view,
             "explain": explain, "answer": answer, "reconstruct": reconstruct, "chat": chat,
             "caption": caption, "export": export}
 

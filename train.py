@@ -923,6 +923,7 @@ def query_states(args, stage):
 def feature_cache(args, stage, source, device):
     """The filled FeatureCache of a source."""
     design, encoders = getattr(stage, "design", None), nn.ModuleList(stage.encoders)
+    # By one process: it may have to read every record.
     fingerprint = gather_objects(source.fingerprint() if rank() == 0 else None)[0]
     cache = data.FeatureCache(args.cache, digest_of(
         f"{fingerprint} {stage.size} square bicubic {design}", encoders.named_parameters()))
@@ -1518,7 +1519,7 @@ class Meter:
         """ValueError if more samples were broken than --max-bad allows, or too many steps in a row
         weren't finite."""
         number = sum(self.counts.values())
-        if number > args.max_bad * step * args.batch + 10 * (args.max_bad > 0):    # ten more, early on
+        if number > args.max_bad * step * args.batch + 10 * (args.max_bad > 0):
             first = "".join(f"\n  {cause}: {name}" for cause, name in names[:20])
             raise ValueError(f"{number} broken samples in {step * args.batch}: more than --max-bad "
                              f"{args.max_bad} allows ({counted(self.counts)}); the first of them:{first}")
