@@ -28,7 +28,6 @@ import typing
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
-from threading import Thread
 from types import NoneType, UnionType
 from typing import NamedTuple
 
@@ -436,9 +435,8 @@ class Stored(NamedTuple):
     """A tensor on disk; only its file's header has been read."""
     file: Path
     key: str
-    shape: tuple          # as it will be read: another one of as many numbers reshapes
-    dtype: str = "F32"    # of the file, in safetensors' words
-    span: tuple = (0, 0)  # its bytes in the file: first, after the last
+    shape: tuple        # as it will be read: another one of as many numbers reshapes
+    dtype: str = "F32"  # of the file, in safetensors' words
 
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -470,8 +468,7 @@ def read_headers(folder):
                              "read: take a .safetensors file, or the folder that holds it")
         try:
             with safe_open(file, framework="pt"), open_file(file) as f:  # checks what is read here
-                length = int.from_bytes(f.read(8), "little")
-                header = json.loads(f.read(length))
+                header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
         except SafetensorError as error:
             raise ValueError(f"{file} is cut short or broken ({str(error)[:200]}): download it "
                              "again") from None
@@ -480,8 +477,7 @@ def read_headers(folder):
                 continue
             if key in stored:
                 raise ValueError(f"{key} is both in {stored[key].file} and in {file}: remove one of them")
-            span = tuple(8 + length + offset for offset in about["data_offsets"])
-            stored[key] = Stored(file, key, tuple(about["shape"]), about["dtype"], span)
+            stored[key] = Stored(file, key, tuple(about["shape"]), about["dtype"])
     return stored
 
 
@@ -588,28 +584,6 @@ def pieces(stored, device):
 
 
 PIECE = 2 ** 24
-
-
-def read_ahead(tensors, after=None):
-    """Start a thread, after another one's end, that reads the bytes of those tensors that are Stored.
-
-    They go to the system's cache of files alone, which takes memory only as long as nobody else wants it: a
-    later read_tensor needn't wait for the disk. Returns the thread.
-    """
-    spans = sorted((tensor.file, *tensor.span) for tensor in tensors if isinstance(tensor, Stored))
-
-    def read():
-        if after is not None:
-            after.join()
-        buffer = memoryview(bytearray(2 ** 20))
-        for file, start, end in spans:
-            with suppress(OSError), open(file, "rb", buffering=0) as f:  # read_tensor will report it
-                f.seek(start)
-                while start < end and (count := f.readinto(buffer[:end - start])):
-                    start += count
-    thread = Thread(target=read, daemon=True)
-    thread.start()
-    return thread
 
 
 def same_tensor(a, b, rows=4096):

@@ -68,7 +68,6 @@ from checkpoint import (
     number,
     open_file,
     parse_json,
-    read_ahead,
     read_file,
     read_json,
     require_settings,
@@ -161,9 +160,6 @@ class Pipeline:
     its seed and the settings alone: not on its batch, nor on what was generated before. Raises ValueError
     for a folder that holds no model, or a device that isn't there.
     """
-
-    coming = ()                         # see `expect`
-    reading = None                      # the thread that reads ahead
 
     def __init__(self, folder, device="auto", dtype="auto", offload=False, compiled=False, eva=None):
         if offload not in (False, True, "layers"):
@@ -281,23 +277,15 @@ class Pipeline:
         module.sources = {key: tensor for key, tensor in module.sources.items()
                           if not key.startswith(inside)}
 
-        def loaded():
-            self.read_next()
-            if not self.offload:
-                for hook in hooks:
-                    hook.remove()
-                if self.compiled and compile_target:
-                    # Static shapes: no step recompiles. Only forward: hooks (progress bars) can't be traced.
-                    module.forward = torch.compile(module.forward, dynamic=False)
-        hooks, turns = self.fill_when_called(module, module.sources, self.resident, loaded), []
-        for name, tensors, following in zip(names, layers, layers[1:] + layers[:1]):
-            then = partial(self.read_tensors, following)
-            self.fill_when_called(module.get_submodule(name), tensors, turns, then)
+        self.fill_when_called(module, module.sources, self.resident, compile_target)
+        turns = []
+        for name, tensors in zip(names, layers):
+            self.fill_when_called(module.get_submodule(name), tensors, turns)
         return module
 
-    def fill_when_called(self, module, tensors, resident, then):
-        """Hooks, which are returned, that `fill` a module at the first forward of it or of a child, put it
-        into the list `resident`, with offload instead of what is there, and call then()."""
+    def fill_when_called(self, module, tensors, resident, compile_target=False):
+        """`fill` a module at the first forward of it or of a child, and put it into the list `resident`:
+        with offload instead of what is there, and again whenever it was emptied."""
         def enter(*_):
             if not next(module.parameters()).is_meta:                # the first is in no stack
                 return
@@ -306,23 +294,13 @@ class Pipeline:
                     empty(resident.pop())
                 fill(module, tensors, self.device)
                 resident.append(module)
-            then()
-        return [m.register_forward_pre_hook(enter) for m in (module, *module.children())]
-
-    def expect(self, *modules):
-        """The parts (or None) that will be called, in this order: while one works, the next is read."""
-        self.coming = [module for module in modules if module is not None]
-        self.read_next()
-
-    def read_next(self):
-        """Read ahead the part that comes after the one that was loaded last."""
-        for module, following in zip(self.coming, self.coming[1:]):
-            if module in self.resident[-1:] and next(following.parameters()).is_meta:
-                self.read_tensors(following.sources)
-
-    def read_tensors(self, tensors):
-        """Read {name: tensor} ahead, after what is being read."""
-        self.reading = read_ahead(tensors.values(), self.reading)
+            if not self.offload:
+                for hook in hooks:
+                    hook.remove()
+                if self.compiled and compile_target:
+                    # Static shapes: no step recompiles. Only forward: progress bars' hooks can't be traced.
+                    module.forward = torch.compile(module.forward, dynamic=False)
+        hooks = [m.register_forward_pre_hook(enter) for m in (module, *module.children())]
 
     @contextmanager
     def timed(self, part, module=None, calls=None):
@@ -356,9 +334,6 @@ class Pipeline:
         """
         self.image_size(size)           # fail early
         rows, vision = self.final_rows(prompts, seeds, images, upsample)
-        model, decoder = self.model, self.decoder
-        self.expect(model.visual if vision else None, model.llm, model.dit or model.regressor,
-                    None if model.config.latents else decoder.unet, decoder.vae)
         guided = self.setting("decoder_cfg", decoder_guidance) != 1 and not self.model.config.latents
         features = self.generate(rows, seeds, steps, guidance, vision, seeds if guided else ())
         negative = self.negative(seeds, steps, guidance) if guided else None
@@ -581,7 +556,6 @@ class Pipeline:
         Guidance leads away from the features of an all-zero normalised image: matches official.
         """
         size = self.eva.config.image_size
-        self.expect(self.eva, self.decoder.unet, self.decoder.vae)
         pixels = torch.cat([data.preprocess_clip(image, size) for image in images])  # (B, 3, S, S)
         pixels = torch.cat([pixels, torch.zeros_like(pixels[:1])]).to(self.device, self.dtype)
         with self.timed("EVA"):
@@ -668,7 +642,6 @@ class Pipeline:
         if repetition_penalty is None:
             repetition_penalty = own.repetition_penalty
         stop_ids = self.model.stop_ids() + self.tokenizer.control(self.tokenizer.format.end)
-        self.expect(self.model.visual, self.model.llm)
         with self.timed("LLM"):
             answers = self.model.generate_text(
                 ids, mask, *self.batch_vision(vision), max_new_tokens, temperature, top_p,
