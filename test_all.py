@@ -6324,6 +6324,21 @@ def test_sample_offload_computes_the_same(dtype, tiny_folder, monkeypatch):
     assert any(isinstance(m, Int8Linear) for m in pipe.eva.modules()) == (dtype == "int8")
 
 
+def test_sample_dry_run_counts_the_image_parts_of_eva(tiny_folder, sample_main, tmp_path, capsys):
+    """They count wherever they lie; a folder that has none, or that nothing would read, is refused."""
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_folder, bare,
+                    ignore=shutil.ignore_patterns("gen_vision_tower", "diffusion-decoder"))
+    counted = []
+    for args in ([], ["--ckpt", bare, "--eva", tiny_folder]):
+        assert sample_main("--dry-run", "--device", "cpu", *args) == 0
+        counted.append([line.split()[:2] for line in capsys.readouterr().out.splitlines()[2:9]])
+    assert counted[0] == counted[1] and "UNet" in str(counted)
+    for args in (["--eva", bare], ["--eva", tmp_path / "nowhere"], ["--ckpt", "4b", "--eva", tiny_folder]):
+        assert sample_main("--dry-run", "--device", "cpu", *args) == 2
+        assert "--eva" in capsys.readouterr().err
+
+
 def test_sample_never_overwrites_another_image(tiny_folder, sample_main, tmp_path, capsys):
     """Prompts of one slug, other settings, foreign files, --eva for a folder without image parts."""
     (tmp_path / "a-star-seed0.png").write_text("not an image, but somebody's")

@@ -53,8 +53,8 @@ class Blueprint(Pipeline):
 
 
 def components(pipe):
-    """{name: module} of what a Pipeline's folder holds; nothing is read but headers."""
-    parts, model = folder_parts(pipe.folder) if pipe.folder else {"clip", "unet"}, pipe.model
+    """{name: module} of what a Pipeline's folders hold; nothing is read but headers."""
+    parts, model = folder_parts(pipe.eva_folder) if pipe.folder else {"clip", "unet"}, pipe.model
     modules = {"Qwen ViT": model.visual, "LLM": model.llm, "DiT": model.dit, "regressor": model.regressor}
     if "clip" in parts:
         modules["EVA-CLIP"] = pipe.eva
@@ -129,10 +129,15 @@ def estimate_sampling(args):
     """`sample.py --dry-run`: what each part takes, and the peak memory of each use."""
     without_files = args.ckpt in BLUEPRINTS and not Path(args.ckpt).exists()
     if without_files:
+        if args.eva:
+            raise ValueError(f"--eva: there is no folder {args.ckpt}, so all parts of that size count: leave"
+                             " it out")
         pipe = Blueprint(args.ckpt, args.device, args.dtype)
     else:
         pipe = Pipeline(args.ckpt, args.device, args.dtype, eva=args.eva)
     modules = components(pipe)
+    if args.eva and not modules.keys() & {"EVA-CLIP", "UNet"}:
+        raise ValueError(f"--eva: there is neither an EVA-CLIP nor a diffusion-decoder in {args.eva}")
     sizes = {name: (sum(p.numel() for p in module.parameters()), weight_bytes(module))
              for name, module in modules.items()}
     total = tuple(map(sum, zip(*sizes.values())))

@@ -94,7 +94,8 @@ class RandomPipeline(Pipeline):
     """A Pipeline of any sizes without files: parts get random weights when they are first called."""
 
     def __init__(self, config, decoder, device, dtype, offload=False, compiled=False):
-        self.folder, self.config, self.sampling, self.limits = NANO, {}, OFFICIAL, {}
+        self.folder = self.eva_folder = NANO
+        self.config, self.sampling, self.limits = {}, OFFICIAL, {}
         self.device, self.precision = device, pick_dtype(dtype, device)
         self.dtype = activation_dtype(self.precision)
         self.offload, self.compiled = offload, compiled
