@@ -325,7 +325,7 @@ class NextDiT(nn.Module):
                                           velocity is 0 (adaLN-Zero of DiT, as in Lumina-Next)
         layers.N.gate                     0: at first the condition acts through the modulation alone
         norms                             weight 1, bias 0
-        all other linears                 PyTorch's default (official code: those of the first row, too)
+        all other linears                 PyTorch's default (official code: the first row's, too)
         """
         for layer in [block.norm1.linear for block in self.layers] + [self.norm_out.linear_2]:
             nn.init.zeros_(layer.weight)

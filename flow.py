@@ -27,9 +27,9 @@ def shift_time(t, shift):
     shift = 1 is the identity: the paper, and what official weights need. Why shift at all: the features of
     one image are highly redundant, so x_t at t = 0.05 already gives the image away, and the prompt only
     matters for t < 0.05: 5 % of uniform training times, and 2 of 30 sampling steps. A small model trained
-    with uniform t therefore ignores its prompt. SD3 (section 5.3.2) derives the formula for larger images
-    (sigma = 1 - t), RAE (arXiv 2510.11690) uses it for features like ours. Train and sample with the same
-    shift.
+    with uniform t is therefore slow to use its prompt. SD3 (section 5.3.2) derives the formula for larger
+    images (sigma = 1 - t), RAE (arXiv 2510.11690) uses it for features like ours. Train and sample with the
+    same shift.
     """
     if shift <= 0:
         raise ValueError(f"shift must be positive, not {shift}")
@@ -137,9 +137,9 @@ def euler_sample(velocity, x0, steps, shift=1.0, trajectory=None, sampler="euler
     velocity gets x in x0's dtype and t (B,) in fp32; the state is kept in fp32, so that small steps aren't
     rounded away. Returns x1 in x0's dtype. A list given as `trajectory` receives all steps + 1 states, from
     noise to result. sampler "ab2": Adams-Bashforth of order 2, which extends the line through the last
-    velocity and this one, without further evaluations. Its first step is Euler's, having no line, and its
-    last, by far the longest at shift > 1: where few steps are taken, the line would lead astray. Raises
-    ValueError for a sampler that isn't one of SAMPLERS.
+    velocity and this one, without further evaluations. Its first step is an Euler step, as there is no
+    earlier velocity, and so is its last: at shift > 1 that is by far the longest, and the line would
+    overshoot. Raises ValueError for a sampler that isn't one of SAMPLERS.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"there is no sampler {sampler!r}: use {' or '.join(SAMPLERS)}")

@@ -458,7 +458,7 @@ class KVCache:
         return [past[:, :, :end] for past in self.layers[layer]]
 
     def expand(self, rows):
-        """Let the past of one row be that of so many."""
+        """Share the past of one row among `rows` rows: views, no copies."""
         self.layers = {layer: [y.expand(rows, -1, -1, -1) for y in past]
                        for layer, past in self.layers.items()}
 
@@ -750,7 +750,7 @@ class BLIP3o(nn.Module):
         plain even with images: the official code passes no M-RoPE positions here. Queries attend to the
         prompt and to the queries before them; the prompt can't attend to the queries. So while only they are
         trained, it needs no gradient and runs first, into a KVCache: the same gradient for far less work.
-        What all prompts begin with, the template, runs once.
+        The prefix of all prompts, the template, runs once.
         """
         mask = real_tokens(ids, mask)
         end, img = last_real(mask)[:, None] + 1, self.config.img_token_id
@@ -839,8 +839,8 @@ class BLIP3o(nn.Module):
         """Read a folder in the official layout: ours, BLIP3o-Model-4B/8B, Qwen2.5-VL, Llama or SmolLM2.
 
         parts: a subset of {"visual", "llm", "queries", "dit", "regressor"}, None for all in the folder; the
-        others become None and aren't read. On device "meta" only headers are read, see load_strict; but a
-        head beside tied embeddings always, as the two are untied if they differ, as in transformers. Raises
+        others become None and aren't read. On device "meta" only headers are read (see load_strict), except
+        an LM head stored beside tied embeddings: they are untied if they differ, as in transformers. Raises
         ValueError unless files and config.json match exactly, and for settings that aren't implemented.
         """
         folder = Path(folder)
