@@ -99,6 +99,24 @@ def number(kind, interval=None):
     return convert
 
 
+def settings(flag, spec, kinds):
+    """The value of a flag like "name=value,..." -> {name: value}. kinds: {name: (convert, what the value is,
+    in words)}. ValueError for another name, a name twice, or what `convert` refuses."""
+    values = {}
+    for part in filter(None, (spec or "").split(",")):
+        name, equals, text = part.partition("=")
+        if name not in kinds or not equals:
+            raise ValueError(f"{flag} takes {', '.join(kinds)}, as in name=value,name=value; not {part!r}")
+        if name in values:
+            raise ValueError(f"{flag} has {name} twice")
+        convert, words = kinds[name]
+        try:
+            values[name] = convert(text)
+        except argparse.ArgumentTypeError:
+            raise ValueError(f"{flag} {words}, not {part!r}") from None
+    return values
+
+
 def run_command(program, command):
     """Run command() -> the exit code of a script: command's own or 0; 2 after a mistake, whose sentence goes
     to stderr; 130 after Ctrl-C. With `python -X dev` errors keep their traceback."""

@@ -6003,6 +6003,7 @@ MISTAKES = [
         ("vae", "--cache TMP/c --data TMP/data", "--cache belongs to stages decoder, 1 and 2"),
         ("1", "--cache TMP/c", "--cache goes with --data"), ("1", "--max-bad 0.5", "goes with --data"),
         ("1", "--gpus 2", "--gpus goes with --dry-run"),
+        ("1", "--joint 0.5 --freeze-queries", "--freeze-queries needs a frozen language model: leave out"),
         *[("1", f"--design clip-mse {flag}", "belongs to flow matching: --design clip-mse has none")
           for flag in ("--draws 2", "--drop 0.2", "--shift 2", "--dit dim=32", "--compile")],
         ("1", "--design clip-mse --queries 5", "a query for each of the 64 features, not --queries 5"),

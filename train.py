@@ -72,6 +72,7 @@ from checkpoint import (
     read_tensor,
     run_command,
     sentence,
+    settings,
     write_json,
 )
 from clip_decoder import PRESETS as DECODER_PRESETS
@@ -232,6 +233,7 @@ class Stage(nn.Module):
     size = 64                       # side S of the images that this stage reads
     long_captions = None            # of the world. True: long captions, False: short ones, None: a mixture
     converse = 0.0                  # fraction of the samples that are conversations
+    query_states = None             # with --freeze-queries and --cache: data.QueryStates
 
     def __init__(self):
         super().__init__()
@@ -257,9 +259,6 @@ class Stage(nn.Module):
     def check(self, batch):
         """Look at a held-out batch of --data before the first step; raises ValueError where training would
         be in vain."""
-
-    def flush(self):
-        """Write what was computed for a cache."""
 
     def preview(self, batch):
         """A list of rows of images (B, 3, H, W) in [0, 1] to look at, or None."""
@@ -324,11 +323,9 @@ class GenerationStage(Stage):
         super().__init__()
         self.tokenizer, self.converse = tokenizer_of(args.init), args.joint
         self.long_captions = False if args.stage == "2" else None
-        need_clip(args.eva, "--eva")
-        need_same("clip", args.save, args.eva, "--eva")
+        self.eva = frozen_clip(args, args.eva, "--eva")
         if not (args.joint and states(Path(args.out))):      # a resumed run has changed its own
             need_same("llm", args.save, args.init, "--init")
-        self.eva = frozen(EvaClip.from_pretrained(args.eva, dtype=args.frozen_dtype))
         self.folders = args.init, args.eva
         self.size, self.decoder = self.eva.config.image_size, None
         if "unet" in folder_parts(args.eva):
@@ -342,9 +339,7 @@ class GenerationStage(Stage):
             raise ValueError(f"design vae-fm generates a VAE's latents: {args.eva} has no diffusion-decoder "
                              "(--eva names one)")
         self.encoders = [self.decoder.vae if self.design == "vae-fm" else self.eva]
-        trained, self.query_states = ("dit.", "regressor.", "latent_queries"), None
-        if args.freeze_queries:
-            trained = ("dit.", "regressor.")
+        trained = ("dit.", "regressor.") + ("latent_queries",) * (not args.freeze_queries)
         for name, p in self.trained.named_parameters():
             p.requires_grad_(bool(args.joint) or name.startswith(trained))
             p.data = p.data.float() if p.requires_grad else p.data
@@ -352,21 +347,17 @@ class GenerationStage(Stage):
             if part is not None:
                 part.checkpointing = args.checkpointing
         self.compile_target = self.trained.dit
-        self.describe(args, continues, keeps_queries)
-        shape = config.gen_hidden_size, config.grid, config.grid
-        self.collate = GenerationCollate(self.tokenizer, config.vision, self.size, shape, args.draws,
-                                         args.drop, config.shift)
-
-    def describe(self, args, continues, keeps_queries):
-        """Fill in `parts`."""
-        llm = f"continued from {args.init}" if args.joint else f"frozen, from {args.init}"
         queries = origin(args, keeps_queries)
         if not self.trained.latent_queries.requires_grad:
             queries = f"frozen, {'from ' + args.init if keeps_queries else 'as they are drawn'}"
-        decoder = f"frozen, from {args.eva}" if self.decoder else "absent: no previews"
-        self.parts = {"EVA-CLIP": f"frozen, from {args.eva}", "decoder": decoder, "language model": llm,
-                      "queries": queries, "regressor" if self.trained.dit is None else "DiT":
-                      origin(args, continues)}
+        self.parts = {
+            "EVA-CLIP": f"frozen, from {args.eva}",
+            "decoder": f"frozen, from {args.eva}" if self.decoder else "absent: no previews",
+            "language model": f"{'continued' if args.joint else 'frozen,'} from {args.init}",
+            "queries": queries, "regressor" if self.trained.dit is None else "DiT": origin(args, continues)}
+        shape = config.gen_hidden_size, config.grid, config.grid
+        self.collate = GenerationCollate(self.tokenizer, config.vision, self.size, shape, args.draws,
+                                         args.drop, config.shift)
 
     def check(self, batch):
         # The released decoder keeps the meaning of an image, not its pixels.
@@ -417,8 +408,7 @@ class GenerationStage(Stage):
         """The BLIP3oConfig of a fresh generator for the language model of `stored`: the nano DiT makes
         narrow features, the released one wide ones; --dit changes single fields."""
         nano, is_wide = PRESETS["nano"], is_official(self.eva)
-        n_query = args.queries or (64 if args.paper else None) or stored.n_query
-        n_query = n_query or (64 if is_wide else nano["n_query"])
+        n_query = args.queries or 64 * args.paper or stored.n_query or (64 if is_wide else nano["n_query"])
         grid = math.isqrt(self.eva.config.n_query)
         dit = {} if is_wide else {**nano["dit"]}
         dit |= dict(in_channels=self.eva.config.width, cond_dim=stored.text.hidden_size)
@@ -442,7 +432,8 @@ class GenerationStage(Stage):
             weights = config.n_layers * config.dim * (2 * config.dim + 3 * config.ffn_dim)   # at least
             need_memory((4 if args.device == "cpu" else 1) * weights, "its weights and their optimizer")
         except ValueError as error:
-            raise ValueError(f"--dit {args.dit}: {error}") from None
+            words = f"--dit {args.dit}" if args.dit else "the DiT"
+            raise ValueError(f"{words}: {error}") from None
         return replace(base, n_query=n_query, dit=config)
 
     def encode(self, pixels):
@@ -453,29 +444,22 @@ class GenerationStage(Stage):
 
     def forward(self, batch):
         # Every process takes part in every all-reduce, also one without samples of a kind.
-        empty = torch.zeros(0, device=self.trained.latent_queries.device)
+        each = empty = torch.zeros(0, device=self.trained.latent_queries.device)
         name = "mse" if self.trained.dit is None else "flow"
-        each, losses = empty, {}
         if "prompts" in batch:
-            p, (target,) = batch["prompts"], self.targets(batch).values()
-            cond = None if self.query_states is None else self.condition(p)
-            each = self.trained(p["ids"], p["mask"], features=target, pixels=p["patches"],
-                                grid_thw=p["grid"], dropped=batch["dropped"], x0=batch["x0"], t=batch["t"],
-                                cond=cond)[name]                     # (B draws,)
-        losses[name] = mean_over_ranks(each)
+            (target,), cond = self.targets(batch).values(), self.condition(batch["prompts"])
+            each = self.trained(batch["prompts"]["ids"], features=target, cond=cond, x0=batch["x0"],
+                                t=batch["t"], dropped=batch["dropped"])[name]            # (B draws,)
+        losses = {name: mean_over_ranks(each)}
         if name == "flow" and "prompts" in batch:
-            losses["_by_t"] = self.by_time(each.detach(), batch["t"])
+            bin_of = (batch["t"] * self.bins).long().clamp(max=self.bins - 1)
+            pairs = torch.stack([each.detach(), torch.ones_like(each)])
+            losses["_by_t"] = pairs.new_zeros(2, self.bins).index_add_(1, bin_of, pairs)     # sums, numbers
         if "conversations" in batch:
             losses["text"] = text_loss(self.trained, batch["conversations"])
         elif self.converse:
             losses["text"] = mean_over_ranks(empty)
         return losses
-
-    def by_time(self, each, t):
-        """Losses and times (B,) -> sums and numbers of losses in bins of time, (2, bins)."""
-        bin_of = (t * self.bins).long().clamp(max=self.bins - 1)
-        sums = torch.zeros(2, self.bins, device=each.device)
-        return sums.index_add_(1, bin_of, torch.stack([each, torch.ones_like(t)]))
 
     def export(self, folder):
         """Also what the folder lacks for every use of the model: vision tower, encoder and decoder, and the
@@ -527,10 +511,6 @@ class GenerationStage(Stage):
                         "_hard_negative@0.15": loss(0.15, self.condition(negatives), rows)}
         return numbers
 
-    def flush(self):
-        if self.query_states is not None:
-            self.query_states.flush()
-
     def condition(self, prompts):
         """Collated prompts -> the condition (B, n_query, D), from the cache if there is one."""
         if self.query_states is not None:
@@ -567,9 +547,7 @@ class DecoderStage(Stage):
 
     def __init__(self, args):
         super().__init__()
-        need_clip(args.init, "--init")
-        need_same("clip", args.save, args.init, "--init")
-        self.eva = frozen(EvaClip.from_pretrained(args.init, dtype=args.frozen_dtype))
+        self.eva = frozen_clip(args, args.init, "--init")
         vae, eva = frozen(VAE.from_pretrained(args.init)), self.eva.config
         self.size, has_unet = eva.image_size, "unet" in folder_parts(args.init) and not args.fresh
         preset_name = "official" if is_official(self.eva) else "nano"
@@ -659,24 +637,6 @@ def design_of(config):
     return None if config.dit is None else "vae-fm" if config.latents else "clip-fm"
 
 
-def settings(flag, spec, kinds):
-    """The value of a flag like "name=value,..." -> {name: value}. kinds: {name: (convert, what the value is,
-    in words)}. ValueError for another name, a name twice, or what `convert` refuses."""
-    values = {}
-    for part in filter(None, (spec or "").split(",")):
-        name, equals, text = part.partition("=")
-        if name not in kinds or not equals:
-            raise ValueError(f"{flag} takes {', '.join(kinds)}, as in name=value,name=value; not {part!r}")
-        if name in values:
-            raise ValueError(f"{flag} has {name} twice")
-        convert, words = kinds[name]
-        try:
-            values[name] = convert(text)
-        except argparse.ArgumentTypeError:
-            raise ValueError(f"{flag} {words}, not {part!r}") from None
-    return values
-
-
 def dit_fields(spec):
     """--dit "dim=192,rope=2d" -> {"dim": 192, "rope": "2d"}; ValueError for what is no field of DiTConfig,
     or can't be its value. The widths in_channels and cond_dim are those of the other parts."""
@@ -688,12 +648,6 @@ def dit_fields(spec):
         kinds[name] = (str if kind is str else number(kind, interval)), words
     del kinds["in_channels"], kinds["cond_dim"]
     return settings("--dit", spec, kinds)
-
-
-def need_clip(folder, flag):
-    """ValueError where a folder holds no EVA-CLIP."""
-    if "clip" not in folder_parts(folder):
-        raise ValueError(f"{folder} holds no EVA-CLIP: name a folder that does with {flag}")
 
 
 # What tells two models' frozen parts apart: the class, and a tensor that all training of the part changes.
@@ -712,10 +666,18 @@ def need_same(part, save, folder, flag):
             raise ValueError(f"--save {save} has another {words} than {flag} {folder}: choose another one")
 
 
+def frozen_clip(args, folder, flag):
+    """The EVA-CLIP of a model folder, frozen; ValueError where it holds none, or --save another one."""
+    if "clip" not in folder_parts(folder):
+        raise ValueError(f"{folder} holds no EVA-CLIP: name a folder that does with {flag}")
+    need_same("clip", args.save, folder, flag)
+    return frozen(EvaClip.from_pretrained(folder, dtype=args.frozen_dtype))
+
+
 def decode_preview(decoder, features, size):
     """Features (B, n, C) -> images (B, 3, size, size) in [0, 1], in 10 steps from always the same noise."""
-    side, generator = size // decoder.vae.factor, torch.Generator().manual_seed(0)
-    noise = torch.randn(len(features), decoder.unet.config.in_channels, side, side, generator=generator)
+    shape = decoder.latent_shape(len(features), (size, size))
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return decoder.decode(features, None, 10, 1.0, noise, (size, size))
 
 
@@ -815,15 +777,13 @@ def orthogonalise(x, steps=5):
 
 def make_optimizer(stage, args):
     """AdamW, or Muon for linear layers and AdamW for the rest; --zero divides the moments (ZeRO-1)."""
-    named = {name: p for name, p in stage.trained.named_parameters() if p.requires_grad}
-    hidden = set()
+    trained, hidden = [p for p in stage.trained.parameters() if p.requires_grad], set()
     if args.optimizer == "muon":  # the LM head stays with AdamW, as published
         hidden = {m.weight for name, m in stage.trained.named_modules()
                   if isinstance(m, nn.Linear) and name != "llm.lm_head"}
-    groups = [{"params": [p for p in named.values() if p not in hidden]},
-              {"params": [p for p in named.values() if p in hidden], "matrices": True}]
+    groups = [{"params": [p for p in trained if p not in hidden]},
+              {"params": [p for p in trained if p in hidden], "matrices": True}]
     groups = [group for group in groups if group["params"]]
-    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(map(id, named.values()))
     options = dict(lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True)
     if args.zero and world_size() > 1:
         return ZeroRedundancyOptimizer(groups, optimizer_class=Muon, **options)
@@ -877,30 +837,26 @@ def open_samples(args, stage, device):
     task = data.CaptionTask(stage.converse, args.reconstruct, args.short_caption)
     probe = replace(task, converse=float(stage.converse == 1), reconstruct=0.0)
     if isinstance(stage.collate, ConversationCollate):
-        task, probe = (Bounded(task, stage.tokenizer) for task in (task, probe))
+        task, probe = (partial(bounded, task, stage.tokenizer) for task in (task, probe))
     source, unseen = (data.open_source(args.data, stage.size) for _ in range(2))
     if args.cache:
         source.cache = feature_cache(args, stage, source, device)
         if args.freeze_queries:
-            stage.query_states = query_states(args, stage)
+            frozen_weights = ("queries", stage.trained.latent_queries), *stage.trained.llm.named_parameters()
+            name = digest_of(f"query states {args.frozen_dtype}", frozen_weights)
+            stage.query_states = data.QueryStates(Path(args.cache) / name)
     return data.Samples(source, task, args.seed), data.Samples(unseen, probe, args.seed, held_out=True)
 
 
-class Bounded:
-    """A task whose texts fit: others are BadSamples, counted as all are."""
-
-    def __init__(self, task, tokenizer):
-        self.task, self.tokenizer = task, tokenizer
-
-    def __call__(self, item, rng):
-        """An item -> Example, as the task makes it."""
-        example = self.task(item, rng)
-        texts = [example.prompt, *(text for turn in example.turns for text in turn)]
-        size = sum(len(text.encode()) for text in texts)             # at least as many as tokens
-        if size > MAX_TOKENS and (size > 16 * MAX_TOKENS or
-                                  sum(len(self.tokenizer.encode(text)) for text in texts) > MAX_TOKENS):
-            raise data.BadSample("too many tokens", f"{size} bytes are more than {MAX_TOKENS} tokens")
-        return example
+def bounded(task, tokenizer, item, rng):
+    """The Example that a task makes of an item; texts that don't fit are BadSamples, counted as all are."""
+    example = task(item, rng)
+    texts = [example.prompt, *(text for turn in example.turns for text in turn)]
+    size = sum(len(text.encode()) for text in texts)                 # at least as many as tokens
+    if size > MAX_TOKENS and (size > 16 * MAX_TOKENS or
+                              sum(len(tokenizer.encode(text)) for text in texts) > MAX_TOKENS):
+        raise data.BadSample("too many tokens", f"{size} bytes are more than {MAX_TOKENS} tokens")
+    return example
 
 
 def digest_of(text, parameters):
@@ -910,14 +866,6 @@ def digest_of(text, parameters):
         sample = p.detach().flatten()[::max(1, p.numel() // 1024)].float().cpu()
         digest.update(name.encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def query_states(args, stage):
-    """The QueryStates of a stage whose queries and language model are frozen."""
-    model = stage.trained
-    name = digest_of(f"query states {args.frozen_dtype}",
-                     [("queries", model.latent_queries), *model.llm.named_parameters()])
-    return data.QueryStates(Path(args.cache) / name)
 
 
 def feature_cache(args, stage, source, device):
@@ -982,17 +930,12 @@ class MicroBatches(torch.utils.data.Dataset):
             return ValueError(sentence(error))
 
 
-def unchanged(batch):
-    """For DataLoader: what MicroBatches gives is a batch already."""
-    return batch
-
-
 def batches(samples, stage, start, args, device):
     """Micro-batches of this process from step `start` on: step s uses the positions s * batch ... (s + 1)
     * batch - 1."""
     micro = args.batch // args.accumulate         # samples of a micro-batch, of all processes
     return torch.utils.data.DataLoader(
-        MicroBatches(samples, stage.collate, micro), batch_size=None, collate_fn=unchanged,
+        MicroBatches(samples, stage.collate, micro), batch_size=None,    # it gives batches already
         sampler=range(start * args.batch, args.steps * args.batch, micro), num_workers=args.workers,
         pin_memory=device.type == "cuda")
 
@@ -1088,15 +1031,6 @@ def gather_objects(value):
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def any_process(flag):
-    """Is a flag set on any of the processes?"""
-    if not dist.is_initialized():
-        return flag
-    flag = torch.tensor(float(flag))
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
 
 
 # Ctrl-C, the end that a scheduler or `kill` asks for, and a terminal that is closed.
@@ -1262,7 +1196,7 @@ def save_state(out, step, ema, optimizer, args, counts, samples):
                 write()
         except (OSError, SafetensorError) as error:
             problem = error
-        if any_process(problem is not None):  # all processes fail together
+        if any(gather_objects(problem is not None)):  # all processes fail together
             raise ValueError(sentence(problem) if problem else "another process could not write its part")
 
 
@@ -1466,7 +1400,6 @@ class Meter:
     def clear(self):
         """Reset for the next line of the log."""
         self.sums, self.steps, self.waited, self.since, self.new = {}, 0, 0.0, time.time(), Counter()
-        self.pending = []  # (cause, name) of a step that isn't over
 
     def add(self, losses, fraction):
         """A micro-batch's losses, `fraction` of a step."""
@@ -1474,19 +1407,15 @@ class Meter:
             weight = 1 if name[0] == "_" else fraction
             self.sums[name] = self.sums.get(name, 0) + value.detach().float() * weight
 
-    def add_step(self, found_inf):
-        """One more step; found_inf () is 1 where its gradient wasn't finite."""
+    def add_step(self, found_inf, skipped):
+        """One more step; found_inf () is 1 where its gradient wasn't finite, skipped: [(cause, name)] of
+        samples that could not be read."""
         total, in_a_row, most = self.nonfinite
         in_a_row = (in_a_row + 1) * found_inf
         self.nonfinite = torch.stack([total + found_inf, in_a_row, torch.maximum(most, in_a_row)])
         self.steps += 1
-        self.new.update(cause for cause, _ in self.pending)
-        self.broken = (self.broken + self.pending)[:20]
-        self.pending = []
-
-    def skip(self, skipped):
-        """[(cause, name)] of samples that could not be read."""
-        self.pending += skipped
+        self.new.update(cause for cause, _ in skipped)
+        self.broken = (self.broken + skipped)[:20]
 
     def totals(self):
         """{cause: number} since the run began, for its state."""
@@ -1527,8 +1456,7 @@ class Meter:
         if most > args.max_nonfinite:
             raise ValueError(f"no finite gradient in {most} steps in a row, up to step {step} (seed "
                              f"{args.seed}): lower --lr ({args.lr}) or look at the samples before "
-                             f"{step * args.batch}; "
-                             f"{args.out} keeps the last state")
+                             f"{step * args.batch}; {args.out} keeps the last state")
 
 
 def counted(by_cause):
@@ -1602,7 +1530,7 @@ class Run:
                     group["lr"] = learning_rate(self.step, args)
                 try:
                     with stop.within(patience):
-                        losses = self.gradient(loader)
+                        losses, skipped = self.gradient(loader)
                 except Stopped:
                     break
                 norm = nn.utils.clip_grad_norm_(list(ema.params.values()), args.clip)    # of all processes
@@ -1611,7 +1539,7 @@ class Run:
                     optimizer.step()
                 ema.update()
                 optimizer.zero_grad(set_to_none=True)
-                meter.add_step(found_inf)
+                meter.add_step(found_inf, skipped)
                 self.step += 1
                 bar.update()
                 self.estimate(self.step - first)
@@ -1644,9 +1572,9 @@ class Run:
                        f"{left} steps that are left")
 
     def gradient(self, loader):
-        """Forward and backward of all micro-batches of a step; returns the last one's losses. Raises
-        ValueError for samples that can't be used."""
-        args = self.args
+        """Forward and backward of all micro-batches of a step; returns the last one's losses, and the
+        (cause, name) of all that was skipped. Raises ValueError for samples that can't be used."""
+        args, skipped = self.args, []
         for micro in range(args.accumulate):
             before, last = time.time(), micro == args.accumulate - 1
             batch = next(loader)
@@ -1654,7 +1582,7 @@ class Run:
                 raise batch
             batch = to_device(batch, self.device)
             self.meter.waited += time.time() - before
-            self.meter.skip(batch.pop("skipped"))
+            skipped += batch.pop("skipped")
             # Gradients are reduced once a step, with the last micro-batch.
             with nullcontext() if last or not dist.is_initialized() else self.net.no_sync():
                 with autocast(args, self.device):
@@ -1662,7 +1590,7 @@ class Run:
                 loss = (sum(value for name, value in losses.items() if name[0] != "_") / args.accumulate)
                 loss.backward()
             self.meter.add(losses, 1 / args.accumulate)
-        return losses
+        return losses, skipped
 
     def save(self):
         """Write the state, then, with the averaged weights, the probe, the preview and the exported model;
@@ -1683,7 +1611,8 @@ class Run:
                 attempt(f"probe of step {step}", self.evaluate)
             problems.append(attempt(f"model of step {step}", self.export))
             attempt("curves", save_curves, log, out / "curves.png")
-        attempt("query states", self.stage.flush)
+        if self.stage.query_states is not None:
+            attempt("query states", self.stage.query_states.flush)
         barrier()
         self.saved, self.problem = step, "; ".join(filter(None, problems))
         self.meter.since += time.time() - began                      # samples/s exclude saving
@@ -1783,6 +1712,7 @@ NEEDS = {
     "data": "goes with --data, not with the synthetic world",
     "dry_run": "goes with --dry-run",
     "flow": "belongs to flow matching: --design clip-mse has none",
+    "frozen": "needs a frozen language model: leave out --joint",
     "fresh": "is for a fresh generator, but that of --init is trained further: add --fresh",
 }
 
@@ -1877,7 +1807,7 @@ def add_recipe(add, switch, count, fraction):
     generation("--queries", "number of fresh latent queries, instead of those of --init", ("fresh",),
                type=number(int, Interval(1, MAX_TOKENS)))
     generation("--freeze-queries", "don't train the queries; with --cache, each prompt of --data runs "
-               "through the language model only once", **switch)
+               "through the language model only once", ("frozen",), **switch)
     generation("--paper", "the paper's recipe (stages 1 and 2) instead of the nano one", **switch)
     add("--steps", None, NEW, type=count)
     add("--batch", "samples of one step, over all processes", SAME, type=number(int, Interval(1, 10 ** 6)))
@@ -1902,7 +1832,8 @@ def resolve(given, later=None):
     when the run begins. ValueError for flags that contradict each other."""
     args = argparse.Namespace(**{name: flag.default for name, flag in FLAGS.items()} | given)
     args.given = sorted(given)
-    check_use(args, {"data": args.data, "dry_run": args.dry_run, "flow": args.design != "clip-mse"})
+    check_use(args, {"data": args.data, "dry_run": args.dry_run, "flow": args.design != "clip-mse",
+                     "frozen": not args.joint})
     for key, value in {**SHARED, **(PAPER if args.paper else RECIPES)[args.stage]}.items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)

@@ -100,7 +100,7 @@ FAULTS = [
      "return last + (args.lr - last) * (1 + math.cos(math.pi * min(1, progress)))"),
     ("train.py", "torch._foreach_lerp_(momenta, grads, 0.05)", "torch._foreach_lerp_(momenta, grads, 0.5)"),
     ("train.py", "count /= dist.get_world_size()", "pass"),
-    ("train.py", "if any_process(problem is not None):", "if problem is not None and False:"),
+    ("train.py", "if any(gather_objects(problem is not None)):", "if problem is not None and False:"),
     ("train.py", "if int(folder.name[5:]) < step][:-1]", "if int(folder.name[5:]) < step]"),
     ("checkpoint.py", "if not stat.S_ISREG(mode):", "if False:"),
     ("checkpoint.py", "parse_constant=refuse, ", ""),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 import data
-from checkpoint import Interval, number
+from checkpoint import Interval, number, settings
 from data import Example
 from miniature import world
 
@@ -46,7 +46,6 @@ def parse_options(spec, stage, has_vision=False):
     has_vision: the model has a vision tower, so stage 2 learns to edit.
     Raises ValueError for what is no option, no value of one, or has no effect in this stage.
     """
-    from train import settings  # which imports this module when it runs
     given = settings("--world", spec, KINDS)
     for name, stages in STAGES.items():
         if given.get(name) and stage not in stages:
