@@ -329,12 +329,12 @@ class Pipeline:
                size=None, images=None, upsample=None):
         """One prompt and one seed for each image -> pixels (B, 3, H, W) in [0, 1], fp32, on the CPU.
 
-        images, upsample: see `features`; size: see `pixels`. The negative features of the decoder's guidance
-        are generated in the same batch: the language model and the DiT come into memory once.
+        images, upsample: see `features`; size: see `image_size`. The negative features of the decoder's
+        guidance are generated in the same batch: the language model and the DiT come into memory once.
         """
         self.image_size(size)           # fail early
         rows, vision = self.final_rows(prompts, seeds, images, upsample)
-        guided = self.setting("decoder_cfg", decoder_guidance) != 1 and not self.model.config.latents
+        guided = self.guides_decoder(decoder_guidance)
         features = self.generate(rows, seeds, steps, guidance, vision, seeds if guided else ())
         negative = self.negative(seeds, steps, guidance) if guided else None
         return self.pixels(features, seeds, decoder_steps, decoder_guidance, size, negative)
@@ -470,6 +470,10 @@ class Pipeline:
         settings = (self.setting("steps", steps), self.setting("cfg", guidance), self.sampling["sampler"],
                     *self.sampling["cfg_interval"])
         return [(seed, *settings) for seed in seeds]
+    def guides_decoder(self, guidance=None):
+        """Is the decoder guided, so that it takes `negative` features?"""
+        return self.setting("decoder_cfg", guidance) != 1 and not self.model.config.latents
+
 
     def negative(self, seeds, steps=None, guidance=None):
         """Negative features (B, 64, C) for the decoder's guidance, generated from a single space.
@@ -900,8 +904,7 @@ def explain(pipe, args):
     from evals.explain import explain_page
     args = argparse.Namespace(**{**vars(args), "prompt": args.explain})
     about = json.dumps({**settings(pipe, args), "ckpt": Path(args.ckpt).name, "explain": True})    # to share
-    page, _ = explain_page(pipe, args.prompt, args.seed, about, args.steps, args.cfg, args.decoder_steps,
-                           args.decoder_cfg, args.size and (args.size,) * 2, args.upsample)
+    page, _ = explain_page(pipe, args.prompt, args.seed, about, **sampling(args))
     path = unused_path(args.out, f"{slug(args.prompt)}-seed{args.seed}-explained.html", about)
     with atomic_write(path) as temporary:
         temporary.write_text(page, "utf-8")

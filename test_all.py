@@ -6260,6 +6260,17 @@ def test_sample_answers_reconstructs_and_strips(pipe, image_file, sample_main, t
     assert Image.open(tmp_path / "a-star-seed0-steps.png").size == (5 * 196, 2 * 196)    # noise and 4 steps
 
 
+def test_sample_strip_ends_with_the_image(pipe, sample_main, tmp_path):
+    """Of the same settings, those of the decoder's negative features among them."""
+    for flags in ([], ["--steps-strip"]):
+        assert sample_main("--prompt", "a star", "--steps", 2, "--cfg", 3, "--decoder-cfg", 4, *flags) == 0
+    strip, image = (pixels_of(tmp_path / f"a-star-seed0{end}.png") for end in ("-steps", ""))
+    (other,) = sample.to_uint8(pipe.pixels(pipe.features(["a star"], [0], 2, 3), [0], None, 4))
+    last = strip[2:194:6, 2 * 196 + 2:3 * 196 - 2:6]                 # of the upper row
+    assert (last == sample.to_uint8(pipe.images(["a star"], [0], 2, 3, None, 4))[0]).all()
+    assert image.size > 0 and (last != other).any()
+
+
 def test_sample_in_int8(image_file, tmp_path, monkeypatch, capsys):
     """Images and answers of weights/nano are nearly those in fp32, with --offload the same; the PNG says how
     it was made; --dry-run counts the bytes that are there."""

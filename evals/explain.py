@@ -27,6 +27,7 @@ import data
 import model
 from clip_decoder import VAE, EulerSchedule
 from dit import Block
+from evals.show import decode_states
 from flow import euler_sample, guided, timesteps
 from sample import to_uint8
 
@@ -250,27 +251,20 @@ def decoder_panel(pipe, tape):
 
 # ---- the page ---------------------------------------------------------------------------------------------
 
-def explain_page(pipe, prompt, seed, about, steps=None, guidance=None, decoder_steps=None,
-                 decoder_guidance=None, size=None, upsample=None):
+def explain_page(pipe, prompt, seed, about, **sampling):
     """The page (a string of HTML) about the image of one prompt and seed, and that image (3, H, W).
 
-    about: the settings, a JSON string that the page keeps; the others: as Pipeline.images takes them.
+    about: the settings, a JSON string that the page keeps; sampling: as Pipeline.images takes it.
     Raises ValueError for a model without DiT.
     """
     if pipe.model.dit is None:
         raise ValueError(f"the model in {pipe.folder} has no DiT: there is no way from noise to explain")
-    text = pipe.final_prompts([prompt], [seed], None, upsample)[0]       # kept: the run below asks no more
-    scales = pipe.setting("cfg", guidance), pipe.setting("decoder_cfg", decoder_guidance)
+    text = pipe.final_prompts([prompt], [seed], None, sampling.get("upsample"))[0]    # it is kept
+    scales = [pipe.setting("cfg", sampling.get("guidance")),
+              pipe.setting("decoder_cfg", sampling.get("decoder_guidance"))]
     with record(pipe, *scales) as tape:
-        image = pipe.images([prompt], [seed], steps, guidance, decoder_steps, decoder_guidance, size,
-                            upsample=upsample)[0]
-
-    def decode(features):
-        seeds = [seed] * len(features)
-        negative = None
-        if scales[1] != 1 and not pipe.model.config.latents:
-            negative = pipe.negative(seeds, steps, guidance)
-        return pipe.pixels(features.to(pipe.device), seeds, decoder_steps, decoder_guidance, size, negative)
+        image = pipe.images([prompt], [seed], **sampling)[0]
+    decode = partial(decode_states, pipe, seed, sampling)
     (ids,), _ = pipe.prompt_rows([text])
     n, condition = len(tape.condition), F.normalize(tape.condition, dim=-1)
     panels = {name: {"title": title, "says": says, **where(function(pipe), snippet)}

@@ -18,6 +18,16 @@ GIF_PAUSE, GIF_END = 180, 2500      # milliseconds of a frame and of the last on
 CHANGE = "make the background {}"   # to what it isn't yet
 
 
+def decode_states(pipe, seed, sampling, features):
+    """Features (B, n, C) on the way of one image -> pixels (B, 3, H, W) in [0, 1], each as Pipeline.images
+    would decode it. sampling: see `cells`."""
+    seeds, guidance, negative = [seed] * len(features), sampling.get("decoder_guidance"), None
+    if pipe.guides_decoder(guidance):
+        negative = pipe.negative(seeds, sampling.get("steps"), sampling.get("guidance"))
+    return pipe.pixels(features.to(pipe.device), seeds, sampling.get("decoder_steps"), guidance,
+                       sampling.get("size"), negative)
+
+
 def steps_strip(pipe, args):
     """--steps-strip: the way of one image from noise, FRAMES of its steps from left to right.
 
@@ -27,8 +37,7 @@ def steps_strip(pipe, args):
     states, predictions = pipe.trajectory(args.prompt, args.seed, args.steps, args.cfg, args.upsample)
     frames = torch.linspace(0, len(states) - 1, min(FRAMES, len(states))).round().long()
     features = torch.cat([states[frames], predictions[frames]])                          # (2 FRAMES, 64, C)
-    pixels = pipe.pixels(features, [args.seed] * len(features), args.decoder_steps, args.decoder_cfg,
-                         sampling(args)["size"])
+    pixels = decode_states(pipe, args.seed, sampling(args), features)
     about = {**settings(pipe, args), "frames": len(frames)}
     name = f"{slug(args.prompt)}-seed{args.seed}-steps"
     save_image(image_grid(pixels, len(frames)), args.out, name, about)
@@ -47,8 +56,7 @@ def steps_gif(pipe, args):
     time = torch.linspace(0, 1, GIF_FRAMES)
     chosen = ((len(states[0]) - 1) * (2 - time) * time).round().long().unique()    # most happens at the end
     features = torch.stack(states, 1)[chosen].flatten(0, 1)                 # (frames prompts, 64, C)
-    pixels = pipe.pixels(features, [args.seed] * len(features), args.decoder_steps, args.decoder_cfg,
-                         sampling(args)["size"])
+    pixels = decode_states(pipe, args.seed, sampling(args), features)
     rows = [to_uint8(image_grid(row, len(prompts), LEAST)) for row in pixels.split(len(prompts))]
     colours = GIF_COLOURS if pixels.shape[-1] < LEAST else 256
     film = Image.fromarray(np.concatenate(rows))                                    # one palette for all
@@ -84,8 +92,7 @@ def cells(pipe, prompt, seed, sampling):
         states, _ = pipe.trajectory(prompt, seed, *map(sampling.get, ("steps", "guidance", "upsample")))
         time = torch.arange(CELL_FRAMES) / CELL_FRAMES                         # most happens at the end
         chosen = ((len(states) - 1) * (2 - time) * time).long()
-        frames = pipe.pixels(states[chosen], [seed] * CELL_FRAMES, sampling["decoder_steps"],
-                             sampling["decoder_guidance"], sampling["size"])
+        frames = decode_states(pipe, seed, sampling, states[chosen])
         for step, frame in zip(chosen.tolist(), to_uint8(frames)):
             yield f"the same after {step} of {len(states) - 1} steps", frame
     shown = Image.fromarray(image)
