@@ -212,6 +212,8 @@ def load_image(file, square=None):
     """
     is_path = isinstance(file, (str, Path))
     name = file if is_path else "the image"
+    if is_path and re.match(r"\w+://", str(file)):
+        raise BadSample("no image", f"it has a web address, not a file's name: download it first ({file})")
     try:
         opened = open_file(file) if is_path else nullcontext(file)
     except (OSError, ValueError) as error:
@@ -323,7 +325,7 @@ def rename(raw):
 def read_line(path, header, content):
     """The record of a file of RECORD_SUFFIXES, in bytes, as a Line; BadSample. header: a table's, else
     None."""
-    if not is_table(path):
+    if header is None:
         return read_record(content, Line)
     try:
         form, columns = read_header(header, path)
@@ -461,11 +463,6 @@ def holds_records(path):
     return path.suffix.lower() in RECORD_SUFFIXES
 
 
-def is_table(path):
-    """Is a file a table, by its name?"""
-    return path.suffix.lower() in TABLE_SUFFIXES
-
-
 def hidden(name):
     """Is a file, or a folder on the way to it, hidden or made by a system: ._a.jpg, .git/a.jpg, __MACOSX?"""
     return any(part in JUNK or part[:1] == "." and part.strip(".") for part in name.split("/"))
@@ -482,7 +479,8 @@ def scan_shard(path):
     Returns rows (n, 6) int64, and how many members are left out for each cause of LEFT_OUT. Raises
     ValueError, which says what the file is, if it can't be read.
     """
-    scan = scan_table if is_table(path) else scan_records if holds_records(path) else scan_tar
+    is_table = path.suffix.lower() in TABLE_SUFFIXES
+    scan = scan_table if is_table else scan_records if holds_records(path) else scan_tar
     rows, left_out = scan(path)
     return np.array(rows, np.int64).reshape(-1, 6), np.array(left_out)
 
@@ -1404,9 +1402,6 @@ class ItemImages(torch.utils.data.Dataset):
 
     def __init__(self, source):
         self.source = source
-
-    def __len__(self):
-        return len(self.source)
 
     def __getitem__(self, i):
         try:

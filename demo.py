@@ -9,6 +9,7 @@ from functools import partial
 
 import sample
 from checkpoint import Interval, Parser, number, parse_json, run_command, sentence
+from data import load_image
 
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}      # read by gradio's import
 try:
@@ -45,7 +46,7 @@ class Page:
     def with_origin(self, file):
         """(the file of an image, what it was generated from: its prompt, upsampled if so, and its seed)."""
         about = parse_json(sample.made_from(file), file)
-        images = [sample.read_image(about["image"])] if "image" in about else None
+        images = [load_image(about["image"])] if "image" in about else None
         prompt, = self.pipe.final_prompts([about["prompt"]], [about["seed"]], images, None)
         return file, f"{prompt} (seed {about['seed']})"
 
@@ -60,7 +61,7 @@ class Page:
     def reconstruct(self, seed, image):
         """The file of an image -> what its 64 features keep of it, uint8 (H, W, 3)."""
         args = self.read("--reconstruct", seed=seed, image=image)
-        given = [sample.read_image(image)], [args.seed], args.decoder_steps, args.decoder_cfg
+        given = [load_image(image)], [args.seed], args.decoder_steps, args.decoder_cfg
         return sample.to_uint8(sample.image_grid(self.pipe.reconstruct(*given)))
 
     def talk(self, command, message, shown, chat, seed, steps):
@@ -68,7 +69,7 @@ class Page:
         text, files, args = message["text"], message["files"], self.read("--chat", seed=seed, steps=steps)
         chat = chat or sample.Chat(self.pipe, args)
         chat.args, before = args, chat.generated
-        chat.last = files[-1] if command and files and sample.read_image(files[-1]) else chat.last
+        chat.last = files[-1] if command and files and load_image(files[-1]) else chat.last
         words = [command] if command else [f'@"{file}"' for file in files]
         chat.read(" ".join([*words, text.replace("@", "\N{WORD JOINER}@")]))    # which opens no file here
         said = [*({"path": file} for file in files), *[text] * bool(text.strip())]

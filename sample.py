@@ -420,12 +420,13 @@ class Pipeline:
     @torch.no_grad()
     def query_states(self, rows, vision=None):
         """Rows of token ids, without [IMG] and queries, and their vision inputs -> (B, n_query, D)."""
-        ids, mask = self.batch_rows(rows, 1 + self.model.config.n_query)             # (B, L)
+        inputs = self.batch(rows, vision, 1 + self.model.config.n_query)
         with self.timed("LLM"):
-            return self.model.condition(ids, mask, *self.batch_vision(vision))
+            return self.model.condition(*inputs)
 
-    def batch_rows(self, rows, more):
-        """Rows of ids -> ids and mask (B, L); ValueError if `more` tokens after them exceed the context."""
+    def batch(self, rows, vision, more):
+        """Rows of ids and their vision inputs -> ids and mask (B, L), pixels (all patches, P) and grid_thw
+        (images, 3), both None of no images. ValueError if `more` tokens after a row exceed the context."""
         file, name = self.folder / "config.json", "max_position_embeddings"
         said = section(self.config, "text_config", file).get(name, self.config.get(name))
         limit = typed(said, int | None, COUNT, f"{file}: {name}") or CONTEXT
@@ -433,7 +434,11 @@ class Pipeline:
         if longest > limit:
             raise TooLong(f"the prompt takes {longest - more} tokens, up to {more} come after it, and the "
                           f"model reads {limit}: shorten {'it' if longest - more > more else 'the answer'}")
-        return [y.to(self.device) for y in data.pad(rows)]
+        ids, mask = (y.to(self.device) for y in data.pad(rows))
+        if not vision:
+            return ids, mask, None, None
+        patches, grids = map(torch.cat, zip(*vision))
+        return ids, mask, patches.to(self.device, self.dtype), grids.to(self.device)
 
     @torch.no_grad()
     def generate(self, rows, seeds, steps=None, guidance=None, vision=None, negatives=(), trajectory=None):
@@ -465,15 +470,15 @@ class Pipeline:
                              "generate images")
         return draw_noise(seeds, (config.gen_hidden_size, config.grid, config.grid), stream)
 
+    def guides_decoder(self, guidance=None):
+        """Is the decoder guided, so that it takes `negative` features?"""
+        return self.setting("decoder_cfg", guidance) != 1 and not self.model.config.latents
+
     def negative_keys(self, seeds, steps, guidance):
         """What the negative features of each seed depend on."""
         settings = (self.setting("steps", steps), self.setting("cfg", guidance), self.sampling["sampler"],
                     *self.sampling["cfg_interval"])
         return [(seed, *settings) for seed in seeds]
-    def guides_decoder(self, guidance=None):
-        """Is the decoder guided, so that it takes `negative` features?"""
-        return self.setting("decoder_cfg", guidance) != 1 and not self.model.config.latents
-
 
     def negative(self, seeds, steps=None, guidance=None):
         """Negative features (B, 64, C) for the decoder's guidance, generated from a single space.
@@ -579,13 +584,6 @@ class Pipeline:
         """The number of tokens that an image with these vision inputs takes in a prompt."""
         return len(inputs[0]) // self.model.config.vision.spatial_merge_size ** 2
 
-    def batch_vision(self, inputs):
-        """Vision inputs -> pixels (all patches, P) and grid_thw (images, 3), of none: None, None."""
-        if not inputs:
-            return None, None
-        patches, grids = map(torch.cat, zip(*inputs))
-        return patches.to(self.device, self.dtype), grids.to(self.device)
-
     def answer(self, image, question, max_new_tokens=64, temperature=0.0, on_text=None):
         """The answer to a question about a PIL image (or None: about nothing); see `reply`."""
         images = [] if image is None else [image]
@@ -641,15 +639,14 @@ class Pipeline:
         own, top_k = self.answer_config, 0
         if temperature is None:
             temperature, top_p, top_k = own.temperature * own.do_sample, own.top_p, own.top_k
-        rows, vision = self.conversation_rows(conversations)
-        ids, mask = self.batch_rows(rows, max_new_tokens)                            # (B, L)
+        inputs = self.batch(*self.conversation_rows(conversations), max_new_tokens)
         if repetition_penalty is None:
             repetition_penalty = own.repetition_penalty
         stop_ids = self.model.stop_ids() + self.tokenizer.control(self.tokenizer.format.end)
         with self.timed("LLM"):
             answers = self.model.generate_text(
-                ids, mask, *self.batch_vision(vision), max_new_tokens, temperature, top_p,
-                repetition_penalty, stop_ids, on_token=on_token, generator=generator, top_k=top_k)
+                *inputs, max_new_tokens, temperature, top_p, repetition_penalty, stop_ids,
+                on_token=on_token, generator=generator, top_k=top_k)
         requests = [self.requests.get(int(ids[0]) if len(ids) else None) for ids in answers]
         return [request or self.tokenizer.decode(ids) for request, ids in zip(requests, answers)]
 
@@ -674,10 +671,9 @@ class Pipeline:
         """
         conversations = [([(data.MATCH.format(prompt), None)], [[image]])
                          for image, prompt in zip(images, prompts, strict=True)]
-        rows, vision = self.conversation_rows(conversations)
-        ids, mask = self.batch_rows(rows, 1)                                         # (B, L)
+        ids, mask, *shown = self.batch(*self.conversation_rows(conversations), 1)    # (B, L)
         with self.timed("LLM"):
-            hidden = self.model.hidden(ids, mask, *self.batch_vision(vision))        # (B, L, D)
+            hidden = self.model.hidden(ids, mask, *shown)                            # (B, L, D)
             last = hidden[torch.arange(len(ids)), last_real(mask.bool())]            # (B, D)
             logits = self.model.llm.head(last).float()                               # (B, V)
         yes = [self.tokenizer.encode(word)[0] for word in ("yes", "Yes")]
@@ -829,13 +825,6 @@ def made_from(path):
         return None
 
 
-def read_image(path):
-    """A PIL image from a file; ValueError, as data.load_image, for what isn't one."""
-    if re.match(r"\w+://", str(path)):
-        raise ValueError(f"{path} is a web address: download the image, and name its file")
-    return data.load_image(path)
-
-
 # ---- commands: images -------------------------------------------------------------------------------------
 
 def print_declined(pipe, prompts, image=None):
@@ -862,7 +851,7 @@ def draw(pipe, args):
     those of the first and the last file. --draw: the same from an --image and a --prompt together. Returns
     the path of the last file.
     """
-    image = None if args.image is None else read_image(args.image)
+    image = None if args.image is None else data.load_image(args.image)
     seeds, about, name = range(args.seed, args.seed + args.n), settings(pipe, args), slug(args.prompt)
     images, saved = [], []
     starts = range(0, args.n, BATCH)
@@ -925,7 +914,7 @@ def settings(pipe, args):
 
 def reconstruct(pipe, args):
     """--image --reconstruct: the middle square of the image, and beside it what its 64 features keep."""
-    image = read_image(args.image)
+    image = data.load_image(args.image)
     after = pipe.reconstruct([image], [args.seed], args.decoder_steps, args.decoder_cfg)[0]       # (3, H, W)
     before = torch.from_numpy(np.array(data.crop_square(image, after.shape[-1]))).permute(2, 0, 1) / 255
     name = f"{slug(Path(args.image).stem)}-reconstructed"
@@ -934,11 +923,6 @@ def reconstruct(pipe, args):
 
 # ---- commands: text ---------------------------------------------------------------------------------------
 
-def print_piece(text):
-    """Show a piece of an answer as it comes."""
-    print(text, end="", flush=True)
-
-
 def text_generator(seed):
     """The random numbers of one answer, or of one conversation."""
     return torch.Generator().manual_seed(seed % MAX_SEED + TEXT * MAX_SEED)
@@ -946,7 +930,8 @@ def text_generator(seed):
 
 def print_reply(pipe, args, turns, images, generator):
     """Print the next answer of a conversation as it grows, unless it is one of pipe.requests; returns it."""
-    text = pipe.reply(turns, images, args.max_new_tokens, args.temperature, print_piece, top_p=args.top_p,
+    show = partial(print, end="", flush=True)
+    text = pipe.reply(turns, images, args.max_new_tokens, args.temperature, show, top_p=args.top_p,
                       repetition_penalty=args.repetition_penalty, generator=generator)
     if text not in pipe.requests.values():
         print()
@@ -956,7 +941,7 @@ def print_reply(pipe, args, turns, images, generator):
 def answer(pipe, args):
     """--image and maybe --prompt: the answer, on stdout, as it grows."""
     question = data.DESCRIBE if args.prompt is None else args.prompt
-    turns, images = [(question, None)], [[read_image(args.image)]]
+    turns, images = [(question, None)], [[data.load_image(args.image)]]
     if print_reply(pipe, args, turns, images, [text_generator(args.seed)]) in pipe.requests.values():
         print("this asks for an image instead of an answer: --draw generates it", file=sys.stderr)
 
@@ -1016,7 +1001,7 @@ class Chat:
         """Generate from the text of a message with these images (answer data.IMG), or from the last image,
         too, if there is one (data.EDIT); each time with the next seed. Remember both if the model knows
         such turns."""
-        shown = [read_image(path) for path in self.context(paths)[2]] if self.pipe.requests else []
+        shown = [data.load_image(path) for path in self.context(paths)[2]] if self.pipe.requests else []
         image = (paths or [self.last])[-1] if answer == data.EDIT else None
         seed = (self.args.seed + self.generated) % MAX_SEED
         changes = {"prompt": prompt, "image": image, "seed": seed, "n": 1}
@@ -1034,7 +1019,7 @@ class Chat:
         if len(paths) > BATCH:
             raise ValueError(f"a message shows at most {BATCH} images")
         turns, images, paths = self.context(paths)
-        shown = [read_image(path) for path in paths]
+        shown = [data.load_image(path) for path in paths]
         message = message or data.DESCRIBE
         try:
             reply = print_reply(self.pipe, self.args, [*turns, (message, None)], [*images, shown],
@@ -1117,7 +1102,9 @@ def caption(pipe, args):
     its SHARD lines.
     """
     out, (paths, others) = Path(args.out), find_images(Path(args.caption))
-    args.instruction, args.short_instruction = instructions(pipe, args)
+    # A model that stage 0 taught to talk knows one request for a description, and none for a short one.
+    own, short = (data.DESCRIBE, None) if pipe.model.config.chat_images else (LONG, SHORT)
+    args.instruction, args.short_instruction = args.instruction or own, args.short_instruction or short
     limit = pipe.pixel_limits.get("max_pixels", CAPTION_PIXELS)
     pipe.limits.setdefault("max_pixels", min(limit, CAPTION_PIXELS))
     with file_lock(out / "captions.jsonl"), open(out / "captions.jsonl", "a+b") as log:
@@ -1196,13 +1183,6 @@ def read_log(log):
         lines.append(line)
     log.truncate(end)
     return lines
-
-
-def instructions(pipe, args):
-    """What --caption asks for the long and the short caption; None: for no short one. A model that stage 0
-    taught to talk, as the nano one, knows one request for a description, and none for a short one."""
-    own, short = (data.DESCRIBE, None) if pipe.model.config.chat_images else (LONG, SHORT)
-    return args.instruction or own, args.short_instruction or short
 
 
 def caption_batch(pipe, args, paths, first, out):
@@ -1313,8 +1293,9 @@ def export_transformer(dit, grid, target):
 
 # ---- command line -----------------------------------------------------------------------------------------
 
-COMMANDS = {"draw": draw, "edit": draw, "strip": view, "gif": view, "sheet": view,
-            "explain": explain, "answer": answer, "reconstruct": reconstruct, "chat": chat,
+# By the flag that asks for it.
+COMMANDS = {"prompt": draw, "draw": draw, "steps_strip": view, "steps_gif": view, "contact_sheet": view,
+            "explain": explain, "image": answer, "reconstruct": reconstruct, "chat": chat,
             "caption": caption, "export": export}
 
 # The flags that each command reads: any other would have no effect with it, and is refused.
@@ -1326,21 +1307,19 @@ TALK = {*RUN, "max_new_tokens", "temperature", "top_p", "repetition_penalty", "m
         "seed"}
 DRAW = GENERATE | {"prompt", "n", "best_of", "upsample", "min_pixels", "max_pixels"}
 READS = {
-    "draw": DRAW,
-    "edit": GENERATE | {"prompt", "n", "image", "draw", "upsample", "min_pixels", "max_pixels"},
-    "strip": GENERATE | {"prompt", "steps_strip", "upsample"},
-    "gif": GENERATE | {"prompt", "steps_gif", "upsample"},
-    "sheet": GENERATE | {"prompt", "contact_sheet", "upsample"},
+    "prompt": DRAW,
+    "draw": GENERATE | {"prompt", "n", "image", "draw", "upsample", "min_pixels", "max_pixels"},
+    "steps_strip": GENERATE | {"prompt", "steps_strip", "upsample"},
+    "steps_gif": GENERATE | {"prompt", "steps_gif", "upsample"},
+    "contact_sheet": GENERATE | {"prompt", "contact_sheet", "upsample"},
     "explain": GENERATE - {"compile"} | {"explain", "upsample"},    # hooks don't see inside compiled modules
-    "answer": TALK | {"prompt", "image"},
+    "image": TALK | {"prompt", "image"},
     "reconstruct": DECODE | {"image", "reconstruct"},
     "chat": GENERATE | TALK | {"chat", "upsample"},
     "caption": TALK | {"caption", "instruction", "short_instruction", "out"},
     "export": {"ckpt", "device", "dtype", "eva", "export"},     # --dtype auto depends on the device
-    "dry-run": DRAW | {"dry_run"}}       # said after a command that generates
-NAMES = {"draw": "on images from a --prompt", "edit": "with --draw", "strip": "with --steps-strip",
-         "gif": "with --steps-gif", "sheet": "with --contact-sheet",
-         "answer": "on answers about an --image"}               # the others have a flag of their name
+    "dry_run": DRAW | {"dry_run"}}       # said after a command that generates
+NAMES = {"prompt": "on images from a --prompt", "image": "on answers about an --image"}
 
 PIXELS = Interval(1, 16384 * 28 ** 2)   # up to the limit of the released preprocessor
 
@@ -1425,17 +1404,13 @@ def add_model_flags(add):
 
 
 def command_of(given):
-    """The command that the given flags mean; None if they mean none."""
-    for name in ("dry_run", "export", "chat", "caption", "explain"):
-        if name in given:
-            return name.replace("_", "-")
+    """The command that the given flags mean, by the flag that asks for it; None if they mean none."""
+    names = ["dry_run", "export", "chat", "caption", "explain"]
     if "image" in given:
-        return "edit" if "draw" in given else "reconstruct" if "reconstruct" in given else "answer"
-    if "prompt" in given:
-        shows = [name for flag, name in (("steps_strip", "strip"), ("steps_gif", "gif"),
-                                         ("contact_sheet", "sheet")) if flag in given]
-        return (shows or ["draw"])[0]
-    return None
+        names += ["draw", "reconstruct", "image"]
+    elif "prompt" in given:
+        names += ["steps_strip", "steps_gif", "contact_sheet", "prompt"]
+    return next((name for name in names if name in given), None)
 
 
 def mistakes(command, args, given):
@@ -1447,15 +1422,16 @@ def mistakes(command, args, given):
         texts = [text for text in values if isinstance(text, str)]
         yield not all(text.strip() for text in texts), f"{flags([name])} is empty"
         yield name in TEXTS and not is_text(value), f"{flags([name])} isn't UTF-8 text"
-    yield (args.draw and (command == "draw" or command == "edit" and args.prompt is None),
+    yield (args.draw and (command == "prompt" or command == "draw" and args.prompt is None),
            "--draw needs an --image and a --prompt")
-    yield args.reconstruct and command in ("draw", "strip", "gif", "sheet"), "--reconstruct needs an --image"
-    yield command == "gif" and not all(prompts_of(args)), "one of the prompts that | separates is empty"
-    yield (command == "gif" and len(prompts_of(args)) > GIF_PROMPTS,
-           f"--steps-gif shows at most {GIF_PROMPTS} prompts side by side")
+    yield (args.reconstruct and command in ("prompt", "steps_strip", "steps_gif", "contact_sheet"),
+           "--reconstruct needs an --image")
+    prompts = prompts_of(args) if command == "steps_gif" else ()
+    yield not all(prompts), "one of the prompts that | separates is empty"
+    yield len(prompts) > GIF_PROMPTS, f"--steps-gif shows at most {GIF_PROMPTS} prompts side by side"
     idle = sorted(given.keys() - READS.get(command, given.keys()))
-    yield idle, f"no effect {NAMES.get(command, f'with --{command}')}: leave out {flags(idle)}"
-    limits = sorted(given.keys() & {"min_pixels", "max_pixels"}) if command == "draw" else []
+    yield idle, f"no effect {NAMES.get(command, f'with {flags([command])}')}: leave out {flags(idle)}"
+    limits = sorted(given.keys() & {"min_pixels", "max_pixels"}) if command == "prompt" else []
     yield limits and args.best_of == 1, f"no effect without --best-of: leave out {flags(limits)}"
     yield (args.export and args.export[0] != "diffusers",
            f"--export writes for diffusers, not {args.export and args.export[0]}")
@@ -1548,27 +1524,26 @@ def open_pipeline(args):
     """The Pipeline that a command line names, with the limits and samplers that it says."""
     pipe = Pipeline(args.ckpt, args.device, args.dtype, args.offload, args.compile, args.eva)
     pipe.limits = {key: getattr(args, key) for key in ("min_pixels", "max_pixels") if getattr(args, key)}
-    said = {name: getattr(args, name) for name in SAMPLERS}
-    pipe.sampling = pipe.sampling | {name: value for name, value in said.items() if value is not None}
+    pipe.sampling |= {name: getattr(args, name) for name in SAMPLERS if getattr(args, name)}
     return pipe
 
 
 def run(argv):
     """What the command line asks for; ValueError if that makes no sense."""
     name, args = parse(argv)
-    if name == "dry-run":
+    if name == "dry_run":
         from evals.estimate import estimate_sampling
         return estimate_sampling(args)
     pipe = open_pipeline(args)
-    if READS[name] >= GENERATE - {"compile"}:
+    if "size" in READS[name]:               # it generates images
         check_model(pipe, args)
     sampled = pipe.answer_config.do_sample if args.temperature is None else args.temperature
-    if name in ("answer", "caption") and args.seed and not sampled:
+    if name in ("image", "caption") and args.seed and not sampled:
         raise ValueError("no effect without --temperature: leave out --seed")
     target = args.export[1] if name == "export" else args.out
-    with nullcontext() if name == "answer" else output_folder(target):
-        if name in ("draw", "edit", "strip", "gif", "sheet", "explain"):
-            print_declined(pipe, prompts_of(args), args.image and read_image(args.image))
+    with nullcontext() if name == "image" else output_folder(target):
+        if "size" in READS[name] and name != "chat":
+            print_declined(pipe, prompts_of(args), args.image and data.load_image(args.image))
         COMMANDS[name](pipe, args)
     if pipe.seconds:
         times = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in pipe.seconds.items())

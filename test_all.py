@@ -6197,7 +6197,7 @@ def test_sample_enlarges_small_images_and_reads_them_as_they_were(pipe, sample_m
     file, pixels = tmp_path / "a-star-seed5.png", sample.to_uint8(pipe.images(["a star"], [5])[0])
     large = np.array(Image.open(file))
     assert large.shape == (256, 256, 3) and (large == pixels.repeat(8, 0).repeat(8, 1)).all()
-    image = sample.read_image(file)
+    image = data.load_image(file)
     assert (np.asarray(image) == pixels).all() and (np.asarray(data.load_image(file, 32)) == pixels).all()
     assert (pipe.vision_inputs(image)[0] == pipe.vision_inputs(Image.fromarray(pixels))[0]).all()
     sample.save_image(torch.rand(3, 256, 300), tmp_path, "large", {})
@@ -6936,7 +6936,7 @@ def test_sample_samplers_are_honoured_and_recorded(tiny_folder, tmp_path, capsys
         command = ["--ckpt", str(folder), "--device", "cpu", "--prompt", prompt, "--seed", str(seed)]
         assert sample.main([*command, "--out", str(tmp_path), *flags.split()]) == 0
         file = Path(capsys.readouterr().out.strip())
-        assert (np.asarray(sample.read_image(file)) == sample.to_uint8(expected)).all()
+        assert (np.asarray(data.load_image(file)) == sample.to_uint8(expected)).all()
         assert json.loads(sample.made_from(file)).items() >= asked.items()
 
 
@@ -7286,9 +7286,9 @@ def test_sample_reads_the_flags_of_its_commands(tiny_folder, monkeypatch):
     """The table READS beside the code: what a command takes from args is in it, and nothing else is."""
     names = set(vars(sample.parse(["--dry-run"])[1]))
     assert set().union(*sample.READS.values()) == names
-    assert sample.READS.keys() == {*sample.COMMANDS, "dry-run"}
+    assert sample.READS.keys() == {*sample.COMMANDS, "dry_run"}
     assert sample.parse(["--chat", "--temperature", "1", "--top-p", "0.5", "--seed", "3", "--size", "9"])
-    assert sample.parse(["--prompt", "a", "--best-of", "2", "--max-pixels", "9"])[0] == "draw"
+    assert sample.parse(["--prompt", "a", "--best-of", "2", "--max-pixels", "9"])[0] == "prompt"
     refuses("no effect on the images of .* --decoder-steps", sample.check_model,
             SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(latents=True), dit=1)),
             sample.parse(["--prompt", "a", "--decoder-steps", "3"])[1])
