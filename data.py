@@ -212,8 +212,8 @@ def load_image(file, square=None):
     """
     is_path = isinstance(file, (str, Path))
     name = file if is_path else "the image"
-    if is_path and re.match(r"\w+://", str(file)):
-        raise BadSample("no image", f"it has a web address, not a file's name: download it first ({file})")
+    if isinstance(file, str) and ADDRESS.match(file):
+        raise BadSample("no image", f"a web address, or data, is no file: save it as one first ({file})")
     try:
         opened = open_file(file) if is_path else nullcontext(file)
     except (OSError, ValueError) as error:

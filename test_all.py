@@ -7164,6 +7164,7 @@ CASES = {  # command line: what the sentence names
     "--prompt a --offload --compile": "leave out --offload", "--prompt a --dtype float7": "no dtype",
     "--image TMP/none.png": "No such file", "--image TMP": "can't be read as an image",
     "--image TMP/text.png": "can't be read as an image", "--image https://x.org/a.png": "a web address",
+    "--image data:image/png;base64,AAAA": "save it as one first",
     "--prompt a --device toaster": "no device called", "--prompt a --device cuda:99": "no device 'cuda:99'",
     "--prompt a --device cuda": "no device 'cuda'", "--prompt a --device mps": "no device 'mps'",
     "--prompt a --device meta": "the device 'meta'", "--dry-run --device meta": "the device 'meta'",
