@@ -291,7 +291,8 @@ def draw_questions(seed, n, most=4, paraphrase=False):
         found = world.question(scene, np.random.default_rng((seed, index)), kind, paraphrase)
         index += 1
         if found:                                                    # not every scene can answer every kind
-            asked.append(Asked(scene, *found))
+            kind, words, answer = found
+            asked.append(Asked(scene, kind, words, world.conclusion(answer)))
     return asked
 
 
@@ -305,8 +306,9 @@ def answer_all(pipe, scenes, questions):
 
 
 def answers_right(answers, expected):
-    """Which answers are the expected ones, whatever their case and a full stop."""
-    return [answer.strip().lower().removesuffix(".") == truth for answer, truth in zip(answers, expected)]
+    """Which answers come to the expected ones, whatever their case and a full stop."""
+    return [world.conclusion(answer).strip().lower().removesuffix(".") == truth
+            for answer, truth in zip(answers, expected)]
 
 
 def rate_by_kind(asked, right):
@@ -551,7 +553,8 @@ def hold_conversation(chat, entry, rng):
     scene = scene_of(judge(image))
     known = scene.objects and all(obj.is_known for obj in scene.objects)
     kinds = world.QUESTIONS if known else ("background",)
-    question, truth = world.ask(scene, rng, kinds, paraphrase=rng.random() < 0.5)
+    question, answer = world.ask(scene, rng, kinds, paraphrase=rng.random() < 0.5)
+    truth = world.conclusion(answer)
     say("question", question)
     rows[2] |= {"expected": truth, "right": answers_right([rows[2]["answer"]], [truth])[0]}
     return rows
