@@ -27,7 +27,7 @@ QUESTION_KINDS = (*world.QUESTIONS, "position", "position", "colour", "colour")
 # `--world`: its options and their defaults; None: the stage's own, see `parse_options`.
 OPTIONS = {
     "objects": 4,                 # the most objects in an image: 1 is learnt in minutes
-    "varied": 0.0,                # fraction of images with three or four different ones, see make_scene
+    "varied": 0.0,                # fraction of images with three or four objects, see make_scene
     "edit": None,                 # stages 1, 2: fraction of prompts that are an image and a change of it
     "upsample": None,             # stages 1, 2: fraction of captions and changes that are upsampled
     "captions": 0.0,              # stage 0: fraction of the conversations that are a description alone
@@ -166,9 +166,9 @@ def read_only_scene(rng):
 
 
 def talk_about(scene, image, rng):
-    """A conversation of TURNS about an image: questions, whether it matches a caption, what two changes would
-    make of it, and somewhere among them a description of everything; or whether a chimera matches the scene
-    that it was made of (it doesn't).
+    """A conversation of TURNS about an image: questions, whether it matches a caption, what two changes
+    would make of it, and somewhere among them a description of everything; or whether a chimera matches the
+    scene that it was made of (it doesn't).
     """
     if rng.random() < CHIMERAS:
         image = world.chimera(scene, rng, len(image))

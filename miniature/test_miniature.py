@@ -85,12 +85,12 @@ def test_held_out_pairs_are_kept_for_novel_scenes():
 
 
 def test_varied_scenes_have_three_or_four_different_objects():
-    """In the wanted fraction, besides those that have them anyway (an eighth); a scene is still a function of
-    its number."""
+    """In the wanted fraction, besides those that have them anyway (an eighth); a scene is still a function
+    of its number."""
     def varied(fraction, most=4):
         scenes = [make_scene(0, i, most=most, varied=fraction).objects for i in range(400)]
         return np.mean([len({(obj.colour, obj.shape) for obj in objects}) > 2 for objects in scenes])
-    assert varied(1.0) > 0.9 and varied(1.0, most=3) > 0.9       # two may be alike by chance
+    assert varied(1.0) > 0.85 and varied(1.0, most=3) > 0.85     # two may be alike by chance
     assert abs(varied(0.4) - varied(0.0) - 0.4 * (1 - varied(0.0))) < 0.08
     assert World(0, 16, varied=0.5)[7]["scene"] == make_scene(0, 7, varied=0.5)
 
@@ -1494,8 +1494,8 @@ def check_described_change(text, scene, said):
 
 
 def test_conversations_about_an_image_are_true():
-    """Somewhere among questions, in many wordings, of which a third ask for a match: the description, and two
-    changes of it. Chimeras are asked only whether they show a caption; they don't."""
+    """Somewhere among questions, in many wordings, of which a third ask for a match: the description, and
+    two changes of it. Chimeras are asked only whether they show a caption; they don't."""
     places, counts, n = set(), Counter(), 120
     for i, scene in enumerate(SCENES[:n]):
         image = render(scene, 32)

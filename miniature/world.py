@@ -124,15 +124,15 @@ def make_scene(seed, index, novel=False, most=4, varied=0.0):
     """Scene number `index` of the world `seed`, with at most `most` objects: a pure function of these.
 
     A quarter of the scenes shows one object, the others two different ones, several alike, or three or four.
-    varied: the fraction of the scenes that show three or four different ones (most >= 3), besides those that
-    do anyway. Training scenes (novel=False) never show a HELD_OUT pair of colour and shape; novel ones always
-    do.
+    varied: the fraction of the scenes that show three or four of any kinds (most >= 3), besides those that
+    do anyway. Training scenes (novel=False) never show a HELD_OUT pair of colour and shape; novel ones
+    always do.
     """
     rng = np.random.default_rng((seed, index, int(novel)))
     layouts = ("one", "two", "alike", "three", "four")
-    rarest = 0.88 if varied and rng.random() < varied else 0.0
+    least = 0.88 if varied and rng.random() < varied else 0.0
     while True:
-        layout = layouts[int(np.searchsorted([0.26, 0.68, 0.88, 0.96], rarest + (1 - rarest) * rng.random()))]
+        layout = layouts[int(np.searchsorted([0.26, 0.68, 0.88, 0.96], least + (1 - least) * rng.random()))]
         several = int(rng.integers(2, 5))
         count = {"one": 1, "two": 2, "alike": several, "three": 3, "four": 4}[layout]
         if count > most:
