@@ -346,8 +346,8 @@ def run_understanding(args):
     """Questions of six kinds, in the standard words and paraphrased, beside what each kind's commonest
     training answer would score; captions; matches.
 
-    An answer is right if it is the expected one, whatever its case and a full stop. Captions: see
-    `caption_truth`. Matches: does this caption say what the image shows? (world.match_question)
+    An answer is right if it comes to the expected one (world.conclusion), whatever its case and a full stop.
+    Captions: see `caption_truth`. Matches: does this caption say what the image shows? (world.match_question)
     """
     pipe, asked = load_pipeline(args), draw_questions(args.seed, args.n)
     scenes = [question.scene for question in asked]

@@ -2,7 +2,7 @@
 # From nothing to scored weights on two CPU cores, or on a GPU:
 #
 #     bash miniature/speedrun.sh [OUT]        OUT: a folder, runs/speedrun by default
-#     LONG=1 bash miniature/speedrun.sh       two to three times the samples in stages 0 to 2: for a GPU
+#     LONG=1 bash miniature/speedrun.sh       three to four times the samples in stages 0 to 2: for a GPU
 #     QUICK=1 bash miniature/speedrun.sh      see in minutes that all of it runs; its numbers mean nothing
 #
 # The same command resumes where it stopped; to redo a stage, delete its folder and those of all later ones.
