@@ -291,8 +291,7 @@ def draw_questions(seed, n, most=4, paraphrase=False):
         found = world.question(scene, np.random.default_rng((seed, index)), kind, paraphrase)
         index += 1
         if found:                                                    # not every scene can answer every kind
-            kind, words, answer = found
-            asked.append(Asked(scene, kind, words, world.conclusion(answer)))
+            asked.append(Asked(scene, *found))
     return asked
 
 
@@ -306,9 +305,8 @@ def answer_all(pipe, scenes, questions):
 
 
 def answers_right(answers, expected):
-    """Which answers come to the expected ones, whatever their case and a full stop."""
-    return [world.conclusion(answer).strip().lower().removesuffix(".") == truth
-            for answer, truth in zip(answers, expected)]
+    """Which answers are the expected ones, whatever their case and a full stop."""
+    return [answer.strip().lower().removesuffix(".") == truth for answer, truth in zip(answers, expected)]
 
 
 def rate_by_kind(asked, right):
@@ -346,8 +344,8 @@ def run_understanding(args):
     """Questions of six kinds, in the standard words and paraphrased, beside what each kind's commonest
     training answer would score; captions; matches.
 
-    An answer is right if it comes to the expected one (world.conclusion), whatever its case and a full stop.
-    Captions: see `caption_truth`. Matches: does this caption say what the image shows? (world.match_question)
+    An answer is right if it is the expected one, whatever its case and a full stop. Captions: see
+    `caption_truth`. Matches: does this caption say what the image shows? (world.match_question)
     """
     pipe, asked = load_pipeline(args), draw_questions(args.seed, args.n)
     scenes = [question.scene for question in asked]
@@ -553,8 +551,7 @@ def hold_conversation(chat, entry, rng):
     scene = scene_of(judge(image))
     known = scene.objects and all(obj.is_known for obj in scene.objects)
     kinds = world.QUESTIONS if known else ("background",)
-    question, answer = world.ask(scene, rng, kinds, paraphrase=rng.random() < 0.5)
-    truth = world.conclusion(answer)
+    question, truth = world.ask(scene, rng, kinds, paraphrase=rng.random() < 0.5)
     say("question", question)
     rows[2] |= {"expected": truth, "right": answers_right([rows[2]["answer"]], [truth])[0]}
     return rows

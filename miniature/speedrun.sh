@@ -2,7 +2,7 @@
 # From nothing to scored weights on two CPU cores, or on a GPU:
 #
 #     bash miniature/speedrun.sh [OUT]        OUT: a folder, runs/speedrun by default
-#     LONG=1 bash miniature/speedrun.sh       three to four times the samples in stages 0 to 2: for a GPU
+#     LONG=1 bash miniature/speedrun.sh       two to three times the samples in stages 0 to 2: for a GPU
 #     QUICK=1 bash miniature/speedrun.sh      see in minutes that all of it runs; its numbers mean nothing
 #
 # The same command resumes where it stopped; to redo a stage, delete its folder and those of all later ones.
@@ -25,9 +25,9 @@ export OMP_NUM_THREADS=1                # a process for each core: tensors are s
 recipe() {
     local size=${quick:+ --steps 4 --batch 8} dit=dim=64,n_layers=1,n_heads=2,n_kv_heads=1,ffn_dim=176
     case ${size:-${long:+$1}} in
-        0) size=' --steps 3500 --batch 144 --world varied=0.3' ;;
-        1) size=' --steps 3200 --batch 256 --world varied=0.15' ;;
-        2) size=' --steps 600 --batch 256 --world varied=0.3,edit=0.4' ;;
+        0) size=' --steps 3500 --batch 96' ;;
+        1) size=' --steps 3200 --batch 256' ;;
+        2) size=' --steps 400 --batch 256' ;;
     esac
     case $1 in
         captions) echo "--fresh --world captions=1,objects=1${size:- --steps 1000}" ;;

@@ -17,17 +17,16 @@ from data import Example
 from miniature import world
 
 HELD_OUT_SEED = 10 ** 6  # of the world that probes and previews see, and of their captions
-TURNS = 9            # of a conversation about one image: it is read once, so more cost little
+TURNS = 8            # of a conversation about one image: it is read once, so more cost little
 CHAT_TURNS = 4       # of a conversation in which images are asked for
 CHIMERAS = 0.08      # fraction of these with an object that is neither this nor that
 UPSAMPLED = 0.75     # fraction of upsampled captions where the language model upsamples prompts
-# What is asked about an image; some need more practice than the rest, and few images have a relation.
-QUESTION_KINDS = (*world.QUESTIONS, "position", "position", "colour", "colour")
+# What is asked about an image; relations need more practice than the rest, and few images have one.
+QUESTION_KINDS = (*world.QUESTIONS, "position", "position", "position")
 
 # `--world`: its options and their defaults; None: the stage's own, see `parse_options`.
 OPTIONS = {
     "objects": 4,                 # the most objects in an image: 1 is learnt in minutes
-    "varied": 0.0,                # fraction of images with three or four objects, see make_scene
     "edit": None,                 # stages 1, 2: fraction of prompts that are an image and a change of it
     "upsample": None,             # stages 1, 2: fraction of captions and changes that are upsampled
     "captions": 0.0,              # stage 0: fraction of the conversations that are a description alone
@@ -36,7 +35,7 @@ KINDS = {
     "objects": (number(int, Interval(1, 4)), "objects must lie between 1 and 4, the world's most"),
     "edit": (number(float, Interval(0, below=1)), "edit is a fraction of the samples, from 0 to below 1"),
     **{name: (number(float, Interval(0, 1)), f"{name} is a fraction of the samples, from 0 to 1")
-       for name in ("varied", "upsample", "captions")},
+       for name in ("upsample", "captions")},
 }
 STAGES = {"edit": ("1", "2"), "upsample": ("1", "2"), "captions": ("0",)}             # the others: all
 
@@ -52,20 +51,17 @@ def parse_options(spec, stage, has_vision=False):
         if given.get(name) and stage not in stages:
             raise ValueError(f"--world {name} belongs to stage{'s' * (len(stages) > 1)} "
                              f"{' and '.join(stages)}, not to stage {stage}")
-    if given.get("varied") and given.get("objects", 4) < 3:
-        raise ValueError("--world varied shows three or four objects: objects must be 3 or 4")
     return {**OPTIONS, "edit": 0.25 * (has_vision and stage == "2"), **given}
 
 
 class World:
     """The synthetic world as a source: item i is scene i, with at most `objects` objects.
 
-    seed 0 is for training, other seeds are for evaluation. size: side S of the images. varied: see
-    world.make_scene.
+    seed 0 is for training, other seeds are for evaluation. size: side S of the images.
     """
 
-    def __init__(self, seed=0, size=64, objects=4, varied=0.0, length=10 ** 9):
-        self.seed, self.size, self.objects, self.varied, self.length = seed, size, objects, varied, length
+    def __init__(self, seed=0, size=64, objects=4, length=10 ** 9):
+        self.seed, self.size, self.objects, self.length = seed, size, objects, length
 
     def __len__(self):
         return self.length
@@ -80,7 +76,7 @@ class World:
 
     def __getitem__(self, i):
         """{"image": uint8 (S, S, 3), "scene": Scene}."""
-        scene = world.make_scene(self.seed, i, most=self.objects, varied=self.varied)
+        scene = world.make_scene(self.seed, i, most=self.objects)
         return {"image": world.render(scene, self.size), "scene": scene}
 
 
@@ -166,15 +162,15 @@ def read_only_scene(rng):
 
 
 def talk_about(scene, image, rng):
-    """A conversation of TURNS about an image: questions, whether it matches a caption, what two changes
-    would make of it, and somewhere among them a description of everything; or whether a chimera matches the
-    scene that it was made of (it doesn't).
+    """A conversation of TURNS about an image: questions, whether it matches a caption, what a change would
+    make of it, and somewhere among them a description of everything; or whether a chimera matches the scene
+    that it was made of (it doesn't).
     """
     if rng.random() < CHIMERAS:
         image = world.chimera(scene, rng, len(image))
         turns = [(world.match_question(scene, rng)[0], "no") for _ in range(TURNS)]
         return Example(rng, turns=turns, turns_images=[image])
-    turns = [(data.DESCRIBE, world.describe(scene)), upsample_edit(scene, rng), upsample_edit(scene, rng)]
+    turns = [(data.DESCRIBE, world.describe(scene)), upsample_edit(scene, rng)]
     while len(turns) < TURNS:
         if rng.random() < 0.35:
             turns.append(world.match_question(scene, rng))
@@ -242,7 +238,7 @@ def open_world(args, stage):
                      options["edit"], upsample, options["captions"])
     if stage.converse and options["captions"] < 1:                   # the conversations teach it
         config.upsample_prompts = config.chat_images = True
-    training, unseen = (World(seed, stage.size, options["objects"], options["varied"])
+    training, unseen = (World(seed, stage.size, options["objects"])
                         for seed in (args.seed, HELD_OUT_SEED))
     probe = replace(task, converse=float(task.converse == 1), reconstruct=0.0, edit=0.0, hard_negatives=True)
     return data.Samples(training, task, args.seed), data.Samples(unseen, probe, HELD_OUT_SEED)

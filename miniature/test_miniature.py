@@ -66,7 +66,7 @@ def test_world_draws_what_it_has_always_drawn():
             instruction, after = world.edit(scene, rng)
             texts += [text, objects, instruction, astuple(scene), astuple(after), world.outside_prompt(rng),
                       world.match_question(scene, rng), world.ask(scene, rng), world.small_talk(rng)]
-    assert zlib.crc32(repr(texts).encode()) == 3752066146
+    assert zlib.crc32(repr(texts).encode()) == 744003622
     scenes, item = [make_scene(3, i) for i in (999_999_999, 5, 6)], World(3)[5]
     np.random.seed(1)
     assert scenes == [make_scene(3, i) for i in (999_999_999, 5, 6)] and item["scene"] == scenes[1]
@@ -82,17 +82,6 @@ def test_held_out_pairs_are_kept_for_novel_scenes():
         assert {(obj.colour, obj.shape) for obj in sum(scenes, ())} == set(world.PAIRS) - world.HELD_OUT
     novel = [{(obj.colour, obj.shape) for obj in make_scene(0, i, novel=True).objects} for i in range(300)]
     assert set().union(*novel) == set(world.PAIRS) and all(shown & world.HELD_OUT for shown in novel)
-
-
-def test_varied_scenes_have_three_or_four_different_objects():
-    """In the wanted fraction, besides those that have them anyway (an eighth); a scene is still a function
-    of its number."""
-    def varied(fraction, most=4):
-        scenes = [make_scene(0, i, most=most, varied=fraction).objects for i in range(400)]
-        return np.mean([len({(obj.colour, obj.shape) for obj in objects}) > 2 for objects in scenes])
-    assert varied(1.0) > 0.85 and varied(1.0, most=3) > 0.85     # two may be alike by chance
-    assert abs(varied(0.4) - varied(0.0) - 0.4 * (1 - varied(0.0))) < 0.08
-    assert World(0, 16, varied=0.5)[7]["scene"] == make_scene(0, 7, varied=0.5)
 
 
 def test_images_show_objects_where_the_scene_says():
@@ -426,14 +415,13 @@ def answer_anew(text, scene):
         return world.NUMBERS[len(those(shapes[0]))].replace("no", "none") if shapes else (
             world.NUMBERS[len(scene.objects)])
     if len(shapes) == 2:
-        (a,), (b,) = map(those, shapes[::-1] if text.startswith("On which") else shapes)
-        places = f"the {a.shape} {world.region(a)}, the {b.shape} {world.region(b)}: "
+        (a,), (b,) = map(those, shapes)
         if not re.match("Where|On which", text):
             (asked,) = [name for name, of in {"left of": "left", "right of": "right",
                                               "above": "above over higher", "below": "below under beneath"
                                               }.items() if {*words} & {*of.split()}]
-            return places + ("yes" if asked == world.relation(a, b) else "no")
-        return places + world.relation(a, b)
+            return "yes" if asked == world.relation(a, b) else "no"
+        return world.relation(b, a) if text.startswith("On which") else world.relation(a, b)
     if shapes and colours:
         return "yes" if (*colours, *shapes) in {(obj.colour, obj.shape) for obj in scene.objects} else "no"
     (obj,) = those((shapes or colours)[0])
@@ -452,7 +440,7 @@ def test_questions_have_true_answers(kind):
         if asked:
             assert asked[::2] == (kind, answer_anew(asked[1], scene)), asked
             assert not re.search(r"\b(a [aeiou]|an [^aeiou])", asked[1])
-            answers[world.conclusion(asked[2])] += 1
+            answers[asked[2]] += 1
             sizes[len(scene.objects)] += 1
             wordings[paraphrase].add(re.sub(f"an? |{SHAPES}|{COLOURS}", "#", asked[1]))
     assert not wordings[False] & wordings[True] and len(wordings[True]) >= 5
@@ -959,8 +947,7 @@ def test_understanding_command_compares_with_the_commonest_answer(tmp_path, monk
     for question, q in zip(questions, asked, strict=True):
         (image,) = question["images"]
         assert (np.asarray(load_image(io.BytesIO(image))) == render(q.scene)).all()
-        assert question["question"] == q.question
-        assert q.answer == world.conclusion(answer_anew(q.question, q.scene))
+        assert question["question"] == q.question and q.answer == answer_anew(q.question, q.scene)
     table = tabulate(task, questions, [q.answer.capitalize() + "." for q in asked])
     assert list(table) == [*world.QUESTIONS, "overall"] and all(row["score"] == 1 for row in table.values())
     answers = [[q.answer for q in asked if q.kind == kind] for kind in world.QUESTIONS]
@@ -1494,8 +1481,8 @@ def check_described_change(text, scene, said):
 
 
 def test_conversations_about_an_image_are_true():
-    """Somewhere among questions, in many wordings, of which a third ask for a match: the description, and
-    two changes of it. Chimeras are asked only whether they show a caption; they don't."""
+    """Somewhere among questions, in many wordings, of which a third ask for a match: the description, and a
+    change of it. Chimeras are asked only whether they show a caption; they don't."""
     places, counts, n = set(), Counter(), 120
     for i, scene in enumerate(SCENES[:n]):
         image = render(scene, 32)
@@ -1520,7 +1507,7 @@ def test_conversations_about_an_image_are_true():
                 counts["question"] += 1
                 assert answer == answer_anew(text, scene), (text, answer)
             counts["match"] += text.startswith("Does this image show")
-    assert places == set(range(tasks.TURNS)) and counts["change"] == 2 * (n - counts["chimera"])
+    assert places == set(range(tasks.TURNS)) and counts["change"] == n - counts["chimera"]
     assert 2 <= counts["chimera"] <= 25 and counts["question"] > n and counts["match"] > n // 2, counts
 
 
@@ -1600,17 +1587,17 @@ def test_joint_training_mixes_conversations_in():
 
 # ---- --world and who trains on what -----------------------------------------------------------------------
 @pytest.mark.parametrize("given, expected", [
-    ((None, "clip"), dict(objects=4, varied=0.0, edit=0.0, upsample=None, captions=0.0)),
+    ((None, "clip"), dict(objects=4, edit=0.0, upsample=None, captions=0.0)),
     ((None, "0", True), dict(edit=0.0, captions=0.0)),
     ((None, "1", True), dict(edit=0.0, upsample=None)),
     ((None, "2"), dict(edit=0.0)), ((None, "2", True), dict(edit=0.25)),
-    (("objects=2", "1"), dict(objects=2, edit=0.0)), (("varied=0.3,objects=3", "0"), dict(varied=0.3)),
+    (("objects=2", "1"), dict(objects=2, edit=0.0)),
     (("edit=0.3,upsample=0.5,", "1"), dict(edit=0.3, upsample=0.5)),
     (("captions=0.5", "0"), dict(captions=0.5, objects=4))])
 def test_options_of_the_world(given, expected):
     """Defaults by stage, and what is given instead. (Mistakes: see those of train.py.)"""
     options = tasks.parse_options(*given)
-    assert set(options) == {"objects", "varied", "edit", "upsample", "captions"}
+    assert set(options) == {"objects", "edit", "upsample", "captions"}
     assert {key: options[key] for key in expected} == expected and isinstance(options["objects"], int)
 
 
@@ -1618,7 +1605,6 @@ def test_options_of_the_world(given, expected):
     ("things=2", "not 'things=2'"), ("edit=many", "not 'edit=many'"), ("32", "not '32'"),
     ("edit", "not 'edit'"), ("objects=0", "between 1 and 4"), ("objects=5", "between 1 and 4"),
     ("edit=1", "a fraction of the samples, from 0 to below 1"), ("edit=-0.1", "fraction"),
-    ("varied=0.1,objects=2", "objects must be 3 or 4"), ("varied=2", "fraction"),
     ("upsample=1.5", "a fraction of the samples, from 0 to 1"), ("words=0.5", "not 'words=0.5'")])
 def test_wrong_options_of_the_world(spec, sentence):
     """What is no option, or no value of one, is named."""

@@ -120,19 +120,16 @@ def place(kinds, rng, wanted=None, first=1):
     return None
 
 
-def make_scene(seed, index, novel=False, most=4, varied=0.0):
+def make_scene(seed, index, novel=False, most=4):
     """Scene number `index` of the world `seed`, with at most `most` objects: a pure function of these.
 
     A quarter of the scenes shows one object, the others two different ones, several alike, or three or four.
-    varied: the fraction of the scenes that show three or four of any kinds (most >= 3), besides those that
-    do anyway. Training scenes (novel=False) never show a HELD_OUT pair of colour and shape; novel ones
-    always do.
+    Training scenes (novel=False) never show a HELD_OUT pair of colour and shape; novel ones always do.
     """
     rng = np.random.default_rng((seed, index, int(novel)))
     layouts = ("one", "two", "alike", "three", "four")
-    least = 0.88 if varied and rng.random() < varied else 0.0
     while True:
-        layout = layouts[int(np.searchsorted([0.26, 0.68, 0.88, 0.96], least + (1 - least) * rng.random()))]
+        layout = layouts[int(np.searchsorted([0.26, 0.68, 0.88, 0.96], rng.random()))]
         several = int(rng.integers(2, 5))
         count = {"one": 1, "two": 2, "alike": several, "three": 3, "four": 4}[layout]
         if count > most:
@@ -629,8 +626,7 @@ SPOKEN_RELATIONS = {"left of": ("to the left of", "on the left of"), "below": ("
 def question(scene, rng, kind=None, paraphrase=False):
     """(kind, question, answer), or None where the scene can't answer it; kind: of QUESTIONS, drawn if None.
 
-    Existence and half of the position questions are answered yes or no, evenly; the others by a name. The
-    answer to a position question names both places first: compared in words, they are told apart.
+    Existence and half of the position questions are answered yes or no, evenly; the others by a name.
     paraphrase: in any other wording of QUESTION_FORMS than the first.
     """
     kind = kind or pick(rng, QUESTIONS)
@@ -668,19 +664,12 @@ def question(scene, rng, kind=None, paraphrase=False):
         if pairs:
             a, b = pick(rng, pairs)
             truth = relation(a, b)
-            places = f"the {a.shape} {region(a)}, the {b.shape} {region(b)}: "
             if rng.random() < 0.5:
-                return ask_in_words("position", places + truth, a.shape, b.shape)
+                return ask_in_words("position", truth, a.shape, b.shape)
             asked = truth if rng.random() < 0.5 else pick(rng, [name for name in RELATIONS if name != truth])
             words = pick(rng, SPOKEN_RELATIONS[asked]) if paraphrase else asked
-            answer = places + ("yes" if asked == truth else "no")
-            return ask_in_words("relation", answer, a.shape, b.shape, words)
+            return ask_in_words("relation", "yes" if asked == truth else "no", a.shape, b.shape, words)
     return None
-
-
-def conclusion(answer):
-    """What an answer comes to, without the places that it may name first."""
-    return answer.rpartition(": ")[2]
 
 
 def ask(scene, rng, kinds=QUESTIONS, paraphrase=False):
