@@ -585,21 +585,28 @@ def run_chat(args):
     save_results(args, {"table": table, "conversations": rows})
 
 
-# ---- binding: whose colour is it? -----------------------------------------------------------------------
+# ---- binding: whose colour is it, and whose shape? ------------------------------------------------------
 
-def draw_colour_swaps(seed, n):
+EXCHANGED = {"colours": tuple(world.COLOURS), "shapes": world.SHAPES}
+
+
+def draw_swaps(seed, n, upsample):
     """n unseen scenes of two objects of unlike shapes and colours, and for each a caption that names both
-    colours: (scenes, {"true": captions, "exchanged": the same with the two colours exchanged})."""
+    colours and shapes, upsampled to a description or not: (scenes, {"true": captions, "colours", "shapes":
+    the same with these two exchanged})."""
     rng, scenes, index = np.random.default_rng(seed), [], 0
-    captions = {"true": [], "exchanged": []}
+    captions = {"true": [], "colours": [], "shapes": []}
     while len(scenes) < n:
         scene, index = world.make_scene(seed, index), index + 1
         text = world.caption(scene, rng)
-        exchanged = world.swap_colours(text)
-        if exchanged and len(scene.objects) == 2 and scene.objects[0].shape != scene.objects[1].shape:
-            scenes.append(scene)
-            captions["true"].append(text)
-            captions["exchanged"].append(exchanged)
+        if len(scene.objects) != 2 or not all(world.swap(text, names) for names in EXCHANGED.values()):
+            continue
+        if upsample:
+            text = world.upsample_caption(scene, text, world.parse_caption(text))
+        scenes.append(scene)
+        captions["true"].append(text)
+        for name, names in EXCHANGED.items():
+            captions[name].append(world.swap(text, names))
     return scenes, captions
 
 
@@ -614,8 +621,9 @@ def encode_scenes(pipe, scenes):
 
 def binding_table(pipe, x1, conds, seed):
     """Print and return the mean losses at TIMES, of the same noise under all conditions: {t: {condition:
-    loss, "gain": how much an exchange of colours raises it, "standard error"}}."""
-    print("| t | " + " | ".join(conds) + " | exchanged - true |\n|" + "---|" * (len(conds) + 2))
+    loss, "colours - true", "shapes - true": how much the exchange raises it, [mean, standard error]}}."""
+    gains = {f"{name} - true": name for name in EXCHANGED}
+    print(f"| t | {' | '.join((*conds, *gains))} |\n|{'---|' * (1 + len(conds) + len(gains))}")
     x0 = torch.randn(x1.shape, generator=torch.Generator().manual_seed(seed)).to(x1)
     table, parts = {}, [slice(i, i + BATCH) for i in range(0, len(x1), BATCH)]
     for time in TIMES:
@@ -624,37 +632,41 @@ def binding_table(pipe, x1, conds, seed):
             losses[name] = torch.cat([
                 flow_matching_loss(pipe.model.dit, x1[part], cond[part], drop=0, x0=x0[part], t=t[part])
                 for part in parts])                                  # (n,)
-        gain = losses["exchanged"] - losses["true"]
-        row = {name: loss.mean().item() for name, loss in losses.items()}
-        row |= {"gain": gain.mean().item(), "standard error": (gain.std() / len(x1) ** 0.5).item()}
-        table[time] = row
-        print(f"| {time} | " + " | ".join(f"{row[name]:.4f}" for name in conds)
-              + f" | {row['gain']:+.4f} ± {row['standard error']:.4f} |", flush=True)
+        row = table[time] = {name: loss.mean().item() for name, loss in losses.items()}
+        cells = [f"{loss:.4f}" for loss in row.values()]
+        for title, name in gains.items():
+            gain = losses[name] - losses["true"]
+            row[title] = [gain.mean().item(), (gain.std() / len(x1) ** 0.5).item()]
+            cells.append("{:+.4f} ± {:.4f}".format(*row[title]))
+        print(f"| {time} | {' | '.join(cells)} |", flush=True)
     return table
 
 
 @torch.no_grad()
 def run_binding(args):
-    """Does the model know which colour belongs to which object? The DiT's loss under captions that are true,
-    that have their two colours exchanged, that are another image's, and under none.
+    """Does the model know which colour and which shape belong to which object? The DiT's loss under captions
+    that are true, that have their two colours or shapes exchanged, that are another image's, and under none.
 
-    Captions of two objects of unlike shapes and colours, from unseen scenes. A DiT that takes its prompt for
-    a bag of words is as content with exchanged colours as with true ones, whatever its loss. Printed before
-    the table is the same question to the condition: how far the exchange moves the query states, as a
-    fraction of what another prompt does. A model without a DiT gets that number alone.
+    Captions of two objects of unlike shapes and colours, from unseen scenes, perfectly upsampled where the
+    model upsamples prompts. A DiT that takes its prompt for a bag of words is as content with exchanged
+    colours as with true ones, whatever its loss. Printed before the table is the same question to the
+    condition: how far each exchange moves the query states, as a fraction of what another prompt does. A
+    model without a DiT gets these numbers alone.
     """
     pipe = load_pipeline(args)
     if pipe.model.latent_queries is None:
         raise ValueError(f"the model in {args.ckpt} has no latent queries: there is no condition to measure")
     if pipe.model.config.latents:
         raise ValueError(f"the model in {args.ckpt} generates VAE latents; binding needs CLIP features")
-    scenes, captions = draw_colour_swaps(args.seed, args.n)
+    scenes, captions = draw_swaps(args.seed, args.n, pipe.setting("upsample", args.upsample))
     conds = {name: torch.cat([pipe.condition(texts[i:i + BATCH]) for i in range(0, args.n, BATCH)])
              for name, texts in captions.items()}                    # each (n, queries, D)
     conds |= {"another's": conds["true"].roll(1, 0), "none": torch.zeros_like(conds["true"])}
     distances = {name: (conds["true"] - cond).square().mean().item() for name, cond in conds.items()}
-    results = {"moved": distances["exchanged"] / distances["another's"]}
-    print(f"the exchange moves the condition by {results['moved']:.1%} of what another prompt does\n")
+    moved = {name: distances[name] / distances["another's"] for name in EXCHANGED}
+    words = ", ".join(f"{name} {fraction:.1%}" for name, fraction in moved.items())
+    print(f"how far an exchange moves the condition, of what another prompt does: {words}\n")
+    results = {"moved": moved}
     if pipe.model.dit is not None:
         results["table"] = binding_table(pipe, encode_scenes(pipe, scenes), conds, args.seed)
     save_results(args, results)

@@ -223,12 +223,13 @@ def test_captions_are_parsed_and_their_colours_swapped():
             "a star above a circle": "star above; circle below",
             "a star under a circle": "star below; circle above"}.items():
         assert "; ".join(map(" ".join, parse_caption(text))) == parsed
-    assert world.swap_colours("An orange star above a red circle") == "A red star above an orange circle"
-    assert world.swap_colours("two red stars") is world.swap_colours("a red star and a red circle") is None
+    assert world.swap("An orange star above a red circle") == "A red star above an orange circle"
+    assert world.swap("An orange star left of a circle", world.SHAPES) == "An orange circle left of a star"
+    assert world.swap("two red stars") is world.swap("a red star and a red circle") is None
     texts = [world.caption(scene, default_rng(i)) for i, scene in enumerate(SCENES)]
-    swapped = [(text, world.swap_colours(text)) for text in texts if world.swap_colours(text)]
+    swapped = [(text, world.swap(text)) for text in texts if world.swap(text)]
     for text, other in swapped:
-        assert other != text and world.swap_colours(other) == text
+        assert other != text and world.swap(other) == text
         assert sorted(other.replace("an ", "a ")) == sorted(text.replace("an ", "a "))
     assert len(swapped) > 20
 
@@ -1048,31 +1049,51 @@ def test_reconstruction_command(tiny_folder, tmp_path):
 def test_binding_of_the_shipped_model(tmp_path, capsys):
     """True captions fit better than another image's; without a DiT the condition alone is measured."""
     results = run(tmp_path, "binding", "--n", 6)
-    assert 0 < results["moved"] < 1 and "| 0.15 |" in capsys.readouterr().out
+    assert all(0 < results["moved"][name] < 1 for name in ("colours", "shapes"))
+    assert "| 0.15 |" in capsys.readouterr().out
     assert results["table"]["0.05"]["true"] < results["table"]["0.05"]["another's"]
     BLIP3o.from_pretrained(NANO, parts={"llm", "queries"}).save_pretrained(tmp_path / "bare")
     Tokenizer.from_pretrained(NANO).save(tmp_path / "bare")
     bare = run(tmp_path, "binding", "--ckpt", tmp_path / "bare", "--n", 6)
     assert bare["moved"] == pytest.approx(results["moved"], rel=1e-3) and "table" not in bare
+    typed = run(tmp_path, "binding", "--ckpt", tmp_path / "bare", "--n", 6, "--no-upsample")
+    assert typed["moved"] != bare["moved"]
+
+
+@pytest.mark.parametrize("upsample", [True, False])
+def test_binding_exchanges_colours_or_shapes(upsample):
+    """Of two unlike objects; a caption says what its scene has, upsampled with every attribute."""
+    scenes, captions = scores.draw_swaps(1, 20, upsample)
+    for scene, true, colours, shapes in zip(scenes, *captions.values(), strict=True):
+        phrases = parse_caption(true)
+        named = {(words[0], *(word for word in words if word in world.COLOURS)) for words in phrases}
+        assert named == {(obj.shape, obj.colour) for obj in scene.objects} and len(phrases) == 2
+        assert world.swap(colours) == world.swap(shapes, world.SHAPES) == true
+        assert len({true, colours, shapes}) == 3
+        assert not upsample or {obj.size for obj in scene.objects} <= {*phrases[0], *phrases[1]}
 
 
 def test_binding_measures_the_flow_matching_loss(tiny_folder, tmp_path, monkeypatch):
-    """A DiT that is off by 0.1 under true captions and by 0.3 under all others: losses 0.01 and 0.09."""
+    """A DiT that is off by 0.1 under true captions, by 0.2 with colours exchanged and by 0.3 under all
+    others: losses 0.01, 0.04 and 0.09."""
     x1, x0 = (torch.randn(6, 16, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (5, 1))
     conditions = []
 
     def velocity(self, x, t, cond):
         assert torch.allclose(x, t.view(-1, 1, 1, 1) * (x1 - x0) + x0, atol=1e-6)    # x0 of --seed 1
         conditions.append(cond)
-        return x1 - x0 + (0.1 if len(conditions) % 4 == 1 else 0.3)
+        return x1 - x0 + {1: 0.1, 2: 0.2}.get(len(conditions) % 5, 0.3)
     monkeypatch.setattr(scores, "encode_scenes", lambda pipe, scenes: x1)
     monkeypatch.setattr("dit.NextDiT.forward", velocity)
     table = run(tmp_path, "binding", "--ckpt", tiny_folder, "--n", 6)["table"]
-    assert len(conditions) == 24
+    assert len(conditions) == 30
     for row in table.values():
-        assert row["true"] == pytest.approx(0.01, rel=1e-3) and row["gain"] == pytest.approx(0.08, rel=1e-3)
-    true, exchanged, another, none = conditions[:4]
-    assert torch.equal(another, true.roll(1, 0)) and not none.any() and not torch.equal(true, exchanged)
+        assert row["true"] == pytest.approx(0.01, rel=1e-3)
+        assert row["colours - true"] == pytest.approx([0.03, 0], rel=1e-3, abs=1e-6)
+        assert row["shapes - true"] == pytest.approx([0.08, 0], rel=1e-3, abs=1e-6)
+    true, colours, shapes, another, none = conditions[:5]
+    assert torch.equal(another, true.roll(1, 0)) and not none.any()
+    assert not torch.equal(true, colours) and not torch.equal(true, shapes)
 
 
 # ---- The studies ------------------------------------------------------------------------------------------
@@ -1438,7 +1459,7 @@ def test_generation_prompts_and_their_hard_negatives():
     negatives = 0
     for scene, example in examples(WorldTask(hard_negatives=True)):
         assert (example.image == world.render(scene, 16)).all() and example.prompt_image is None
-        assert example.hard_negative == world.swap_colours(example.prompt) and not example.turns
+        assert example.hard_negative == world.swap(example.prompt) and not example.turns
         negatives += example.hard_negative is not None
     assert 5 < negatives < 40
     assert all(e.hard_negative is None for _, e in examples(WorldTask(), 20))

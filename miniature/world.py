@@ -441,13 +441,14 @@ def paraphrase_object(words, rng):
     return f"{pick(rng, ('one', 'a single'))} {phrase}" if start < 0.2 else article(phrase)
 
 
-def swap_colours(text):
-    """A caption that names two different colours of objects, with the two swapped; None for any other."""
-    named = re.findall("|".join(COLOURS), text)
+def swap(text, names=tuple(COLOURS)):
+    """A caption that names two different ones of COLOURS (or SHAPES), with the two swapped; None for any
+    other."""
+    named = re.findall("|".join(names), text)
     if len(named) != 2 or named[0] == named[1]:
         return None
     other = {named[0]: named[1], named[1]: named[0]}
-    swapped = re.sub("|".join(COLOURS), lambda match: other[match[0]], text)
+    swapped = re.sub("|".join(names), lambda match: other[match[0]], text)
     return re.sub(r"\b([Aa])n? (?=(\w))",
                   lambda match: match[1] + ("n " if match[2] in "aeiou" else " "), swapped)
 
