@@ -9,7 +9,7 @@ On the synthetic world of the miniature, whose images a judge of rules reads exa
     python eval.py reconstruction --ckpt weights/nano       image -> features -> image
     python eval.py editing --ckpt weights/nano              image and change -> image, by number of objects
     python eval.py chat --ckpt weights/nano                 image, change, question: who confuses what?
-    python eval.py binding --ckpt weights/nano              whose colour? the loss with two swapped
+    python eval.py binding --ckpt weights/nano              whose colour, whose shape?
     python eval.py figure4 | figure5                        the figures in miniature (--quick: a trial)
     python eval.py ablation --what upsample                 also stage2, queries, shift, ...
 
@@ -80,14 +80,13 @@ STUDY = (seed(0), flag("--out", default="runs", help="folder of the results"),
          flag("--runs", default="runs", help="folder in which the trainings of a study have a folder"),
          flag("--quick", action="store_true", help="see in a minute that it runs; the numbers mean nothing"),
          flag("--bf16", action="store_true", help="train in bf16, as train.py's flag"))
-UPSAMPLE = flag("--upsample", action=argparse.BooleanOptionalAction,
-                help="let the language model upsample each prompt first (as the checkpoint says)")
 ALIGNMENT = (
     seed(0), whole("n-prompts", help="prompts (553; of --prompts the first so many, or all)"),
     whole("images", 4),
     flag("--novel", action="store_true", help="pairs of colour and shape never trained on"),
     whole("objects", 4, OBJECTS, help="prompts of so many objects or fewer"),
-    UPSAMPLE,
+    flag("--upsample", action=argparse.BooleanOptionalAction,
+         help="let the language model upsample each prompt first (as the checkpoint says)"),
     whole("best-of", 1, Interval(1, 1000), help="of so many images score the one that the model likes best"),
     flag("--prompts", help="other prompts, as in assets/free_prompts.jsonl: images must fit exactly"))
 UNDERSTANDING = (
@@ -109,7 +108,9 @@ COMMANDS = {
                        (seed(1), whole("n", 200), *MODEL,
                         flag("--images", help="a folder of images instead of the world's"))),
     "binding": ("miniature.scores", "run_binding",
-                (seed(1), whole("n", 256, Interval(2, 10 ** 9)), UPSAMPLE, *MODEL)),
+                (seed(1), whole("n", 256, Interval(2, 10 ** 9)), *MODEL,
+                 flag("--upsample", action=argparse.BooleanOptionalAction,
+                      help="captions with every attribute (as the checkpoint says)"))),
     "editing": ("miniature.scores", "run_editing", (seed(1), whole("n", 420), *MODEL)),
     "chat": ("miniature.scores", "run_chat", (seed(1), whole("n", 100), *MODEL)),
     "generate": ("evals.generation", "generate",

@@ -587,15 +587,15 @@ def run_chat(args):
 
 # ---- binding: whose colour is it, and whose shape? ------------------------------------------------------
 
-EXCHANGED = {"colours": tuple(world.COLOURS), "shapes": world.SHAPES}
+EXCHANGED = {"colours": world.COLOURS, "shapes": world.SHAPES}
 
 
 def draw_swaps(seed, n, upsample):
     """n unseen scenes of two objects of unlike shapes and colours, and for each a caption that names both
-    colours and shapes, upsampled to a description or not: (scenes, {"true": captions, "colours", "shapes":
-    the same with these two exchanged})."""
+    colours and both shapes, upsampled to a description or not: (scenes, {"true": captions, "colours" and
+    "shapes": the same with the two exchanged})."""
     rng, scenes, index = np.random.default_rng(seed), [], 0
-    captions = {"true": [], "colours": [], "shapes": []}
+    captions = {"true": [], **{name: [] for name in EXCHANGED}}
     while len(scenes) < n:
         scene, index = world.make_scene(seed, index), index + 1
         text = world.caption(scene, rng)

@@ -115,7 +115,7 @@ class WorldTask:
             return Example(rng, world.render(after, len(image)), prompt=prompt, prompt_image=image)
         if upsample:
             text = world.upsample_caption(scene, text, world.parse_caption(text))
-        hard_negative = world.swap(text) if self.hard_negatives else None
+        hard_negative = world.swap(text, world.COLOURS) if self.hard_negatives else None
         return Example(rng, image, prompt=text, hard_negative=hard_negative)
 
     def caption(self, scene, rng):

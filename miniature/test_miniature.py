@@ -223,13 +223,14 @@ def test_captions_are_parsed_and_their_colours_swapped():
             "a star above a circle": "star above; circle below",
             "a star under a circle": "star below; circle above"}.items():
         assert "; ".join(map(" ".join, parse_caption(text))) == parsed
-    assert world.swap("An orange star above a red circle") == "A red star above an orange circle"
+    assert world.swap("An orange star by a red circle", world.COLOURS) == "A red star by an orange circle"
     assert world.swap("An orange star left of a circle", world.SHAPES) == "An orange circle left of a star"
-    assert world.swap("two red stars") is world.swap("a red star and a red circle") is None
+    for text in ("two red stars", "a red star and a red circle"):
+        assert world.swap(text, world.COLOURS) is None
     texts = [world.caption(scene, default_rng(i)) for i, scene in enumerate(SCENES)]
-    swapped = [(text, world.swap(text)) for text in texts if world.swap(text)]
+    swapped = [(text, other) for text in texts if (other := world.swap(text, world.COLOURS))]
     for text, other in swapped:
-        assert other != text and world.swap(other) == text
+        assert other != text and world.swap(other, world.COLOURS) == text
         assert sorted(other.replace("an ", "a ")) == sorted(text.replace("an ", "a "))
     assert len(swapped) > 20
 
@@ -1068,7 +1069,7 @@ def test_binding_exchanges_colours_or_shapes(upsample):
         phrases = parse_caption(true)
         named = {(words[0], *(word for word in words if word in world.COLOURS)) for words in phrases}
         assert named == {(obj.shape, obj.colour) for obj in scene.objects} and len(phrases) == 2
-        assert world.swap(colours) == world.swap(shapes, world.SHAPES) == true
+        assert world.swap(colours, world.COLOURS) == world.swap(shapes, world.SHAPES) == true
         assert len({true, colours, shapes}) == 3
         assert not upsample or {obj.size for obj in scene.objects} <= {*phrases[0], *phrases[1]}
 
@@ -1459,7 +1460,7 @@ def test_generation_prompts_and_their_hard_negatives():
     negatives = 0
     for scene, example in examples(WorldTask(hard_negatives=True)):
         assert (example.image == world.render(scene, 16)).all() and example.prompt_image is None
-        assert example.hard_negative == world.swap(example.prompt) and not example.turns
+        assert example.hard_negative == world.swap(example.prompt, world.COLOURS) and not example.turns
         negatives += example.hard_negative is not None
     assert 5 < negatives < 40
     assert all(e.hard_negative is None for _, e in examples(WorldTask(), 20))

@@ -441,9 +441,9 @@ def paraphrase_object(words, rng):
     return f"{pick(rng, ('one', 'a single'))} {phrase}" if start < 0.2 else article(phrase)
 
 
-def swap(text, names=tuple(COLOURS)):
-    """A caption that names two different ones of COLOURS (or SHAPES), with the two swapped; None for any
-    other."""
+def swap(text, names):
+    """A caption in which two different ones of `names` (COLOURS or SHAPES) stand, with the two exchanged;
+    None for any other."""
     named = re.findall("|".join(names), text)
     if len(named) != 2 or named[0] == named[1]:
         return None
